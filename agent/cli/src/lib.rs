@@ -1,0 +1,2 @@
+//! The command line: talks only gRPC.
+#![forbid(unsafe_code)]

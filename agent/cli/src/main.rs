@@ -1,0 +1,3 @@
+//! The binary `serio`.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,2 @@
+//! The protocol between seriod and serio-vmm or serio-volumed.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The devices a guest sees: blk, net, rng, console, serial, power.
+#![forbid(unsafe_code)]

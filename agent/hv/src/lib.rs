@@ -1,0 +1,1 @@
+//! KVM: VM, vcpus, guest memory, irqfd, ioeventfd.

@@ -1,0 +1,2 @@
+//! NBD: codec, session, server.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The daemon seriod: gRPC, reconciliation, supervision, capacity.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The binary `seriod`.
+#![forbid(unsafe_code)]
+fn main() {}

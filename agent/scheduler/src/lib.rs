@@ -1,0 +1,2 @@
+//! The reference control plane: inventories, reservations, placement.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The binary `serio-scheduler`.
+#![forbid(unsafe_code)]
+fn main() {}

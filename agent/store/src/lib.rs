@@ -1,0 +1,2 @@
+//! Node state in SQLite: tables and migrations.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Names, sizes, ids and validated specs; no I/O.
+#![forbid(unsafe_code)]

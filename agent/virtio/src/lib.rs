@@ -1,0 +1,2 @@
+//! Virtqueues, the PCI transport with MSI-X, and the traits of devices.
+#![forbid(unsafe_code)]

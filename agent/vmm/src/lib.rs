@@ -1,0 +1,2 @@
+//! The virtual machine monitor: one process, one VM.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The binary `serio-vmm`.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,1 @@
+//! Volumes: layers, maps, stacks and the engine that reads and writes them.

@@ -1,0 +1,2 @@
+//! Volumes without a VM: exports, imports, copies.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The binary `serio-volumed`.
+#![forbid(unsafe_code)]
+fn main() {}

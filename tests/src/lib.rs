@@ -1,0 +1,2 @@
+//! The harness of the end-to-end cases.
+#![forbid(unsafe_code)]

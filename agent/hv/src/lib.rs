@@ -1,1 +1,41 @@
-//! KVM: VM, vcpus, guest memory, irqfd, ioeventfd.
+//! KVM: the VM, its vcpus, guest memory, interrupts and doorbells.
+//!
+//! This crate is the only one under the VMM that speaks to the kernel's virtualization interface, and the home
+//! of its `unsafe`. Above it nobody sees a KVM structure, an ioctl or a pointer into guest memory.
+//!
+//! ```text
+//!   Kvm ──(limits, cpuid)──► Vm ──► Vcpu      one per processor, owned by its thread
+//!                            │  ──► MsiLine   one interrupt of a PCI function: eventfd → irqfd → MSI route
+//!                            │  ──► IrqLine   one pin of the IO-APIC: eventfd → irqfd
+//!                            └──► ioeventfd   a doorbell: guest write → eventfd, without leaving the kernel
+//!   GuestMemory  memfd, mapped once, shared by KVM and all device threads
+//! ```
+//!
+//! Invariants:
+//! - Memory slots are registered before the interrupt chip exists: the other order costs milliseconds, because
+//!   each later slot then waits for a grace period of the kernel.
+//! - Guest memory outlives the VM: [`Vm`] holds it.
+//! - Guest memory is never lent as a Rust reference; `vm-memory`'s volatile accesses are the only way in.
+//! - Everything but [`Vcpu`] is `Sync`; a [`Vcpu`] moves to its thread and stays there. Others reach it through
+//!   its [`VcpuKick`].
+
+mod cpuid;
+mod irq;
+mod kvm;
+mod memory;
+mod registers;
+mod vcpu;
+mod vm;
+
+pub use irq::{IrqLine, MsiLine, MsiMessage};
+pub use kvm::{Kvm, OpenError};
+pub use memory::{
+    GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, create_memory, memory_from_fd,
+    ram_ranges,
+};
+pub use registers::{BootMode, BootRegisters, GDT};
+pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};
+pub use vm::{IoAddr, Vm, VmError};
+
+pub use vm_memory;
+pub use vmm_sys_util::eventfd::EventFd;

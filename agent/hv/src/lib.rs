@@ -39,3 +39,6 @@ pub use vm::{IoAddr, Vm, VmError};
 
 pub use vm_memory;
 pub use vmm_sys_util::eventfd::EventFd;
+
+#[cfg(test)]
+mod vm_test;

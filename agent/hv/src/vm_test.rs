@@ -1,0 +1,142 @@
+//! The VM against the host's own KVM, with a guest of a few bytes. Says so and passes nothing where there is none.
+
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::*;
+
+const ENTRY: u64 = 0x1000;
+const GDT_BASE: u64 = 0x500;
+
+/// Records what the guest did; answers port 0x60 with 7.
+#[derive(Default)]
+struct Recorder {
+    writes: Vec<(u64, Vec<u8>)>,
+}
+
+impl IoHandler for Recorder {
+    fn port_read(&mut self, _port: u16, data: &mut [u8]) {
+        data.fill(7);
+    }
+    fn port_write(&mut self, port: u16, data: &[u8]) {
+        self.writes.push((u64::from(port), data.to_vec()));
+    }
+    fn memory_read(&mut self, _address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn memory_write(&mut self, address: u64, data: &[u8]) {
+        self.writes.push((address, data.to_vec()));
+    }
+}
+
+/// A VM whose first vcpu starts at `code` in flat 32-bit mode; `None` where KVM cannot be used.
+fn guest(code: &[u8]) -> Option<(Arc<Vm>, Vcpu)> {
+    let kvm = match Kvm::open() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            println!("skipped: {error}");
+            return None;
+        }
+    };
+    let memory = create_memory(1 << 20).expect("a megabyte");
+    memory.write_slice(code, GuestAddress(ENTRY)).expect("fits");
+    memory.write_slice(&GDT::bytes(BootMode::Protected), GuestAddress(GDT_BASE)).expect("fits");
+    let vm = Vm::new(&kvm, &memory).expect("VM");
+    let vcpu = vm.vcpu(&kvm, 0, 1).expect("vcpu");
+    let boot = BootRegisters {
+        mode: BootMode::Protected,
+        entry: ENTRY,
+        stack: 0x8000,
+        rsi: 0,
+        rbx: 0,
+        gdt_base: GDT_BASE,
+    };
+    vcpu.set_boot_registers(&boot).expect("registers");
+    vcpu.bind_to_this_thread();
+    Some((vm, vcpu))
+}
+
+#[test]
+fn ports_and_memory_reach_the_handler() {
+    // in al, 0x60 ; out 0x80, al ; mov [0xd0000000], eax ; jmp $
+    let code = [0xe4, 0x60, 0xe6, 0x80, 0xa3, 0, 0, 0, 0xd0, 0xeb, 0xfe];
+    let Some((_vm, mut vcpu)) = guest(&code) else { return };
+    let mut io = Recorder::default();
+    while io.writes.len() < 2 {
+        assert_eq!(vcpu.run(&mut io).expect("runs"), ExitReason::Handled);
+    }
+    assert_eq!(io.writes[0], (0x80, vec![7]));
+    assert_eq!(io.writes[1], (0xd000_0000, vec![7, 0, 0, 0]));
+}
+
+#[test]
+fn a_string_instruction_comes_in_items() {
+    // mov esi, 0x1000 ; mov ecx, 3 ; mov dx, 0x80 ; cld ; rep outsb ; jmp $
+    let code = [0xbe, 0, 0x10, 0, 0, 0xb9, 3, 0, 0, 0, 0x66, 0xba, 0x80, 0, 0xfc, 0xf3, 0x6e, 0xeb, 0xfe];
+    let Some((_vm, mut vcpu)) = guest(&code) else { return };
+    let mut io = Recorder::default();
+    while io.writes.len() < 3 {
+        vcpu.run(&mut io).expect("runs");
+    }
+    assert_eq!(io.writes, [(0x80, vec![0xbe]), (0x80, vec![0]), (0x80, vec![0x10])]);
+}
+
+#[test]
+fn a_kick_ends_an_endless_guest() {
+    let Some((_vm, mut vcpu)) = guest(&[0xeb, 0xfe]) else { return };
+    let kick = vcpu.kick();
+    let (sender, receiver) = mpsc::channel();
+    let runner = std::thread::spawn(move || {
+        vcpu.bind_to_this_thread();
+        let reason = vcpu.run(&mut Recorder::default()).expect("runs");
+        sender.send(reason).expect("the test waits");
+    });
+    // Whether the kick comes before, between or during KVM_RUN: it counts.
+    kick.kick();
+    let reason = receiver.recv_timeout(Duration::from_secs(30)).expect("kicked in time");
+    assert_eq!(reason, ExitReason::Kicked);
+    runner.join().expect("no panic");
+}
+
+#[test]
+fn a_guest_without_a_fault_handler_ends_in_a_triple_fault() {
+    // ud2 with an empty interrupt table
+    let Some((_vm, mut vcpu)) = guest(&[0x0f, 0x0b]) else { return };
+    match vcpu.run(&mut Recorder::default()) {
+        Ok(reason) => assert_eq!(reason, ExitReason::TripleFault),
+        // A KVM that emulates privileged guest code gives up earlier, with an error of its own.
+        Err(error) => assert!(matches!(error, RunError::Internal { .. }), "{error}"),
+    }
+}
+
+#[test]
+fn a_doorbell_rings_without_an_exit() {
+    // mov word [0xd0000000], 1 ; out 0x80, al ; jmp $
+    let code = [0x66, 0xc7, 0x05, 0, 0, 0, 0xd0, 1, 0, 0xe6, 0x80, 0xeb, 0xfe];
+    let Some((vm, mut vcpu)) = guest(&code) else { return };
+    let event = EventFd::new(0).expect("eventfd");
+    vm.ioeventfd(IoAddr::Mmio(0xd000_0000), 2, None, &event).expect("doorbell");
+    let mut io = Recorder::default();
+    while io.writes.is_empty() {
+        vcpu.run(&mut io).expect("runs");
+    }
+    assert_eq!(io.writes, [(0x80, vec![0])], "the doorbell's write is not seen here");
+    assert_eq!(event.read().expect("rang"), 1);
+    vm.remove_ioeventfd(IoAddr::Mmio(0xd000_0000), 2, None, &event).expect("removed");
+    assert!(vm.remove_ioeventfd(IoAddr::Mmio(0xd000_0000), 2, None, &event).is_err());
+    assert!(matches!(vm.ioeventfd(IoAddr::Pio(1), 3, None, &event), Err(VmError::Width(3))));
+}
+
+#[test]
+fn lines_can_be_routed_triggered_and_masked() {
+    let Some((vm, _vcpu)) = guest(&[0xf4]) else { return };
+    let line = vm.msi_line().expect("line");
+    line.route(Some(MsiMessage { address: 0xfee0_0000, data: 0x30 })).expect("routed");
+    line.trigger().expect("rings");
+    line.route(None).expect("masked");
+    line.route(Some(MsiMessage { address: 0xfee0_0000, data: 0x31 })).expect("routed again");
+    drop(line);
+    vm.irq_line(4).expect("pin").trigger().expect("rings");
+}

@@ -1,2 +1,28 @@
-//! The daemon seriod: gRPC, reconciliation, supervision, capacity.
-#![forbid(unsafe_code)]
+//! The daemon `seriod`: one a node. It owns what the node promises (vdcs, VMs, volumes, images), starts and watches
+//! the processes that hold VMs and volumes, and answers the gRPC services of `serio.v1`.
+//!
+//! ```text
+//!  serio, control plane ──gRPC──▶ grpc ──Command──▶ state ──────▶ store (SQLite)
+//!                                                     │  ▲
+//!                                    spawned work ────┘  └──── results, ends of VMs
+//!                                          ▼
+//!                                      supervise ──▶ serio-vmm, serio-volumed (processes that outlive seriod)
+//! ```
+//!
+//! Owns: the wiring of these parts. Never: volume bytes, guest memory, `/dev/kvm` ioctls.
+//! Threads: one tokio runtime with few workers; the store is used by one task only.
+#![deny(unsafe_code)]
+
+pub mod capacity;
+pub mod config;
+pub mod daemon;
+pub mod error;
+pub mod events;
+pub mod grpc;
+pub mod nbd;
+pub mod net;
+pub mod seed;
+pub mod state;
+pub mod supervise;
+#[allow(unsafe_code, reason = "the one home of unsafe code in this crate: system calls without a safe wrapper")]
+pub mod sys;

@@ -1,3 +1,3 @@
-//! The binary `seriod`.
+//! The binary `seriod`: arguments, logging, and the daemon.
 #![forbid(unsafe_code)]
 fn main() {}

@@ -1,2 +1,34 @@
-//! Virtqueues, the PCI transport with MSI-X, and the traits of devices.
+//! Virtqueues, the virtio-pci transport with MSI-X, the PCI bus, and the traits of devices.
+//!
+//! ```text
+//!  vcpu thread ── ECAM, BAR access ──► PciBus ──► VirtioPci ── activate/reset ──► a VirtioDevice
+//!                                                    │                               │ (its threads)
+//!                                   MSI-X table ◄────┤ Shared: vectors, status   ◄───┘ QueueInterrupt,
+//!                                   irqfd, ioeventfd ┘ (Platform: KVM or a fake)       DeviceFailure
+//! ```
+//!
+//! - The transport is written once; a device holds only its own logic and sees [`VirtQueue`]s.
+//! - [`VirtQueue::pop`] is the only way to walk a ring: each descriptor is copied once into a [`Chain`],
+//!   whose length is bounded. What the guest changes afterwards changes nothing here.
+//! - Guest-driven registers never fail the process: what makes no sense is ignored or sets
+//!   `DEVICE_NEEDS_RESET`.
+//! - The kernel is reached only through [`Platform`], so all of this is tested without KVM.
+//! - INTx is not offered: a driver must use MSI-X, or poll the ISR register.
 #![forbid(unsafe_code)]
+
+mod device;
+mod interrupt;
+mod msix;
+mod pci;
+mod platform;
+mod queue;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+pub use interrupt::{ConfigInterrupt, DeviceFailure, QueueInterrupt};
+pub use pci::bus::{BusError, PciBus, PciFunction};
+pub use pci::host_bridge::HostBridge;
+pub use pci::transport::{VirtioPci, VirtioPciError};
+pub use platform::{MsiMessage, MsiRoute, Platform};
+pub use queue::{Chain, QueueError, SEGMENTS_MAX, Segment, VirtQueue};

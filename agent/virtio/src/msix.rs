@@ -1,0 +1,183 @@
+//! MSI-X: the table of messages, the pending bits, and the masks (PCI 3.0 §6.8.2).
+//!
+//! A vector is *live* when MSI-X is enabled, the function is not masked and neither is the vector.
+//! - A live vector delivers through its line at once. The line is allocated and routed when the vector
+//!   first becomes live, and routed again only if its message changed: masking costs no system call.
+//! - A vector that is not live keeps its interrupt in its pending bit and delivers it when it becomes live.
+//!
+//! Lock order: a vector's lock is innermost. Devices' threads call [`Msix::trigger`]; vcpus write the table.
+
+use std::io;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::platform::{MsiMessage, MsiRoute, Platform};
+
+/// Bytes of one table entry.
+pub(crate) const ENTRY_BYTES: u64 = 16;
+/// Message control: MSI-X enable, function mask.
+pub(crate) const CONTROL_ENABLE: u16 = 1 << 15;
+pub(crate) const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+
+/// What an entry holds after power-on.
+const UNWRITTEN: MsiMessage = MsiMessage { address: 0, data: 0 };
+
+struct Vector {
+    message: MsiMessage,
+    masked: bool,
+    pending: bool,
+    line: Option<Line>,
+}
+
+struct Line {
+    route: Box<dyn MsiRoute>,
+    routed: Option<MsiMessage>,
+}
+
+impl Vector {
+    fn reset(&mut self) {
+        self.message = UNWRITTEN;
+        self.masked = true;
+        self.pending = false;
+    }
+}
+
+pub(crate) struct Msix {
+    platform: Arc<dyn Platform>,
+    control: AtomicU16,
+    vectors: Box<[Mutex<Vector>]>,
+}
+
+fn lock(vector: &Mutex<Vector>) -> MutexGuard<'_, Vector> {
+    // A vector is consistent after each statement, so a panic elsewhere does not spoil it.
+    vector.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Msix {
+    pub(crate) fn new(platform: Arc<dyn Platform>, vectors: u16) -> Self {
+        let vector = || Mutex::new(Vector { message: UNWRITTEN, masked: true, pending: false, line: None });
+        Self { platform, control: AtomicU16::new(0), vectors: (0..vectors).map(|_| vector()).collect() }
+    }
+
+    pub(crate) fn vectors(&self) -> u16 {
+        u16::try_from(self.vectors.len()).unwrap_or(u16::MAX)
+    }
+
+    pub(crate) fn enabled(&self) -> bool {
+        self.control.load(Ordering::Acquire) & CONTROL_ENABLE != 0
+    }
+
+    fn live(&self, vector: &Vector) -> bool {
+        let control = self.control.load(Ordering::Acquire);
+        control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE && !vector.masked
+    }
+
+    /// The message control register was written.
+    pub(crate) fn set_control(&self, control: u16) -> io::Result<()> {
+        let new = control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        let old = self.control.swap(new, Ordering::AcqRel);
+        if old == new {
+            return Ok(());
+        }
+        self.vectors.iter().try_for_each(|vector| self.settle(&mut lock(vector)))
+    }
+
+    /// Everything masked and forgotten, as after power-on. Lines are kept for the next driver.
+    pub(crate) fn reset(&self) {
+        self.control.store(0, Ordering::Release);
+        for vector in &self.vectors {
+            lock(vector).reset();
+        }
+    }
+
+    /// An interrupt for `vector`: delivered, or pending. A vector that does not exist is ignored.
+    pub(crate) fn trigger(&self, vector: u16) -> io::Result<()> {
+        let Some(vector) = self.vectors.get(usize::from(vector)) else { return Ok(()) };
+        let mut vector = lock(vector);
+        vector.pending = true;
+        self.settle(&mut vector)
+    }
+
+    /// Brings the line in step with the vector and delivers what is pending, if it is live.
+    fn settle(&self, vector: &mut Vector) -> io::Result<()> {
+        if !self.live(vector) {
+            return Ok(());
+        }
+        let message = vector.message;
+        if vector.line.is_none() {
+            vector.line = Some(Line { route: self.platform.msi_route()?, routed: None });
+        }
+        let Some(line) = vector.line.as_mut() else { return Ok(()) };
+        if line.routed != Some(message) {
+            line.route.route(message)?;
+            line.routed = Some(message);
+        }
+        if vector.pending {
+            line.route.trigger()?;
+            vector.pending = false;
+        }
+        Ok(())
+    }
+
+    fn entry(&self, index: u64) -> Option<&Mutex<Vector>> {
+        self.vectors.get(usize::try_from(index).ok()?)
+    }
+
+    /// Reads the table, any width at any offset.
+    pub(crate) fn read_table(&self, offset: u64, out: &mut [u8]) {
+        for (at, byte) in (offset..).zip(out.iter_mut()) {
+            *byte = self.entry(at / ENTRY_BYTES).map_or(0, |vector| {
+                let vector = lock(vector);
+                let [a0, a1, a2, a3, a4, a5, a6, a7] = vector.message.address.to_le_bytes();
+                let [d0, d1, d2, d3] = vector.message.data.to_le_bytes();
+                let mask = u8::from(vector.masked);
+                let image = [a0, a1, a2, a3, a4, a5, a6, a7, d0, d1, d2, d3, mask, 0, 0, 0];
+                usize::try_from(at % ENTRY_BYTES).ok().and_then(|at| image.get(at).copied()).unwrap_or(0)
+            });
+        }
+    }
+
+    /// Writes the table. Only aligned 4 and 8 byte writes count (PCI 3.0 §6.8.2), others are ignored.
+    pub(crate) fn write_table(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if let Ok(bytes) = <[u8; 4]>::try_from(data)
+            && offset.is_multiple_of(4)
+        {
+            return self.write_field(offset, u32::from_le_bytes(bytes));
+        }
+        if let Ok(bytes) = <[u8; 8]>::try_from(data)
+            && offset.is_multiple_of(8)
+        {
+            let [b0, b1, b2, b3, b4, b5, b6, b7] = bytes;
+            self.write_field(offset, u32::from_le_bytes([b0, b1, b2, b3]))?;
+            return self.write_field(offset.saturating_add(4), u32::from_le_bytes([b4, b5, b6, b7]));
+        }
+        Ok(())
+    }
+
+    fn write_field(&self, offset: u64, value: u32) -> io::Result<()> {
+        let Some(vector) = self.entry(offset / ENTRY_BYTES) else { return Ok(()) };
+        let mut vector = lock(vector);
+        let address = vector.message.address;
+        match offset % ENTRY_BYTES {
+            0 => vector.message.address = (address & !0xffff_ffff) | u64::from(value),
+            4 => vector.message.address = (address & 0xffff_ffff) | (u64::from(value) << 32),
+            8 => vector.message.data = value,
+            _ => vector.masked = value & 1 == 1,
+        }
+        self.settle(&mut vector)
+    }
+
+    /// Reads the pending bits, any width at any offset. They cannot be written.
+    pub(crate) fn read_pending(&self, offset: u64, out: &mut [u8]) {
+        for (at, byte) in (offset..).zip(out.iter_mut()) {
+            let first = at.saturating_mul(8);
+            *byte = (0..8u8).fold(0, |bits, bit| {
+                let pending = first
+                    .checked_add(u64::from(bit))
+                    .and_then(|index| self.entry(index))
+                    .is_some_and(|vector| lock(vector).pending);
+                bits | (u8::from(pending) << bit)
+            });
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Bus 0: finds the function behind an ECAM or a BAR access.
+//!
+//! One function a device number, function number 0 only; the host bridge is device 0. Called from all vcpu
+//! threads: each function has its own lock, and a small table says where each BAR lies.
+//!
+//! Lock order: function, then table. A BAR access reads the table, lets it go, locks the function and asks
+//! it again, because the guest may have moved the BAR in between.
+
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::host_bridge::HostBridge;
+
+/// Device numbers of a bus.
+const DEVICES: usize = 32;
+/// Bytes of a function's space in ECAM.
+const FUNCTION_BYTES: u64 = 4096;
+
+/// One PCI function, called under its lock.
+pub trait PciFunction: Send {
+    /// Reads configuration space.
+    fn config_read(&mut self, offset: u16, out: &mut [u8]);
+    /// Writes configuration space.
+    fn config_write(&mut self, offset: u16, data: &[u8]);
+    /// Bytes of BAR 0; 0: there is none.
+    fn bar_size(&self) -> u32;
+    /// Sets where BAR 0 lies after a reset.
+    fn place_bar(&mut self, address: u32);
+    /// The range that BAR 0 answers to now.
+    fn decoded(&self) -> Option<Range<u64>>;
+    /// Reads in BAR 0.
+    fn bar_read(&mut self, offset: u64, out: &mut [u8]);
+    /// Writes in BAR 0.
+    fn bar_write(&mut self, offset: u64, data: &[u8]);
+    /// The machine was reset: as after power-on.
+    fn reset(&mut self);
+}
+
+/// A function could not be put on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// All device numbers are taken.
+    #[error("the PCI bus is full: a VM has at most {} devices", DEVICES - 1)]
+    Full,
+    /// The window has no room for the BAR.
+    #[error("the PCI window {window:#x?} has no room for {size:#x} more bytes")]
+    Window {
+        /// The window of the bus.
+        window: Range<u32>,
+        /// What was asked for.
+        size: u32,
+    },
+}
+
+/// The root bus with its functions.
+pub struct PciBus {
+    functions: Vec<Mutex<Box<dyn PciFunction>>>,
+    decoded: RwLock<[Option<Range<u64>>; DEVICES]>,
+    window: Range<u32>,
+    next_bar: u32,
+}
+
+impl PciBus {
+    /// A bus with its host bridge. BARs are placed in `window`, below 4 GiB; the guest may move them.
+    #[must_use]
+    pub fn new(window: Range<u32>) -> Self {
+        let next_bar = window.start;
+        let bridge: Box<dyn PciFunction> = Box::new(HostBridge::new());
+        Self {
+            functions: vec![Mutex::new(bridge)],
+            decoded: RwLock::new(Default::default()),
+            window,
+            next_bar,
+        }
+    }
+
+    /// Puts a function on the next free device number, and returns this number.
+    pub fn add(&mut self, mut function: Box<dyn PciFunction>) -> Result<u8, BusError> {
+        let number = self.functions.len();
+        let slot = u8::try_from(number).ok().filter(|_| number < DEVICES).ok_or(BusError::Full)?;
+        let size = function.bar_size();
+        if size > 0 {
+            let full = || BusError::Window { window: self.window.clone(), size };
+            let start = self.next_bar.checked_next_multiple_of(size).ok_or_else(full)?;
+            let end = start.checked_add(size).filter(|end| *end <= self.window.end).ok_or_else(full)?;
+            function.place_bar(start);
+            self.next_bar = end;
+        }
+        self.functions.push(Mutex::new(function));
+        Ok(slot)
+    }
+
+    /// How many functions there are, the host bridge included.
+    pub fn functions(&self) -> usize {
+        self.functions.len()
+    }
+
+    /// Reads ECAM at `offset` from its start. What is not there reads as ones.
+    pub fn ecam_read(&self, offset: u64, out: &mut [u8]) {
+        match self.at(offset, out.len()) {
+            Some((slot, register)) => self.with(slot, |function| function.config_read(register, out)),
+            None => out.fill(0xff),
+        }
+    }
+
+    /// Writes ECAM at `offset` from its start.
+    pub fn ecam_write(&self, offset: u64, data: &[u8]) {
+        if let Some((slot, register)) = self.at(offset, data.len()) {
+            self.with(slot, |function| {
+                function.config_write(register, data);
+                // Still under the function's lock, so that the table never falls behind.
+                let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
+                if let Some(entry) = decoded.get_mut(slot) {
+                    *entry = function.decoded();
+                }
+            });
+        }
+    }
+
+    /// Reads guest physical memory at `address`. `false`: no BAR is there, `out` is left alone.
+    pub fn mmio_read(&self, address: u64, out: &mut [u8]) -> bool {
+        self.access(address, |function, offset| function.bar_read(offset, out))
+    }
+
+    /// Writes guest physical memory at `address`. `false`: no BAR is there.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) -> bool {
+        self.access(address, |function, offset| function.bar_write(offset, data))
+    }
+
+    /// The machine was reset: all devices stop, all registers are as after power-on.
+    pub fn reset(&self) {
+        for slot in 0..self.functions.len() {
+            self.with(slot, |function| {
+                function.reset();
+                let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
+                if let Some(entry) = decoded.get_mut(slot) {
+                    *entry = None;
+                }
+            });
+        }
+    }
+
+    fn at(&self, offset: u64, len: usize) -> Option<(usize, u16)> {
+        let number = usize::try_from(offset / FUNCTION_BYTES).ok()?;
+        // Bus, device and function number in one: only function 0 of bus 0 exists.
+        let slot = number.checked_div(8).filter(|slot| number.is_multiple_of(8) && *slot < DEVICES)?;
+        let register = offset % FUNCTION_BYTES;
+        let end = register.checked_add(u64::try_from(len).ok()?)?;
+        (slot < self.functions.len() && end <= FUNCTION_BYTES)
+            .then_some((slot, u16::try_from(register).ok()?))
+    }
+
+    fn lock(&self, slot: usize) -> Option<MutexGuard<'_, Box<dyn PciFunction>>> {
+        self.functions.get(slot).map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn with(&self, slot: usize, act: impl FnOnce(&mut dyn PciFunction)) {
+        if let Some(mut function) = self.lock(slot) {
+            act(&mut **function);
+        }
+    }
+
+    fn access(&self, address: u64, act: impl FnOnce(&mut dyn PciFunction, u64)) -> bool {
+        let slot = {
+            let decoded = self.decoded.read().unwrap_or_else(PoisonError::into_inner);
+            decoded.iter().position(|range| range.as_ref().is_some_and(|range| range.contains(&address)))
+        };
+        let Some(mut function) = slot.and_then(|slot| self.lock(slot)) else { return false };
+        let offset = function
+            .decoded()
+            .filter(|range| range.contains(&address))
+            .and_then(|range| address.checked_sub(range.start));
+        let Some(offset) = offset else { return false };
+        act(&mut **function, offset);
+        true
+    }
+}

@@ -25,7 +25,7 @@ kernel_fetch() {
 		rm -rf "$dir" "$dir.new"
 		mkdir -p "$dir.new"
 		(
-			cd "$dir.new"
+			cd "$dir.new" || exit
 			apt-get download -q "$package" >&2 || die "cannot download $package"
 			deb=$(echo ./*.deb)
 			dpkg-deb -x "$deb" .

@@ -1,2 +1,4 @@
-//! The harness of the end-to-end cases.
+//! The harness of the tests that see Serio from outside, and the checks of the source tree itself.
 #![forbid(unsafe_code)]
+
+pub mod sizes;

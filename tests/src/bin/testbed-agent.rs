@@ -76,7 +76,8 @@ fn read_frame(input: &mut impl Read) -> io::Result<(u8, Vec<u8>)> {
 // ---- the host's end
 
 fn serve(token: &str, port: u16) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(("0.0.0.0", port)).with_context(|| format!("cannot listen on port {port}"))?;
+    let listener =
+        TcpListener::bind(("0.0.0.0", port)).with_context(|| format!("cannot listen on port {port}"))?;
     for stream in listener.incoming() {
         let (stream, token) = (stream.context("cannot accept")?, token.to_owned());
         thread::spawn(move || {
@@ -129,10 +130,15 @@ fn send(output: &Mutex<TcpStream>, kind: u8, data: &[u8]) -> io::Result<()> {
 }
 
 /// Moves bytes between the connection and the child until it has ended and its outputs are drained.
-fn attend(child: &mut Child, input: BufReader<TcpStream>, output: &Arc<Mutex<TcpStream>>) -> anyhow::Result<ExitStatus> {
+fn attend(
+    child: &mut Child,
+    input: BufReader<TcpStream>,
+    output: &Arc<Mutex<TcpStream>>,
+) -> anyhow::Result<ExitStatus> {
     let out = copy_out(b'o', child.stdout.take().expect("it is piped"), output);
     let err = copy_out(b'e', child.stderr.take().expect("it is piped"), output);
-    let (stdin, group) = (child.stdin.take().expect("it is piped"), Pid::from_raw(i32::try_from(child.id())?));
+    let (stdin, group) =
+        (child.stdin.take().expect("it is piped"), Pid::from_raw(i32::try_from(child.id())?));
     // Ends with the connection; the process of this thread outlives the command by at most that.
     thread::spawn(move || feed(input, stdin, group));
     let status = child.wait()?;
@@ -146,7 +152,11 @@ fn attend(child: &mut Child, input: BufReader<TcpStream>, output: &Arc<Mutex<Tcp
     Ok(status)
 }
 
-fn copy_out(kind: u8, mut from: impl Read + Send + 'static, to: &Arc<Mutex<TcpStream>>) -> thread::JoinHandle<()> {
+fn copy_out(
+    kind: u8,
+    mut from: impl Read + Send + 'static,
+    to: &Arc<Mutex<TcpStream>>,
+) -> thread::JoinHandle<()> {
     let to = to.clone();
     thread::spawn(move || {
         let mut chunk = vec![0; CHUNK_BYTES];
@@ -182,7 +192,8 @@ fn feed(mut input: BufReader<TcpStream>, stdin: std::process::ChildStdin, group:
 // ---- the tester's end
 
 fn exec(token: &str, address: &str, command: &[&str]) -> anyhow::Result<i32> {
-    let mut stream = TcpStream::connect(address).with_context(|| format!("cannot reach the testbed host at {address}"))?;
+    let mut stream =
+        TcpStream::connect(address).with_context(|| format!("cannot reach the testbed host at {address}"))?;
     stream.set_nodelay(true)?;
     stream.write_all(format!("{token}\n").as_bytes())?;
     for argument in command {

@@ -16,11 +16,20 @@
 //! Descriptors travel with the first byte of their frame (`SCM_RIGHTS`), and the frame says how many there are.
 //! Invariants: a body is at most [`frame::BODY_BYTES_MAX`]; a frame carries at most [`frame::DESCRIPTORS_MAX`]
 //! descriptors; a peer that breaks either is disconnected, never waited for.
+//!
+//! Lives and ends, so that a killed `seriod` leaves nothing half-made:
+//! - A `serio-vmm` or `serio-volumed` that got no `Launch`, `Export` or job within [`LAUNCH_WAIT`] of its birth
+//!   ends by itself. Once it has one, it goes on without any client, whatever happens to `seriod`.
+//! - A *job* of `serio-volumed` (all but `Export`) belongs to the connection that asked for it: the process ends
+//!   when that connection closes. `Status` may be asked on other connections meanwhile.
 #![forbid(unsafe_code)]
 
 pub mod channel;
 pub mod frame;
 pub mod message;
+
+/// How long a process waits for its first `Launch`, `Export` or job before it ends by itself.
+pub const LAUNCH_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 pub use channel::{Channel, ChannelError};
 pub use frame::{FrameError, decode, encode};

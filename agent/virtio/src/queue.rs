@@ -238,3 +238,7 @@ impl VirtQueue {
         Ok((available - Wrapping(self.queue.next_avail())).0)
     }
 }
+
+#[cfg(test)]
+#[path = "queue_test.rs"]
+mod tests;

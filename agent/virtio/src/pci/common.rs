@@ -237,15 +237,15 @@ impl Common {
 /// The status after the driver wrote `written`, which is not 0. Pure: the whole machine is here.
 pub(crate) fn next_status(old: u8, written: u8, features_acceptable: bool) -> u8 {
     // Bits are only ever added, and this one is set by the device alone.
-    let mut new = old | (written & !STATUS_NEEDS_RESET);
-    if old & STATUS_FEATURES_OK == 0 && !(features_acceptable && new & STATUS_DRIVER != 0) {
-        new &= !STATUS_FEATURES_OK;
+    let mut added = written & !STATUS_NEEDS_RESET;
+    if !(features_acceptable && (old | written) & STATUS_DRIVER != 0) {
+        added &= !STATUS_FEATURES_OK;
     }
     // The driver has to have read FEATURES_OK back, so it was there before this write.
     if old & STATUS_FEATURES_OK == 0 {
-        new &= !STATUS_DRIVER_OK;
+        added &= !STATUS_DRIVER_OK;
     }
-    new
+    old | added
 }
 
 fn checked_vector(shared: &Shared, vector: u16) -> u16 {

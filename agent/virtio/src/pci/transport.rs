@@ -413,3 +413,7 @@ fn class_of(device_id: u16) -> [u8; 3] {
         _ => [0x00, 0xff, 0x00],
     }
 }
+
+#[cfg(test)]
+#[path = "transport_test.rs"]
+mod tests;

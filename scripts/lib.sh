@@ -41,17 +41,17 @@ step() {
 	start=$(now_ms)
 	mkdir -p "$TARGET/logs"
 	log=$TARGET/logs/$(printf '%s' "$title" | tr -c 'a-zA-Z0-9' '-').log
+	# Whole lines only: steps may run side by side.
+	printf '==> %s\n' "$title" >&2
 	if [ -n "${VERBOSE:-}" ]; then
-		printf '==> %s\n' "$title" >&2
 		"$@" || rc=$?
 	else
-		printf '==> %s … ' "$title" >&2
 		"$@" >"$log" 2>&1 || rc=$?
 	fi
 	if [ "$rc" -eq 0 ]; then
-		printf 'done (%s)\n' "$(seconds_since "$start")" >&2
+		printf '    %s: done (%s)\n' "$title" "$(seconds_since "$start")" >&2
 	else
-		printf 'FAILED after %s (exit %d)\n' "$(seconds_since "$start")" "$rc" >&2
+		printf '    %s: FAILED after %s (exit %d)\n' "$title" "$(seconds_since "$start")" "$rc" >&2
 		[ -n "${VERBOSE:-}" ] || tail -n 60 "$log" >&2
 	fi
 	return "$rc"

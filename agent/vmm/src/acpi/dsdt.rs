@@ -1,0 +1,105 @@
+//! The DSDT: the devices that a guest cannot find by probing.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed,
+    Method, Name, Notify, ONE, Package, Path, ResourceTemplate, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+
+use super::{OEM, OEM_REVISION, OEM_TABLE};
+use crate::layout;
+
+/// Bytes of an SDT's header.
+const HEADER_BYTES: u32 = 36;
+/// What a power button is notified with: pressed.
+const BUTTON_PRESSED: u8 = 0x80;
+/// The name of the power button's device, below the system bus.
+const POWER_BUTTON: &str = "\\_SB_.PWRB";
+
+/// Builds the table.
+pub(super) fn dsdt() -> impl Aml {
+    let mut body = Vec::with_capacity(1024);
+    host_bridge(&mut body);
+    serial(&mut body);
+    power_button(&mut body);
+    event_device(&mut body);
+    sleep_states(&mut body);
+    // In one piece: the builder sums up the whole table at each append.
+    let mut sdt = Sdt::new(*b"DSDT", HEADER_BYTES, 2, OEM, OEM_TABLE, OEM_REVISION);
+    sdt.append_slice(&body);
+    sdt
+}
+
+/// The PCI host bridge: bus 0, its window for BARs, and ECAM as a resource of the board, without which Linux would
+/// not use it.
+fn host_bridge(sink: &mut dyn AmlSink) {
+    let hid = EISAName::new("PNP0A08");
+    let cid = EISAName::new("PNP0A03");
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    let ports = IO::new(0xcf8, 0xcf8, 1, 8);
+    let window = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        layout::BAR_WINDOW_BASE as u32,
+        (layout::BAR_WINDOW_END - 1) as u32,
+        None,
+    );
+    let resources = ResourceTemplate::new(vec![&bus, &ports, &window]);
+    let hid = Name::new("_HID".into(), &hid);
+    let cid = Name::new("_CID".into(), &cid);
+    let uid = Name::new("_UID".into(), &ZERO);
+    let segment = Name::new("_SEG".into(), &ZERO);
+    let base_bus = Name::new("_BBN".into(), &ZERO);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new(Path::new("\\_SB_.PCI0"), vec![&hid, &cid, &uid, &segment, &base_bus, &crs])
+        .to_aml_bytes(sink);
+
+    let ecam = Memory32Fixed::new(true, layout::ECAM_BASE as u32, layout::ECAM_BYTES as u32);
+    let resources = ResourceTemplate::new(vec![&ecam]);
+    let board = EISAName::new("PNP0C02");
+    let hid = Name::new("_HID".into(), &board);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new(Path::new("\\_SB_.MBRD"), vec![&hid, &uid, &crs]).to_aml_bytes(sink);
+}
+
+/// COM1, a 16550 at its usual place.
+fn serial(sink: &mut dyn AmlSink) {
+    let uart = EISAName::new("PNP0501");
+    let hid = Name::new("_HID".into(), &uart);
+    let uid = Name::new("_UID".into(), &ONE);
+    let interrupt = Interrupt::new(true, true, false, false, layout::COM1_GSI);
+    let ports = IO::new(layout::COM1_PORT, layout::COM1_PORT, 1, 8);
+    let resources = ResourceTemplate::new(vec![&interrupt, &ports]);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new(Path::new("\\_SB_.COM1"), vec![&hid, &uid, &crs]).to_aml_bytes(sink);
+}
+
+/// The power button, as a control-method device (ACPI 6.5 §4.8.3.1.1.2).
+fn power_button(sink: &mut dyn AmlSink) {
+    let button = EISAName::new("PNP0C0C");
+    let hid = Name::new("_HID".into(), &button);
+    let uid = Name::new("_UID".into(), &ZERO);
+    Device::new(Path::new(POWER_BUTTON), vec![&hid, &uid]).to_aml_bytes(sink);
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): its one interrupt means that the power button was pressed.
+fn event_device(sink: &mut dyn AmlSink) {
+    let hid = Name::new("_HID".into(), &"ACPI0013");
+    let uid = Name::new("_UID".into(), &ZERO);
+    let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
+    let resources = ResourceTemplate::new(vec![&interrupt]);
+    let crs = Name::new("_CRS".into(), &resources);
+    let button = Path::new(POWER_BUTTON);
+    let notify = Notify::new(&button, &BUTTON_PRESSED);
+    let ours = Equal::new(&Arg(0), &layout::EVENT_GSI);
+    let when = If::new(&ours, vec![&notify]);
+    let event = Method::new("_EVT".into(), 1, true, vec![&when]);
+    Device::new(Path::new("\\_SB_.GED0"), vec![&hid, &uid, &crs, &event]).to_aml_bytes(sink);
+}
+
+/// Only "soft off".
+fn sleep_states(sink: &mut dyn AmlSink) {
+    let package = Package::new(vec![&layout::S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]);
+    Name::new("\\_S5_".into(), &package).to_aml_bytes(sink);
+}

@@ -1,0 +1,143 @@
+//! Names of resources in the API: `vdcs/ardesio/vms/web`. One place makes and reads them.
+
+use crate::{Name, NameError, VdcName};
+
+/// Why a text is not the name of such a resource.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResourceError {
+    /// Not of the form.
+    #[error("`{text}` is not of the form {form}")]
+    Form {
+        /// The text.
+        text: String,
+        /// What it should look like.
+        form: &'static str,
+    },
+    /// A part is not a name.
+    #[error("`{text}`")]
+    Part {
+        /// The text.
+        text: String,
+        /// Why.
+        #[source]
+        source: NameError,
+    },
+}
+
+/// The name of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotName {
+    /// Its volume.
+    pub volume: VdcName,
+    /// Its own name.
+    pub snapshot: Name,
+}
+
+fn parts<const N: usize>(text: &str, form: &'static str) -> Result<[Name; N], ResourceError> {
+    let wrong = || ResourceError::Form { text: text.to_owned(), form };
+    let mut found = Vec::with_capacity(N);
+    let mut given = text.split('/');
+    for expected in form.split('/') {
+        let part = given.next().ok_or_else(wrong)?;
+        if expected.chars().all(|c| c.is_ascii_lowercase()) {
+            if part != expected {
+                return Err(wrong());
+            }
+        } else {
+            found.push(part.parse().map_err(|source| ResourceError::Part { text: text.to_owned(), source })?);
+        }
+    }
+    if given.next().is_some() {
+        return Err(wrong());
+    }
+    found.try_into().map_err(|_| wrong())
+}
+
+/// `vdcs/VDC`.
+pub fn parse_vdc(text: &str) -> Result<Name, ResourceError> {
+    parts::<1>(text, "vdcs/VDC").map(|[name]| name)
+}
+
+/// `images/NAME`.
+pub fn parse_image(text: &str) -> Result<Name, ResourceError> {
+    parts::<1>(text, "images/NAME").map(|[name]| name)
+}
+
+/// `exports/ID`.
+pub fn parse_export(text: &str) -> Result<Name, ResourceError> {
+    parts::<1>(text, "exports/ID").map(|[name]| name)
+}
+
+/// `vdcs/VDC/vms/NAME`.
+pub fn parse_vm(text: &str) -> Result<VdcName, ResourceError> {
+    parts::<2>(text, "vdcs/VDC/vms/NAME").map(|[vdc, name]| VdcName { vdc, name })
+}
+
+/// `vdcs/VDC/volumes/NAME`.
+pub fn parse_volume(text: &str) -> Result<VdcName, ResourceError> {
+    parts::<2>(text, "vdcs/VDC/volumes/NAME").map(|[vdc, name]| VdcName { vdc, name })
+}
+
+/// `vdcs/VDC/volumes/NAME/snapshots/SNAPSHOT`.
+pub fn parse_snapshot(text: &str) -> Result<SnapshotName, ResourceError> {
+    parts::<3>(text, "vdcs/VDC/volumes/NAME/snapshots/SNAPSHOT")
+        .map(|[vdc, name, snapshot]| SnapshotName { volume: VdcName { vdc, name }, snapshot })
+}
+
+/// `vdcs/VDC`.
+#[must_use]
+pub fn vdc(name: &Name) -> String {
+    format!("vdcs/{name}")
+}
+
+/// `images/NAME`.
+#[must_use]
+pub fn image(name: &Name) -> String {
+    format!("images/{name}")
+}
+
+/// `vdcs/VDC/vms/NAME`.
+#[must_use]
+pub fn vm(name: &VdcName) -> String {
+    format!("vdcs/{}/vms/{}", name.vdc, name.name)
+}
+
+/// `vdcs/VDC/volumes/NAME`.
+#[must_use]
+pub fn volume(name: &VdcName) -> String {
+    format!("vdcs/{}/volumes/{}", name.vdc, name.name)
+}
+
+/// `vdcs/VDC/volumes/NAME/snapshots/SNAPSHOT`.
+#[must_use]
+pub fn snapshot(volume_name: &VdcName, snapshot: &Name) -> String {
+    format!("{}/snapshots/{snapshot}", volume(volume_name))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn they_parse_back() {
+        let web: VdcName = "ardesio/web".parse().unwrap();
+        assert_eq!(parse_vm(&vm(&web)).unwrap(), web);
+        assert_eq!(parse_volume(&volume(&web)).unwrap(), web);
+        let point = parse_snapshot(&snapshot(&web, &"before".parse().unwrap())).unwrap();
+        assert_eq!(point, SnapshotName { volume: web, snapshot: "before".parse().unwrap() });
+        assert_eq!(parse_vdc("vdcs/a").unwrap().as_str(), "a");
+        assert!(matches!(parse_vdc("a"), Err(ResourceError::Form { .. })));
+        assert!(matches!(parse_vdc("vdcs/A"), Err(ResourceError::Part { .. })));
+        assert!(parse_vm("vdcs/a/volumes/b").is_err() && parse_vm("vdcs/a/vms/b/c").is_err() && parse_vm("").is_err());
+        assert!(parse_image("images/../x").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_panics(text in ".*") {
+            let _ = (parse_vdc(&text), parse_vm(&text), parse_snapshot(&text));
+        }
+    }
+}

@@ -23,7 +23,9 @@ mod cpuid;
 mod irq;
 mod kvm;
 mod memory;
+mod packet;
 mod registers;
+mod tap;
 mod vcpu;
 mod vm;
 
@@ -33,7 +35,9 @@ pub use memory::{
     GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, create_memory, memory_from_fd,
     ram_ranges,
 };
+pub use packet::{PACKET_SEGMENTS_MAX, receive_packet, send_packet};
 pub use registers::{BootMode, BootRegisters, GDT};
+pub use tap::{Tap, TapError, TapOffloads, VNET_HEADER_BYTES};
 pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};
 pub use vm::{IoAddr, Vm, VmError};
 

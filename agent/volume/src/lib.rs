@@ -1,1 +1,52 @@
 //! Volumes: layers, maps, stacks and the engine that reads and writes them.
+//!
+//! ```text
+//!   virtqueue / NBD connection          one thread each
+//!        │ Op (owns its Buffers)   ▲ (tag, result, Buffers)
+//!   ┌────▼─────────────────────────┴───┐
+//!   │ IoQueue   slots, plan, copy-up   │  queue.rs, plan.rs
+//!   └────┬─────────────────────────▲───┘
+//!   ┌────▼─────────────────────────┴───┐
+//!   │ Driver    io_uring or inline     │  uring/   (the only unsafe code)
+//!   └────┬─────────────────────────▲───┘
+//!     head.data   sealed.data …   bottom.data
+//!
+//!   Volume (shared): stack of layers + maps, gate, claims, keeper thread (map commits)
+//! ```
+//!
+//! Owns: the format on disk (`agent/volume/README.md` has every byte), locking, durability, snapshots.
+//! Never: opens a file by itself except in [`VolumeDir`] and its stand-alone users; talks to a socket; logs.
+//!
+//! Threads: an [`IoQueue`] belongs to one thread at a time. A [`Volume`] is shared. A layered writable
+//! volume has one more thread, the keeper, that commits the map; it is named `volume-keeper`.
+#![deny(unsafe_code)]
+
+mod dir;
+mod error;
+mod header;
+mod keeper;
+mod layer;
+mod map;
+mod media;
+mod op;
+mod plan;
+mod queue;
+mod shared;
+mod stack;
+#[allow(unsafe_code)]
+mod uring;
+mod volume;
+
+#[cfg(test)]
+mod crash_test;
+#[cfg(test)]
+mod stack_test;
+
+pub use dir::{VolumeDir, VolumeDirError};
+pub use error::{CreateError, IoError, OpenError, SnapshotError};
+pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
+pub use op::{Full, Op};
+pub use queue::IoQueue;
+pub use stack::Extent;
+pub use uring::{Buffers, GuestMemory, GuestRangeError};
+pub use volume::{Access, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer};

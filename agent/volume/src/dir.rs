@@ -1,0 +1,172 @@
+//! A volume directory: `00000000.data`, `00000000.map`, `00000001.data`, … For stand-alone tools and tests; the
+//! agents get their files as descriptors instead.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{CreateError, OpenError, SnapshotError},
+    stack::LAYERS_MAX,
+    volume::{Access, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer},
+};
+
+/// Why something with a volume directory failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeDirError {
+    /// The directory or a file in it.
+    #[error("cannot {what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+    /// There is a volume already.
+    #[error("{0} holds a volume already: choose another directory, or remove it")]
+    Exists(PathBuf),
+    /// No layer is there.
+    #[error("{0} is not a volume directory: it has no 00000000.map")]
+    NotAVolume(PathBuf),
+    /// Opening it.
+    #[error("cannot open the volume in {path}")]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// Creating it.
+    #[error("cannot create a volume in {path}")]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CreateError,
+    },
+    /// Taking a snapshot.
+    #[error("cannot take a snapshot of the volume in {path}")]
+    Snapshot {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: SnapshotError,
+    },
+}
+
+/// See the head of this file.
+#[derive(Debug, Clone)]
+pub struct VolumeDir {
+    path: PathBuf,
+}
+
+impl VolumeDir {
+    /// The directory at `path`, which need not exist yet.
+    pub fn new(path: impl Into<PathBuf>) -> VolumeDir {
+        VolumeDir { path: path.into() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn file(&self, layer: u64, suffix: &str) -> PathBuf {
+        self.path.join(format!("{layer:08}.{suffix}"))
+    }
+
+    fn io(&self, what: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> VolumeDirError {
+        move |source| VolumeDirError::Io { what, path, source }
+    }
+
+    /// Makes the directory and the empty files of layer 0. The caller may fill the data file, then calls
+    /// [`VolumeDir::commit`]; until then the directory holds no volume.
+    pub fn begin(&self) -> Result<LayerFiles, VolumeDirError> {
+        fs::create_dir_all(&self.path).map_err(self.io("create", self.path.clone()))?;
+        // A map without a header is what an interrupted import left; a volume has one.
+        if self.file(0, "map").metadata().is_ok_and(|m| m.len() > 0) {
+            return Err(VolumeDirError::Exists(self.path.clone()));
+        }
+        let files = self.open_layer(0, true, true)?;
+        files.data.set_len(0).map_err(self.io("empty", self.file(0, "data")))?;
+        self.sync()?;
+        Ok(files)
+    }
+
+    /// Makes what [`VolumeDir::begin`] gave, and the caller filled, a volume of `size_bytes`.
+    pub fn commit(&self, files: &LayerFiles, size_bytes: u64) -> Result<(), VolumeDirError> {
+        create_layer(files, size_bytes, *uuid::Uuid::new_v4().as_bytes(), true)
+            .map_err(|source| VolumeDirError::Create { path: self.path.clone(), source })
+    }
+
+    /// An empty volume of `size_bytes`.
+    pub fn create(&self, size_bytes: u64) -> Result<(), VolumeDirError> {
+        let files = self.begin()?;
+        self.commit(&files, size_bytes)
+    }
+
+    /// Opens the volume.
+    pub fn open(&self, access: Access) -> Result<Volume, VolumeDirError> {
+        Volume::open(self.files(access)?, access).map_err(self.open_error())
+    }
+
+    /// Opens the volume at a snapshot, read-only.
+    pub fn open_snapshot(&self, name: &str) -> Result<Volume, VolumeDirError> {
+        Volume::open_snapshot(self.files(Access::ReadOnly)?, name).map_err(self.open_error())
+    }
+
+    fn open_error(&self) -> impl FnOnce(OpenError) -> VolumeDirError {
+        let path = self.path.clone();
+        move |source| VolumeDirError::Open { path, source }
+    }
+
+    /// The files of all layers, oldest first.
+    pub fn files(&self, access: Access) -> Result<VolumeFiles, VolumeDirError> {
+        let mut layers = Vec::new();
+        // Numbers have no gaps: merges, when they come, keep the numbers in the headers.
+        while layers.len() <= LAYERS_MAX && self.file(layers.len() as u64, "map").exists() {
+            layers.push(self.open_layer(layers.len() as u64, access == Access::ReadWrite, false)?);
+        }
+        if layers.is_empty() {
+            return Err(VolumeDirError::NotAVolume(self.path.clone()));
+        }
+        Ok(VolumeFiles { layers })
+    }
+
+    fn open_layer(&self, layer: u64, write: bool, create: bool) -> Result<LayerFiles, VolumeDirError> {
+        let open = |suffix| -> Result<File, VolumeDirError> {
+            let path = self.file(layer, suffix);
+            OpenOptions::new()
+                .read(true)
+                .write(write)
+                .create(create)
+                .truncate(false)
+                .open(&path)
+                .map_err(self.io("open", path))
+        };
+        Ok(LayerFiles { data: open("data")?, map: open("map")? })
+    }
+
+    /// Takes a snapshot of a volume of this directory that the caller has open for writing.
+    pub fn snapshot(&self, volume: &Volume, name: &str) -> Result<SnapshotInfo, VolumeDirError> {
+        let next = volume.head_header().map_or(0, |h| h.layer.saturating_add(1));
+        let files = self.open_layer(next, true, true)?;
+        // The names must outlive a crash before the sealed header names them.
+        self.sync()?;
+        volume
+            .snapshot(files, name)
+            .map_err(|source| VolumeDirError::Snapshot { path: self.path.clone(), source })
+    }
+
+    fn sync(&self) -> Result<(), VolumeDirError> {
+        File::open(&self.path).and_then(|dir| dir.sync_all()).map_err(self.io("sync", self.path.clone()))
+    }
+}

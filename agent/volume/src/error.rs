@@ -1,0 +1,168 @@
+//! One error type per operation. `Display` says what and where; the source is chained, never repeated.
+
+use std::io;
+
+use crate::header::HeaderError;
+
+/// Why one operation on a volume failed. Cheap: it is made on the I/O path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IoError {
+    /// The range does not lie within the volume.
+    #[error("bytes {offset}+{len} lie outside the volume of {size} bytes")]
+    OutOfRange {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Size of the volume, bytes.
+        size: u64,
+    },
+    /// A change of a volume that was opened read-only.
+    #[error("the volume is open read-only")]
+    ReadOnly,
+    /// An earlier sync failed: what is on disk is unknown, so nothing more is promised.
+    #[error("an earlier sync of this volume failed; it takes no more writes until it is reopened")]
+    Poisoned,
+    /// The file system or the device answered an error.
+    #[error("the host answered errno {errno} to a {what}")]
+    Host {
+        /// Which primitive failed.
+        what: &'static str,
+        /// The errno.
+        errno: i32,
+    },
+    /// A data file ends before the volume does: somebody truncated it.
+    #[error("a data file of the volume is shorter than the volume")]
+    Truncated,
+}
+
+impl IoError {
+    pub(crate) fn host(what: &'static str, error: &io::Error) -> IoError {
+        IoError::Host { what, errno: error.raw_os_error().unwrap_or(nix::libc::EIO) }
+    }
+
+    /// The errno that a guest's or an NBD client's protocol is told.
+    pub fn errno(&self) -> i32 {
+        match self {
+            IoError::OutOfRange { .. } => nix::libc::EINVAL,
+            IoError::ReadOnly => nix::libc::EPERM,
+            IoError::Poisoned | IoError::Truncated => nix::libc::EIO,
+            IoError::Host { errno, .. } => *errno,
+        }
+    }
+}
+
+/// Why a volume could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Somebody else has it open.
+    #[error(
+        "layer {layer} is in use by another process: stop the VM, the export or the job that has this volume open, then try again"
+    )]
+    InUse {
+        /// Number of the layer whose lock is held elsewhere.
+        layer: u64,
+    },
+    /// No layer was given.
+    #[error("no layer was given: a volume has at least 00000000.data and 00000000.map")]
+    Empty,
+    /// More layers than a stack may have.
+    #[error("{0} layers are more than a stack may have ({max}): flatten the volume", max = crate::stack::LAYERS_MAX)]
+    TooManyLayers(usize),
+    /// A header cannot be used.
+    #[error("the map file given as number {index} (oldest is 0) is not usable")]
+    Header {
+        /// Position in the list that was given.
+        index: usize,
+        /// Why.
+        #[source]
+        source: HeaderError,
+    },
+    /// The layers do not belong together.
+    #[error("the layers do not form a chain: {0}")]
+    Chain(String),
+    /// No sealed layer has this snapshot name.
+    #[error("the volume has no snapshot named `{0}`")]
+    NoSuchSnapshot(String),
+    /// A map has block states that do not exist.
+    #[error("the map of layer {layer} is damaged at map byte {at}")]
+    DamagedMap {
+        /// Number of the layer.
+        layer: u64,
+        /// Offset in the map file, bytes.
+        at: u64,
+    },
+    /// A raw file that is neither a regular file nor a block device, or has no size.
+    #[error("not a disk: {0}")]
+    NotADisk(String),
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a layer could not be created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A size of zero or beyond [`crate::SIZE_BYTES_MAX`].
+    #[error("a volume has 1 to {max} bytes, not {0}", max = crate::header::SIZE_BYTES_MAX)]
+    Size(u64),
+    /// Somebody else has the files open.
+    #[error("the files of the new layer are in use by another process")]
+    InUse,
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a snapshot was not taken. The volume goes on as before, except after [`SnapshotError::Io`] at the
+/// commit point, which poisons it.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A plain raw file has no layers.
+    #[error("a plain raw file cannot be snapshotted: import it as a volume first")]
+    Raw,
+    /// Opened read-only.
+    #[error("the volume is open read-only")]
+    ReadOnly,
+    /// An earlier sync failed.
+    #[error("an earlier sync of this volume failed; reopen it first")]
+    Poisoned,
+    /// The name is empty, too long, or taken.
+    #[error("`{name}` cannot be the snapshot's name: {why}")]
+    Name {
+        /// The name.
+        name: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The stack is as deep as it may be.
+    #[error("the volume already has {0} layers: delete snapshots or flatten it first")]
+    TooManyLayers(usize),
+    /// I/O under way did not end in time.
+    #[error("I/O on the volume did not drain within {0} ms; nothing was changed")]
+    NotDrained(u64),
+    /// The new head could not be made.
+    #[error("the new head could not be made")]
+    Create(#[from] CreateError),
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}

@@ -1,0 +1,112 @@
+//! One open layer: its two files, what its header says, and its map.
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use crate::{
+    error::CreateError,
+    header::{Header, HeaderError, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
+    map::BlockMap,
+    media::{Lock, Media},
+};
+
+/// An open layer.
+pub(crate) struct Layer {
+    pub(crate) data: Media,
+    /// None for a plain raw file.
+    pub(crate) map_file: Option<Media>,
+    /// None at the bottom, which answers for every block by its data file alone.
+    pub(crate) map: Option<BlockMap>,
+    pub(crate) size_bytes: u64,
+    pub(crate) blocks: u64,
+    header: Mutex<Option<Header>>,
+}
+
+impl Layer {
+    pub(crate) fn new(data: Media, map_file: Media, header: Header, map: Option<BlockMap>) -> Layer {
+        Layer {
+            data,
+            map_file: Some(map_file),
+            map,
+            size_bytes: header.size_bytes,
+            blocks: header.blocks(),
+            header: Mutex::new(Some(header)),
+        }
+    }
+
+    /// A plain raw file.
+    pub(crate) fn raw(data: Media, size_bytes: u64) -> Layer {
+        let blocks = size_bytes.div_ceil(crate::header::BLOCK_BYTES);
+        Layer { data, map_file: None, map: None, size_bytes, blocks, header: Mutex::new(None) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Header>> {
+        // The header is replaced whole, so a panic elsewhere leaves it right.
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the header says; None for a plain raw file.
+    pub(crate) fn header(&self) -> Option<Header> {
+        self.lock().clone()
+    }
+
+    /// Writes a changed header over the slot that does not count, and syncs: afterwards the change is durable.
+    pub(crate) fn update_header(&self, change: impl FnOnce(&mut Header)) -> io::Result<()> {
+        let mut guard = self.lock();
+        let (Some(header), Some(file)) = (guard.as_mut(), &self.map_file) else {
+            return Err(io::Error::from(io::ErrorKind::Unsupported));
+        };
+        let mut changed = header.clone();
+        change(&mut changed);
+        changed.sequence = changed.sequence.wrapping_add(1);
+        write_header(file, &changed)?;
+        *header = changed;
+        Ok(())
+    }
+}
+
+/// Writes one slot and syncs it.
+pub(crate) fn write_header(file: &Media, header: &Header) -> io::Result<()> {
+    file.write_all_at(&header.encode(), header.slot_offset())?;
+    file.sync_data()
+}
+
+/// Reads the newer valid header of a map file.
+pub(crate) fn read_header(file: &Media) -> Result<Header, HeaderError> {
+    let errno = |e: io::Error| HeaderError::Read(e.raw_os_error().unwrap_or(libc::EIO));
+    if file.len().map_err(errno)? < MAP_OFFSET {
+        return Err(HeaderError::Short);
+    }
+    let mut bytes = [0; 2 * SLOT_BYTES];
+    file.read_exact_at(&mut bytes, 0).map_err(errno)?;
+    Header::decode(&bytes)
+}
+
+/// Makes both files those of an empty head and syncs them. What they held is lost. `keep_data` leaves the bytes
+/// of the data file (an import wrote them) and only sets its length.
+pub(crate) fn initialize(
+    data: &Media,
+    map_file: &Media,
+    header: &Header,
+    keep_data: bool,
+) -> Result<(), CreateError> {
+    if header.size_bytes == 0 || header.size_bytes > SIZE_BYTES_MAX {
+        return Err(CreateError::Size(header.size_bytes));
+    }
+    let io = |what| move |source| CreateError::Io { what, source };
+    if !data.try_lock(Lock::Exclusive).map_err(io("lock the new data file"))? {
+        return Err(CreateError::InUse);
+    }
+    if !keep_data {
+        data.set_len(0).map_err(io("empty the new data file"))?;
+    }
+    data.set_len(header.size_bytes).map_err(io("size the new data file"))?;
+    data.sync_data().map_err(io("sync the new data file"))?;
+    map_file.set_len(0).map_err(io("empty the new map file"))?;
+    let map_bytes = header.blocks().div_ceil(4).next_multiple_of(crate::map::PAGE_BYTES as u64);
+    map_file.set_len(MAP_OFFSET + map_bytes).map_err(io("size the new map file"))?;
+    // Last: the header is what makes the files a layer.
+    write_header(map_file, header).map_err(io("write the new header"))
+}

@@ -1,0 +1,148 @@
+//! One file of a layer, as the engine sees it: a host file, or in tests a simulated disk that can crash.
+
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+
+#[cfg(test)]
+use crate::crash_test::SimFile;
+
+/// A file of a layer.
+#[derive(Debug, Clone)]
+pub(crate) enum Media {
+    /// A regular file or block device.
+    File(Arc<File>),
+    /// A simulated disk: the same engine code runs on it, and it can lose power.
+    #[cfg(test)]
+    Sim(Arc<SimFile>),
+}
+
+/// Which lock on a data file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// The only writer.
+    Exclusive,
+    /// One of the readers of a head that nobody writes.
+    Shared,
+}
+
+impl Media {
+    pub(crate) fn new(file: File) -> Media {
+        Media::File(Arc::new(file))
+    }
+
+    pub(crate) fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match self {
+            Media::File(file) => file.read_exact_at(bytes, offset),
+            #[cfg(test)]
+            Media::Sim(sim) => sim.read_exact_at(bytes, offset),
+        }
+    }
+
+    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        match self {
+            Media::File(file) => file.write_all_at(bytes, offset),
+            #[cfg(test)]
+            Media::Sim(sim) => sim.write_all_at(bytes, offset),
+        }
+    }
+
+    pub(crate) fn sync_data(&self) -> io::Result<()> {
+        match self {
+            Media::File(file) => file.sync_data(),
+            #[cfg(test)]
+            Media::Sim(sim) => sim.sync_data(),
+        }
+    }
+
+    pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
+        match self {
+            Media::File(file) => file.set_len(len),
+            #[cfg(test)]
+            Media::Sim(sim) => sim.set_len(len),
+        }
+    }
+
+    pub(crate) fn len(&self) -> io::Result<u64> {
+        match self {
+            Media::File(file) => file_len(file),
+            #[cfg(test)]
+            Media::Sim(sim) => Ok(sim.len()),
+        }
+    }
+
+    /// `fallocate` with `mode`; also what [`crate::uring`] does inline.
+    pub(crate) fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        match self {
+            Media::File(file) => Ok(fallocate(file, mode, offset.cast_signed(), len.cast_signed())?),
+            #[cfg(test)]
+            Media::Sim(sim) => sim.zero(offset, len),
+        }
+    }
+
+    /// How many bytes from `at` (up to `end`) are alike, and whether they are a hole. A file system that does not
+    /// know says data.
+    pub(crate) fn extent_at(&self, at: u64, end: u64) -> (u64, bool) {
+        match self {
+            Media::File(file) => extent_at(file, at, end),
+            #[cfg(test)]
+            Media::Sim(_) => (end - at, false),
+        }
+    }
+
+    /// Takes an open-file-description lock on the whole file. `false`: held elsewhere. The lock goes with the
+    /// last descriptor of this open file, wherever that is.
+    pub(crate) fn try_lock(&self, lock: Lock) -> io::Result<bool> {
+        match self {
+            Media::File(file) => try_lock(file, lock),
+            #[cfg(test)]
+            Media::Sim(_) => Ok(true),
+        }
+    }
+}
+
+fn try_lock(file: &File, lock: Lock) -> io::Result<bool> {
+    let kind = match lock {
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::Shared => libc::F_RDLCK,
+    };
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn extent_at(file: &File, at: u64, end: u64) -> (u64, bool) {
+    use nix::unistd::{Whence, lseek64};
+    // lseek moves the file's position, which nobody uses: all I/O here names its offset.
+    let seek = |whence| lseek64(file, at.cast_signed(), whence);
+    match seek(Whence::SeekData) {
+        Ok(data) if data.cast_unsigned() > at => (data.cast_unsigned().min(end) - at, true),
+        Ok(_) => match seek(Whence::SeekHole) {
+            Ok(hole) if hole.cast_unsigned() > at => (hole.cast_unsigned().min(end) - at, false),
+            _ => (end - at, false),
+        },
+        // No data from here to the end of the file.
+        Err(nix::errno::Errno::ENXIO) => (end - at, true),
+        Err(_) => (end - at, false),
+    }
+}
+
+/// Length of a regular file or of a block device, whose metadata say zero.
+fn file_len(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        return Ok(metadata.len());
+    }
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::End(0))
+}

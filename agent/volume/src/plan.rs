@@ -1,0 +1,136 @@
+//! What an operation becomes: pure decisions, from a stack and a range to primitives.
+
+use nix::fcntl::FallocateFlags;
+
+use crate::{
+    header::BLOCK_BYTES,
+    map::State,
+    shared::Claim,
+    stack::{Source, Stack},
+    uring::{Body, BouncePart, Io, Span},
+};
+
+/// Something that is done at once, in memory.
+pub(crate) enum Fill {
+    /// Zero a part of the buffers.
+    Buffers { start: u64, len: u64 },
+    /// Zero a part of a bounce block.
+    Bounce(BouncePart),
+}
+
+/// A range of bytes of the volume.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Range {
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+}
+
+impl Range {
+    pub(crate) fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+
+    /// The blocks that it touches.
+    pub(crate) fn touched(&self) -> Claim {
+        let first = self.offset / BLOCK_BYTES;
+        Claim { first, count: self.end().div_ceil(BLOCK_BYTES) - first }
+    }
+
+    /// The blocks that it covers whole; the volume's last block counts as whole when it is covered to its end.
+    pub(crate) fn covered(&self, size_bytes: u64) -> Claim {
+        let first = self.offset.div_ceil(BLOCK_BYTES);
+        let end = if self.end() == size_bytes {
+            size_bytes.div_ceil(BLOCK_BYTES)
+        } else {
+            self.end() / BLOCK_BYTES
+        };
+        Claim { first, count: end.saturating_sub(first) }
+    }
+}
+
+pub(crate) fn punch() -> i32 {
+    (FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits()
+}
+
+pub(crate) fn zero_range() -> i32 {
+    (FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits()
+}
+
+/// A read: one primitive for each run of blocks with one source.
+pub(crate) fn read(stack: &Stack, range: Range, ios: &mut Vec<Io>, mut fill: impl FnMut(Fill)) {
+    stack.byte_runs(range.offset, range.len, |source, at, len| {
+        let start = at - range.offset;
+        match source {
+            Source::Layer(index) => {
+                ios.push(Io::Read { file: index as u32, offset: at, span: Span::buffers(start, len) });
+            }
+            Source::Zero => fill(Fill::Buffers { start, len }),
+        }
+    });
+}
+
+/// The write of `body` to `range` in a head with layers below. Blocks at its ends that are covered in part and
+/// are not data in the head are completed from a bounce block: `copy_up` gets the reads that fill it first.
+pub(crate) fn write(
+    stack: &Stack,
+    range: Range,
+    body: Body,
+    first_bounce: u8,
+    copy_up: &mut Vec<Io>,
+    mut fill: impl FnMut(Fill),
+) -> Io {
+    let head = stack.head();
+    let mut span = Span { head: BouncePart::default(), body, tail: BouncePart::default() };
+    let mut offset = range.offset;
+    let state = |block| head.map.as_ref().map_or(State::Data, |map| map.run(block, 1).0);
+    let before = (range.offset % BLOCK_BYTES) as u32;
+    let first = range.offset / BLOCK_BYTES;
+    let last = (range.end() - 1) / BLOCK_BYTES;
+    let last_len = (head.size_bytes - last * BLOCK_BYTES).min(BLOCK_BYTES) as u32;
+    let after_from = (range.end() - last * BLOCK_BYTES) as u32;
+    let mut filled = None;
+    if before > 0 && state(first) != State::Data {
+        complete(stack, first, first_bounce, copy_up, &mut fill);
+        filled = Some(first);
+        span.head = BouncePart { which: first_bounce, start: 0, len: before };
+        offset -= u64::from(before);
+    }
+    if after_from < last_len && state(last) != State::Data {
+        let which =
+            if filled == Some(last) { first_bounce } else { first_bounce + u8::from(filled.is_some()) };
+        if filled != Some(last) {
+            complete(stack, last, which, copy_up, &mut fill);
+        }
+        span.tail = BouncePart { which, start: after_from, len: last_len - after_from };
+    }
+    Io::Write { file: stack.head_index() as u32, offset, span }
+}
+
+/// Fills a bounce block with what `block` reads as now.
+fn complete(stack: &Stack, block: u64, which: u8, copy_up: &mut Vec<Io>, fill: &mut impl FnMut(Fill)) {
+    let zero_in_head = stack.head_map().is_some_and(|map| map.run(block, 1).0 == State::Zero);
+    let source = if zero_in_head { Source::Zero } else { stack.resolve(stack.head_index(), block, 1).0 };
+    fill(Fill::Bounce(BouncePart { which, start: 0, len: BLOCK_BYTES as u32 }));
+    if let Source::Layer(index) = source {
+        let offset = block * BLOCK_BYTES;
+        // What lies past the end of a smaller layer stays zero.
+        let len = (stack.layers[index].size_bytes - offset).min(BLOCK_BYTES) as u32;
+        copy_up.push(Io::Read { file: index as u32, offset, span: Span::bounce(which, 0, len) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn covered_blocks() {
+        let size = 10 * BLOCK_BYTES + 100;
+        let covered = |offset, len| Range { offset, len }.covered(size);
+        assert_eq!(covered(0, size), Claim { first: 0, count: 11 });
+        assert_eq!(covered(1, 2 * BLOCK_BYTES), Claim { first: 1, count: 1 });
+        assert_eq!(covered(1, 100).count, 0);
+        assert_eq!(covered(10 * BLOCK_BYTES, 100), Claim { first: 10, count: 1 });
+        assert_eq!(covered(10 * BLOCK_BYTES, 99).count, 0);
+    }
+}

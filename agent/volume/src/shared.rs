@@ -1,0 +1,191 @@
+//! What the queues of a volume share: the current stack, the gate, the claims, the mailboxes.
+//!
+//! - **Gate**: an operation enters before it looks at the stack and leaves when it is answered. A snapshot
+//!   closes the gate, waits until nobody is inside, changes the stack, opens it. Entering is two operations on
+//!   atomics; the counter is the queue's own, so queues do not share a cache line.
+//! - **Claims**: a write to blocks that the head does not hold yet has them for itself until its bits are set,
+//!   else two partial writes would each copy the block up over the other's bytes. Blocks that are data already
+//!   need no claim.
+//! - An operation that finds the gate closed or its blocks claimed is *parked* in its queue; whoever opens or
+//!   releases signals the queues that have parked something, and their `reap` tries again.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, Weak,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+};
+
+use nix::sys::eventfd::EventFd;
+
+use crate::{error::IoError, keeper::KeeperState, stack::Stack, uring::signal};
+
+/// Locks; the states here are replaced whole, so a panic elsewhere leaves them right.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A queue, as others see it.
+pub(crate) struct QueueShared {
+    pub(crate) event: Arc<EventFd>,
+    /// Operations inside the gate.
+    inside: AtomicU32,
+    parked: AtomicBool,
+    /// Slots whose map commit is done.
+    pub(crate) mailbox: Mutex<Vec<(u32, Result<(), IoError>)>>,
+}
+
+impl QueueShared {
+    pub(crate) fn new(event: Arc<EventFd>) -> QueueShared {
+        QueueShared {
+            event,
+            inside: AtomicU32::new(0),
+            parked: AtomicBool::new(false),
+            mailbox: Mutex::new(Vec::new()),
+        }
+    }
+}
+
+/// A range of blocks that one operation has for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Claim {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+}
+
+impl Claim {
+    fn overlaps(&self, other: &Claim) -> bool {
+        self.first < other.first + other.count && other.first < self.first + self.count
+    }
+}
+
+#[derive(Default)]
+struct Claims {
+    held: Vec<Claim>,
+    waited_for: bool,
+}
+
+/// See the head of this file.
+pub(crate) struct Core {
+    pub(crate) size_bytes: u64,
+    pub(crate) read_only: bool,
+    stack: Mutex<Arc<Stack>>,
+    /// Counts changes of `stack`.
+    pub(crate) stack_epoch: AtomicU64,
+    pub(crate) poisoned: AtomicBool,
+    closed: AtomicBool,
+    claims: Mutex<Claims>,
+    queues: Mutex<Vec<Weak<QueueShared>>>,
+    /// Held while the map is committed or the stack changes.
+    pub(crate) commit: Mutex<()>,
+    pub(crate) keeper: Mutex<KeeperState>,
+    pub(crate) keeper_wake: std::sync::Condvar,
+}
+
+impl Core {
+    pub(crate) fn new(stack: Stack, size_bytes: u64, read_only: bool) -> Core {
+        Core {
+            size_bytes,
+            read_only,
+            stack: Mutex::new(Arc::new(stack)),
+            stack_epoch: AtomicU64::new(0),
+            poisoned: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            claims: Mutex::default(),
+            queues: Mutex::default(),
+            commit: Mutex::new(()),
+            keeper: Mutex::default(),
+            keeper_wake: std::sync::Condvar::new(),
+        }
+    }
+
+    pub(crate) fn stack(&self) -> Arc<Stack> {
+        Arc::clone(&lock(&self.stack))
+    }
+
+    /// Only while the gate is closed and nobody is inside.
+    pub(crate) fn replace_stack(&self, stack: Stack) {
+        *lock(&self.stack) = Arc::new(stack);
+        self.stack_epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::SeqCst)
+    }
+
+    /// After a failed sync nobody knows what is on disk: the page cache may have dropped it.
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn add_queue(&self, queue: &Arc<QueueShared>) {
+        let mut queues = lock(&self.queues);
+        queues.retain(|q| q.strong_count() > 0);
+        queues.push(Arc::downgrade(queue));
+    }
+
+    /// Goes through the gate; false (and outside) when it is closed, and then the queue is woken when it opens.
+    pub(crate) fn enter(&self, queue: &QueueShared) -> bool {
+        // The store before the load, against `close`, which stores before it loads: one of the two sees the other.
+        queue.inside.fetch_add(1, Ordering::SeqCst);
+        if !self.closed.load(Ordering::SeqCst) {
+            return true;
+        }
+        self.leave(queue);
+        queue.parked.store(true, Ordering::SeqCst);
+        if !self.closed.load(Ordering::SeqCst) {
+            // It opened between the two looks, and its waking may have missed us.
+            signal(&queue.event);
+        }
+        false
+    }
+
+    pub(crate) fn leave(&self, queue: &QueueShared) {
+        queue.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn open(&self) {
+        self.closed.store(false, Ordering::SeqCst);
+        self.wake_parked();
+    }
+
+    /// Whether no operation is inside the gate.
+    pub(crate) fn is_drained(&self) -> bool {
+        lock(&self.queues)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .all(|queue| queue.inside.load(Ordering::SeqCst) == 0)
+    }
+
+    fn wake_parked(&self) {
+        for queue in lock(&self.queues).iter().filter_map(Weak::upgrade) {
+            if queue.parked.swap(false, Ordering::SeqCst) {
+                signal(&queue.event);
+            }
+        }
+    }
+
+    /// Takes blocks for one operation; false when some are taken, and then the queue is woken on a release.
+    pub(crate) fn claim(&self, queue: &QueueShared, claim: Claim) -> bool {
+        let mut claims = lock(&self.claims);
+        if claims.held.iter().any(|held| held.overlaps(&claim)) {
+            claims.waited_for = true;
+            queue.parked.store(true, Ordering::SeqCst);
+            return false;
+        }
+        claims.held.push(claim);
+        true
+    }
+
+    pub(crate) fn release(&self, claim: Claim) {
+        let mut claims = lock(&self.claims);
+        let at = claims.held.iter().position(|held| *held == claim);
+        claims.held.swap_remove(at.expect("only what was claimed is released"));
+        if std::mem::take(&mut claims.waited_for) {
+            drop(claims);
+            self.wake_parked();
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! The driver: carries primitives to the kernel and back, and owns their memory meanwhile.
+//!
+//! ```text
+//! load(slot, Buffers) ─► issue(slot, token, io)* ─► poll → (slot, token, result)* ─► unload(slot) → Buffers
+//! ```
+//!
+//! This folder is the only place of the crate with unsafe code. Its safe surface holds one invariant:
+//! **memory that the kernel may touch lies inside the driver until the kernel is done with it.** `unload`
+//! refuses a slot with primitives in flight, and dropping the driver waits for all of them (or leaks).
+//!
+//! Two engines: io_uring with one ring a queue, registered files and a registered eventfd; and inline system
+//! calls where io_uring is forbidden, and on the simulated disk of the crash tests.
+
+mod inline;
+mod memory;
+mod ring;
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+};
+
+use libc::iovec;
+use nix::sys::eventfd::EventFd;
+
+pub use memory::{Buffers, GuestMemory, GuestRangeError};
+
+use crate::{header::BLOCK_BYTES, media::Media};
+use ring::Ring;
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+/// The kernel's limit of segments in one call; what exceeds it comes back as a short count.
+const SEGMENTS_MAX: usize = 1024;
+/// Source of written zeros, bytes.
+const ZEROS_BYTES: usize = 64 << 10;
+
+/// A part of one of a slot's two bounce blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct BouncePart {
+    /// 0 or 1.
+    pub(crate) which: u8,
+    pub(crate) start: u32,
+    pub(crate) len: u32,
+}
+
+/// The middle of a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Bytes of the slot's buffers.
+    Buffers { start: u64, len: u64 },
+    /// Zeros to be written.
+    Zeros { len: u64 },
+}
+
+/// Memory of one primitive: bounce, then body, then bounce.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) head: BouncePart,
+    pub(crate) body: Body,
+    pub(crate) tail: BouncePart,
+}
+
+impl Span {
+    pub(crate) fn buffers(start: u64, len: u64) -> Span {
+        Span { head: BouncePart::default(), body: Body::Buffers { start, len }, tail: BouncePart::default() }
+    }
+
+    pub(crate) fn bounce(which: u8, start: u32, len: u32) -> Span {
+        Span { head: BouncePart { which, start, len }, ..Span::buffers(0, 0) }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        let body = match self.body {
+            Body::Buffers { len, .. } | Body::Zeros { len } => len,
+        };
+        u64::from(self.head.len) + body + u64::from(self.tail.len)
+    }
+
+    /// Forgets the first `n` bytes, which were transferred.
+    pub(crate) fn advance(&mut self, n: u64) {
+        let head = n.min(u64::from(self.head.len));
+        self.head.start += head as u32;
+        self.head.len -= head as u32;
+        let n = n - head;
+        let body = match &mut self.body {
+            Body::Buffers { start, len } => {
+                let body = n.min(*len);
+                *start += body;
+                *len -= body;
+                body
+            }
+            Body::Zeros { len } => {
+                let body = n.min(*len);
+                *len -= body;
+                body
+            }
+        };
+        let tail = (n - body).min(u64::from(self.tail.len));
+        self.tail.start += tail as u32;
+        self.tail.len -= tail as u32;
+    }
+}
+
+/// One thing that the kernel does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Io {
+    Read { file: u32, offset: u64, span: Span },
+    Write { file: u32, offset: u64, span: Span },
+    SyncData { file: u32 },
+    Allocate { file: u32, mode: i32, offset: u64, len: u64 },
+}
+
+/// An answer: result as the kernel gives it (a count, or a negative errno).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Answer {
+    pub(crate) slot: u32,
+    pub(crate) token: u32,
+    pub(crate) result: i32,
+}
+
+/// Two blocks, made when a slot first needs them.
+struct Bounce(Buffers);
+
+/// What a slot holds while its primitives are under way.
+struct Cargo {
+    buffers: Buffers,
+    bounce: Option<Bounce>,
+    in_flight: u32,
+}
+
+enum Engine {
+    Ring(Ring),
+    Inline(Vec<Answer>),
+}
+
+/// See the head of this file.
+pub(crate) struct Driver {
+    engine: Engine,
+    cargo: Vec<Cargo>,
+    files: Vec<Media>,
+    /// iovecs between two submissions; never grows, so the kernel's pointers into it hold.
+    arena: Vec<iovec>,
+    zeros: Buffers,
+    event: Arc<EventFd>,
+    in_flight: u32,
+}
+
+// SAFETY: the raw pointers (`arena`, and those inside `Buffers`) point to memory that the driver owns or keeps
+// alive and that moves with it; the ring has no thread affinity with the flags that are used.
+unsafe impl Send for Driver {}
+
+impl Driver {
+    /// A driver with `slots` slots. Falls back to inline calls when io_uring is not to be had or cannot be used.
+    pub(crate) fn new(slots: u16, event: Arc<EventFd>, files: &[Media]) -> Driver {
+        let real = files.iter().all(|m| matches!(m, Media::File(_)));
+        let engine = match real.then(|| Ring::new(u32::from(slots), event.as_fd())) {
+            Some(Ok(ring)) => Engine::Ring(ring),
+            _ => Engine::Inline(Vec::with_capacity(usize::from(slots))),
+        };
+        let cargo = (0..slots).map(|_| Cargo { buffers: Buffers::empty(), bounce: None, in_flight: 0 });
+        let mut driver = Driver {
+            engine,
+            cargo: cargo.collect(),
+            files: Vec::new(),
+            arena: Vec::with_capacity(4 * SEGMENTS_MAX),
+            zeros: Buffers::owned(ZEROS_BYTES),
+            event,
+            in_flight: 0,
+        };
+        driver.set_files(files);
+        driver
+    }
+
+    /// Whether io_uring carries this queue.
+    pub(crate) fn is_ring(&self) -> bool {
+        matches!(self.engine, Engine::Ring(_))
+    }
+
+    /// Replaces the files; nothing may be in flight.
+    pub(crate) fn set_files(&mut self, files: &[Media]) {
+        assert_eq!(self.in_flight, 0, "files change only while nothing is under way");
+        self.files.clear();
+        self.files.extend_from_slice(files);
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.set_files(&self.files);
+        }
+    }
+
+    /// Puts an operation's memory into its slot.
+    pub(crate) fn load(&mut self, slot: u32, buffers: Buffers) {
+        let cargo = &mut self.cargo[slot as usize];
+        assert_eq!(cargo.in_flight, 0, "a slot is loaded while it is idle");
+        cargo.buffers = buffers;
+    }
+
+    /// Takes an operation's memory out of its slot.
+    pub(crate) fn unload(&mut self, slot: u32) -> Buffers {
+        let cargo = &mut self.cargo[slot as usize];
+        assert_eq!(cargo.in_flight, 0, "memory leaves the driver only when the kernel is done with it");
+        std::mem::take(&mut cargo.buffers)
+    }
+
+    /// Zeroes a part of the slot's buffers (a read of what no layer has).
+    pub(crate) fn zero(&mut self, slot: u32, start: u64, len: u64) {
+        self.cargo[slot as usize].buffers.zero(start, len);
+    }
+
+    /// Zeroes a part of a bounce block.
+    pub(crate) fn zero_bounce(&mut self, slot: u32, part: BouncePart) {
+        let at = usize::from(part.which) * BLOCK + part.start as usize;
+        self.bounce(slot).0.zero(at as u64, u64::from(part.len));
+    }
+
+    fn bounce(&mut self, slot: u32) -> &mut Bounce {
+        self.cargo[slot as usize].bounce.get_or_insert_with(|| Bounce(Buffers::owned(2 * BLOCK)))
+    }
+
+    /// Hands one primitive of a slot over. It starts at the next [`Driver::submit`] at the latest.
+    pub(crate) fn issue(&mut self, slot: u32, token: u32, io: &Io) {
+        self.make_room();
+        let (first, count) = match io {
+            Io::Read { span, .. } | Io::Write { span, .. } => self.gather(slot, span),
+            Io::SyncData { .. } | Io::Allocate { .. } => (0, 0),
+        };
+        let iovecs = &self.arena[first..first + count];
+        self.in_flight += 1;
+        self.cargo[slot as usize].in_flight += 1;
+        match &mut self.engine {
+            // SAFETY: the iovecs stay in the arena until they were submitted, and what they point to is kept
+            // alive by the cargo of this slot, which does not leave while `in_flight` counts this primitive.
+            Engine::Ring(ring) => unsafe { ring.push(slot, token, io, iovecs, &self.files) },
+            Engine::Inline(done) => {
+                // SAFETY: the iovecs point into the cargo of this slot, which is not touched during the call.
+                let result = unsafe { inline::run(io, iovecs, &self.files) };
+                done.push(Answer { slot, token, result });
+                self.arena.clear();
+            }
+        }
+    }
+
+    /// Room for one more primitive in the ring and for its segments in the arena.
+    fn make_room(&mut self) {
+        let Engine::Ring(ring) = &mut self.engine else { return };
+        if ring.is_full() || self.arena.capacity() - self.arena.len() < SEGMENTS_MAX {
+            ring.submit_all();
+            self.arena.clear();
+        }
+    }
+
+    /// Appends the iovecs of a span to the arena; at most [`SEGMENTS_MAX`], the rest comes back as a short count.
+    fn gather(&mut self, slot: u32, span: &Span) -> (usize, usize) {
+        let first = self.arena.len();
+        let bounce = |part: BouncePart| (usize::from(part.which) * BLOCK + part.start as usize) as u64;
+        if span.head.len + span.tail.len > 0 {
+            self.bounce(slot);
+        }
+        let cargo = &self.cargo[slot as usize];
+        if let Some(Bounce(b)) = cargo.bounce.as_ref().filter(|_| span.head.len > 0) {
+            self.arena.extend(b.parts(bounce(span.head), u64::from(span.head.len)));
+        }
+        let room = SEGMENTS_MAX - (self.arena.len() - first);
+        let whole = match span.body {
+            Body::Buffers { start, len } => {
+                let before = self.arena.len();
+                self.arena.extend(cargo.buffers.parts(start, len).take(room));
+                let taken: usize = self.arena[before..].iter().map(|v| v.iov_len).sum();
+                taken as u64 == len
+            }
+            Body::Zeros { len } => {
+                let pieces = (len as usize).div_ceil(ZEROS_BYTES);
+                for i in 0..pieces.min(room) {
+                    let piece = (len as usize - i * ZEROS_BYTES).min(ZEROS_BYTES);
+                    self.arena.extend(self.zeros.parts(0, piece as u64));
+                }
+                pieces <= room
+            }
+        };
+        // The tail may only follow a whole body: else the bytes would not be one run of the file.
+        if whole
+            && self.arena.len() - first < SEGMENTS_MAX
+            && let Some(Bounce(b)) = cargo.bounce.as_ref().filter(|_| span.tail.len > 0)
+        {
+            self.arena.extend(b.parts(bounce(span.tail), u64::from(span.tail.len)));
+        }
+        (first, self.arena.len() - first)
+    }
+
+    /// Starts what was issued: one system call.
+    pub(crate) fn submit(&mut self) {
+        match &mut self.engine {
+            Engine::Ring(ring) => {
+                if ring.submit() {
+                    self.arena.clear();
+                }
+            }
+            Engine::Inline(done) => {
+                if !done.is_empty() {
+                    signal(&self.event);
+                }
+            }
+        }
+    }
+
+    /// Appends what has finished.
+    pub(crate) fn poll(&mut self, answers: &mut Vec<Answer>) {
+        let before = answers.len();
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.poll(answers),
+            Engine::Inline(done) => answers.append(done),
+        }
+        for answer in &answers[before..] {
+            self.cargo[answer.slot as usize].in_flight -= 1;
+            self.in_flight -= 1;
+        }
+    }
+
+    /// Waits until nothing is in flight; what was answered meanwhile is forgotten. Only before the end.
+    pub(crate) fn wait_idle(&mut self) {
+        let mut answers = Vec::new();
+        while self.in_flight > 0 {
+            self.poll(&mut answers);
+            if self.in_flight == 0 {
+                break;
+            }
+            if let Engine::Ring(ring) = &mut self.engine
+                && ring.wait().is_err()
+            {
+                // The kernel may still write: better to lose the memory than to reuse it.
+                std::mem::forget(std::mem::take(&mut self.cargo));
+                std::mem::forget(std::mem::take(&mut self.zeros));
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.wait_idle();
+    }
+}
+
+/// Makes an eventfd readable.
+pub(crate) fn signal(event: &EventFd) {
+    // It fails only when the counter is full, and then it is readable already.
+    let _ = event.write(1);
+}
+
+/// Makes an eventfd unreadable until the next signal.
+pub(crate) fn clear(event: &EventFd) {
+    // It fails only when there is nothing to clear.
+    let _ = event.read();
+}
+
+fn errno_of(error: &io::Error) -> i32 {
+    -error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// The descriptor of an eventfd that completions make readable.
+pub(crate) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+    event.as_fd()
+}

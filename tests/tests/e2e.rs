@@ -1,0 +1,13 @@
+//! The end-to-end cases: they see Serio from outside, through the CLI, as a control plane and an operator do.
+#![forbid(unsafe_code)]
+
+#[path = "e2e/bad_input.rs"]
+mod bad_input;
+#[path = "e2e/export.rs"]
+mod export;
+#[path = "e2e/life.rs"]
+mod life;
+#[path = "e2e/region.rs"]
+mod region;
+#[path = "e2e/survival.rs"]
+mod survival;

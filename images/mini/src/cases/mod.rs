@@ -1,0 +1,32 @@
+//! The cases, a file for each subject.
+
+mod acpi;
+mod blk;
+mod cpu;
+mod irq;
+mod memory;
+mod net;
+mod pci;
+mod rng;
+mod serial;
+mod virtio;
+
+use crate::suite::Case;
+
+/// Every case, in the order in which they run.
+pub fn all() -> impl Iterator<Item = &'static Case> {
+    [
+        serial::CASES,
+        acpi::CASES,
+        memory::CASES,
+        cpu::CASES,
+        pci::CASES,
+        virtio::CASES,
+        irq::CASES,
+        rng::CASES,
+        blk::CASES,
+        net::CASES,
+    ]
+    .into_iter()
+    .flatten()
+}

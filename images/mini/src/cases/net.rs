@@ -1,0 +1,168 @@
+//! virtio-net. Frames of the local experimental type 0x88b5; a peer on the host's side of the tap sends each
+//! of them back with source and destination swapped (`mini.peer=echo` says that there is one).
+
+use crate::mem::Dma;
+use crate::suite::{Case, Failure, Machine, Outcome};
+use crate::virtio::{NO_VECTOR, Queue, Result, Segment, Virtio};
+use crate::{clock, ensure, skip};
+use alloc::vec::Vec;
+
+pub const CASES: &[Case] = &[
+    Case { group: "net", name: "mac", run: mac },
+    Case { group: "net", name: "transmit", run: transmit },
+    Case { group: "net", name: "echo", run: echo },
+    Case { group: "net", name: "echo-burst", run: echo_burst },
+];
+
+const F_MAC: u64 = 1 << 5;
+/// Length of `virtio_net_hdr` with VERSION_1.
+const HEADER: u64 = 12;
+const TYPE: [u8; 2] = [0x88, 0xb5];
+
+struct Nic {
+    device: Virtio,
+    receive: Queue,
+    transmit: Queue,
+    mac: [u8; 6],
+    /// Buffers of the receive queue by the head of their chain.
+    buffers: Vec<Option<Dma>>,
+}
+
+impl Nic {
+    fn open(machine: &mut Machine) -> core::result::Result<Self, Failure> {
+        let Some(&function) = machine.bus()?.virtio(1).first() else { skip!("no virtio-net") };
+        let device = Virtio::open(function)?;
+        let features = device.negotiate(F_MAC)?;
+        let mut mac = [2, 0x5e, 0x10, 0, 0, 1];
+        if features & F_MAC != 0 {
+            mac = core::array::from_fn(|at| device.config8(at as u64));
+        }
+        let receive = device.queue(0, 64, NO_VECTOR)?;
+        let transmit = device.queue(1, 64, NO_VECTOR)?;
+        device.driver_ok();
+        let buffers = alloc::vec![None; usize::from(receive.size)];
+        let mut nic = Self { device, receive, transmit, mac, buffers };
+        for _ in 0..nic.receive.size {
+            nic.post(Dma::new(2048));
+        }
+        nic.receive.kick();
+        Ok(nic)
+    }
+    fn post(&mut self, buffer: Dma) {
+        if let Some(head) = self.receive.add(&[Segment::into(buffer)]) {
+            self.buffers[usize::from(head)] = Some(buffer);
+        }
+    }
+    /// A frame of `len` bytes with a number in it.
+    fn frame(&self, len: u64, number: u64) -> Dma {
+        let frame = Dma::new(HEADER + len);
+        frame.copy_in(HEADER, &[0xff; 6]);
+        frame.copy_in(HEADER + 6, &self.mac);
+        frame.copy_in(HEADER + 12, &TYPE);
+        frame.copy_in(HEADER + 14, &number.to_le_bytes());
+        for at in 22..len {
+            frame.set8(HEADER + at, (at as u8).wrapping_mul(31) ^ number as u8);
+        }
+        frame
+    }
+    fn send(&mut self, frame: Dma) -> Result<()> {
+        self.transmit.request(&[Segment::out(frame)]).map(|_| ())
+    }
+    /// The next frame of our type, as (number, whole and right); others are dropped.
+    fn next(&mut self, ms: u64) -> Option<(u64, bool)> {
+        let mut answer = None;
+        clock::poll(ms, || {
+            while let Some((head, len)) = self.receive.take() {
+                let Some(buffer) = self.buffers[usize::from(head)].take() else { continue };
+                answer = check(&buffer, u64::from(len));
+                self.post(buffer);
+                self.receive.kick();
+                if answer.is_some() {
+                    return true;
+                }
+            }
+            false
+        });
+        answer
+    }
+}
+
+fn check(buffer: &Dma, len: u64) -> Option<(u64, bool)> {
+    if len < HEADER + 22 || [buffer.get8(HEADER + 12), buffer.get8(HEADER + 13)] != TYPE {
+        return None;
+    }
+    let number = u64::from_le_bytes(core::array::from_fn(|at| buffer.get8(HEADER + 14 + at as u64)));
+    let right =
+        (22..len - HEADER).all(|at| buffer.get8(HEADER + at) == (at as u8).wrapping_mul(31) ^ number as u8);
+    Some((number, right && buffer.get8(HEADER + 6) == 0xff))
+}
+
+fn mac(machine: &mut Machine) -> Outcome {
+    let wanted = machine.boot.option("mini.mac").map(alloc::string::String::from);
+    let nic = Nic::open(machine)?;
+    let text = nic.mac.map(|byte| alloc::format!("{byte:02x}")).join(":");
+    nic.device.reset()?;
+    ensure!(nic.mac[0] & 1 == 0 && nic.mac != [0; 6], "{text} is no station's address");
+    if let Some(wanted) = wanted {
+        ensure!(wanted == text, "{text}, the command line says {wanted}");
+    }
+    Ok(())
+}
+
+fn transmit(machine: &mut Machine) -> Outcome {
+    let mut nic = Nic::open(machine)?;
+    for number in 0..100 {
+        let frame = nic.frame(60 + number * 14, number);
+        nic.send(frame)?;
+    }
+    Ok(nic.device.reset()?)
+}
+
+fn echo(machine: &mut Machine) -> Outcome {
+    if machine.boot.option("mini.peer") != Some("echo") {
+        skip!("no peer that echoes");
+    }
+    let mut nic = Nic::open(machine)?;
+    for (number, len) in [60u64, 61, 128, 590, 1500, 1514].into_iter().enumerate() {
+        let number = number as u64 + 1000;
+        let frame = nic.frame(len, number);
+        // The host's side may still be coming up: send again until the first comes back.
+        let mut answer = None;
+        for _ in 0..20 {
+            nic.send(frame)?;
+            answer = nic.next(500);
+            if answer.is_some_and(|(got, _)| got == number) {
+                break;
+            }
+        }
+        ensure!(
+            answer == Some((number, true)),
+            "{len} bytes: sent {number}, got {answer:?} (number, intact)"
+        );
+    }
+    Ok(nic.device.reset()?)
+}
+
+fn echo_burst(machine: &mut Machine) -> Outcome {
+    if machine.boot.option("mini.peer") != Some("echo") {
+        skip!("no peer that echoes");
+    }
+    let mut nic = Nic::open(machine)?;
+    let count = 32u64;
+    for number in 2000..2000 + count {
+        let frame = nic.frame(1000, number);
+        nic.transmit.add(&[Segment::out(frame)]).ok_or("the queue is full")?;
+    }
+    nic.transmit.kick();
+    let mut back = 0;
+    while let Some((number, right)) = nic.next(2000) {
+        ensure!(right, "frame {number} came back damaged");
+        back += u64::from(number >= 2000);
+        if back == count {
+            break;
+        }
+    }
+    nic.device.reset()?;
+    ensure!(back == count, "{back} of {count} frames came back");
+    Ok(())
+}

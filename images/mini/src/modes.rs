@@ -1,0 +1,128 @@
+//! What the command line asks for: cases, a measurement, or one of the modes with which others test their
+//! handling of a guest.
+
+use crate::acpi::{self, Acpi};
+use crate::boot::Boot;
+use crate::mem::Dma;
+use crate::pci::Bus;
+use crate::suite::{self, Machine};
+use crate::{apic, bench, blk, clock, cpu, println, serial};
+
+/// Does what the command line asks for, then powers off.
+pub fn run(boot: Boot) -> ! {
+    let test = alloc::string::String::from(boot.option("mini.test").unwrap_or("all"));
+    if boot.option("mini.bench") == Some("first") {
+        cpu::stop()
+    }
+    println!("mini: started by {:?}, {}", boot.protocol, boot.cmdline);
+    match test.as_str() {
+        "triple" => {
+            println!("mini: triple fault");
+            cpu::triple_fault()
+        }
+        "spin" => {
+            println!("mini: spinning");
+            loop {
+                core::hint::spin_loop();
+            }
+        }
+        "halt" => {
+            println!("mini: halted");
+            cpu::stop()
+        }
+        _ => {}
+    }
+    apic::init();
+    let acpi = acpi::find(&boot);
+    let bus = acpi.as_ref().and_then(Bus::enumerate);
+    let mut machine = Machine { boot, acpi, bus };
+    match test.as_str() {
+        "poweroff" => {}
+        "heartbeat" => heartbeat(),
+        "echo" => echo(),
+        "reset" => reset_once(&mut machine),
+        _ => match machine.boot.option("mini.bench").map(alloc::string::String::from) {
+            Some(choice) => bench::run(&mut machine, &choice),
+            None => {
+                suite::run(&mut machine, &test);
+            }
+        },
+    }
+    println!("mini: power off");
+    power_off(machine.acpi.as_ref())
+}
+
+fn power_off(acpi: Option<&Acpi>) -> ! {
+    if let Some(acpi) = acpi {
+        acpi.power_off();
+        clock::delay_us(500_000);
+    }
+    println!("mini: no power-off, the processor stops");
+    cpu::stop()
+}
+
+/// Something went wrong in the guest itself: its last line says what; the machine is reset, or stops.
+pub fn give_up() -> ! {
+    println!("mini: gave up");
+    cpu::triple_fault()
+}
+
+/// A line each 100 ms for ever: a counter that shows whether the guest was stopped or started again.
+fn heartbeat() -> ! {
+    let start = clock::now_ns();
+    for count in 1u64.. {
+        while clock::now_ns() < start + count * 100_000_000 {
+            let seen = cpu::interrupt_count(apic::vector::TIMER);
+            apic::timer_after_ns(5_000_000);
+            cpu::wait_for_interrupt(apic::vector::TIMER, seen);
+        }
+        println!("heartbeat {count} {} ms", (clock::now_ns() - start) / 1_000_000);
+    }
+    cpu::stop()
+}
+
+/// Sends serial input back, until an end-of-transmission byte.
+fn echo() {
+    println!("mini: echo");
+    loop {
+        if cpu::inb(0x3f8 + 5) & 1 == 0 {
+            core::hint::spin_loop();
+            continue;
+        }
+        match cpu::inb(0x3f8) {
+            4 => return,
+            byte => serial::put(byte),
+        }
+    }
+}
+
+/// Resets the machine the first time, goes on the second. What tells them apart is a word on the first disk
+/// or, without one, in RAM.
+fn reset_once(machine: &mut Machine) {
+    const MARK: u64 = 0x7365_7269_6f21_7273;
+    let place = Dma::new(512);
+    let disk = machine.bus.as_ref().and_then(|bus| bus.virtio(2).first().copied());
+    let mut disk = disk.and_then(|function| blk::Disk::open(function, 16).ok());
+    let low = Dma::at(0x9000, 512);
+    let marked = match &mut disk {
+        Some(disk) => disk.read(1, place).is_ok() && place.get64(0) == MARK,
+        None => low.get64(0) == MARK,
+    };
+    if marked {
+        println!("mini: back after reset");
+        return;
+    }
+    place.set64(0, MARK);
+    low.set64(0, MARK);
+    if let Some(disk) = &mut disk
+        && let Err(reason) = disk.write(1, place).and_then(|()| disk.flush())
+    {
+        println!("mini: {reason}");
+    }
+    println!("mini: resetting");
+    if let Some(acpi) = &machine.acpi {
+        acpi.reset();
+        clock::delay_us(500_000);
+    }
+    println!("mini: no reset");
+}

@@ -222,6 +222,12 @@ impl VirtioPci {
         }
     }
 
+    fn write_msix(&self, offset: u64, data: &[u8]) {
+        if self.shared.msix.write_table(offset, data).is_err() {
+            self.shared.fail();
+        }
+    }
+
     fn ring_doorbell(&self, offset: u64) {
         let index = offset / u64::from(NOTIFY_MULTIPLIER);
         if let Some((_, kick)) = self.kicks.iter().find(|(queue, _)| u64::from(*queue) == index) {
@@ -331,11 +337,7 @@ impl PciFunction for VirtioPci {
             COMMON => self.write_common(at, data),
             DEVICE => self.device.write_config(at, data),
             NOTIFY => self.ring_doorbell(at),
-            MSIX_TABLE => {
-                if self.shared.msix.write_table(at, data).is_err() {
-                    self.shared.fail();
-                }
-            }
+            MSIX_TABLE => self.write_msix(at, data),
             _ => {}
         }
     }

@@ -1,0 +1,314 @@
+//! One queue of a disk: its thread, and the requests under way.
+//!
+//! ```text
+//!  asleep ── kick or completions ──► drain the ring → submit → one system call
+//!    ▲                                reap → status bytes, used ring → one interrupt, if the driver wants it
+//!    └── nothing left, kicks on ◄──── again
+//! ```
+//!
+//! - A slot is a request under way; its number is the tag. There are as many slots as descriptors, so only a
+//!   driver that offers one head twice can fill them: then the ring waits.
+//! - A broken ring sets DEVICE_NEEDS_RESET. The ring is not touched again; requests under way still end in peace.
+//! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory.
+
+use serio_hv::GuestMemory;
+use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError, Segment};
+use serio_volume::{Buffers, Full, IoError, IoQueue, Op};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::SERIAL_BYTES;
+use super::request::{Limits, Malformed, Parsed, Request, S_IOERR, S_OK, parse};
+use crate::worker::{Poller, STOP, Watch, Worker};
+
+const KICK: u64 = 0;
+const COMPLETIONS: u64 = 1;
+
+/// What holds for all requests of a disk.
+#[derive(Clone, Copy)]
+pub(super) struct Rules {
+    pub(super) limits: Limits,
+    pub(super) serial: [u8; SERIAL_BYTES],
+    pub(super) write_through: bool,
+}
+
+/// A request that the volume works on.
+#[derive(Clone, Copy)]
+struct Slot {
+    head: u16,
+    status: GuestAddress,
+    /// Bytes that count as written into the chain, the status included.
+    written: u32,
+}
+
+/// Why the ring is not touched any more.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("a request has no header, or no memory for its status")]
+    Request,
+}
+
+impl From<Malformed> for Broken {
+    fn from(Malformed: Malformed) -> Self {
+        Broken::Request
+    }
+}
+
+pub(super) struct QueueWorker {
+    ring: ActiveQueue,
+    io: IoQueue,
+    requests: Requests,
+    chain: Chain,
+    rules: Rules,
+    failure: DeviceFailure,
+    broken: bool,
+}
+
+/// Slots, and the buffers that are free to be used again.
+struct Requests {
+    memory: GuestMemory,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    spare: Vec<Buffers>,
+    /// Answers since the last interrupt.
+    answered: u32,
+}
+
+impl QueueWorker {
+    /// Starts the thread.
+    pub(super) fn start(
+        name: String,
+        ring: ActiveQueue,
+        io: IoQueue,
+        rules: Rules,
+        failure: DeviceFailure,
+    ) -> Result<Worker, ActivateError> {
+        let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
+        poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
+        poller
+            .add(io.event_fd(), Watch::Readable, COMPLETIONS)
+            .map_err(ActivateError::io("watch a volume's completions"))?;
+        let size = ring.queue.size();
+        let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0 };
+        let requests = Requests {
+            memory: ring.queue.memory().clone(),
+            slots: vec![nowhere; usize::from(size)],
+            free: (0..size).rev().collect(),
+            spare: Vec::with_capacity(usize::from(size)),
+            answered: 0,
+        };
+        let worker =
+            QueueWorker { ring, io, requests, chain: Chain::default(), rules, failure, broken: false };
+        Worker::spawn(name, poller, move |poller| worker.run(&poller))
+    }
+
+    fn run(mut self, poller: &Poller) {
+        // The driver may have offered requests before it kicked.
+        let mut stop = false;
+        while !stop {
+            if !self.broken && self.turn().is_err() {
+                self.broken = true;
+                self.failure.mark();
+            }
+            if self.broken {
+                self.discard_completions();
+            }
+            let waited = poller.wait(|token, _| stop |= token == STOP);
+            if waited.is_err() {
+                self.failure.mark();
+                break;
+            }
+        }
+        self.settle(poller);
+    }
+
+    /// Does all that can be done now, and asks for kicks before it returns.
+    fn turn(&mut self) -> Result<(), Broken> {
+        loop {
+            self.ring.queue.disable_kicks()?;
+            let taken = self.drain()?;
+            if taken {
+                self.io.kick();
+            }
+            let reaped = self.reap()?;
+            if self.requests.answered > 0 {
+                self.requests.answered = 0;
+                if self.ring.queue.interrupt_wanted()? {
+                    self.ring.interrupt.trigger();
+                }
+            }
+            if taken || reaped {
+                continue;
+            }
+            // With all slots taken the next completion brings us back here.
+            if self.requests.free.is_empty() || !self.ring.queue.enable_kicks()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes requests off the ring while there is room. `true`: there was at least one.
+    fn drain(&mut self) -> Result<bool, Broken> {
+        let mut taken = false;
+        while let Some(tag) = self.requests.free.last().copied() {
+            if !self.ring.queue.pop(&mut self.chain)? {
+                break;
+            }
+            taken = true;
+            let head = self.chain.head();
+            let parsed = parse(&mut self.chain, &self.requests.memory, &self.rules.limits)?;
+            match self.operation(parsed.request) {
+                Prepared::Submit(op) => self.submit(tag, head, parsed, op)?,
+                Prepared::Answer { status, written } => {
+                    self.requests.memory.write_obj(status, parsed.status).map_err(|_| Broken::Request)?;
+                    self.ring.queue.push_used(head, written)?;
+                    self.requests.answered = self.requests.answered.saturating_add(1);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    fn submit(&mut self, tag: u16, head: u16, parsed: Parsed, op: Op) -> Result<(), Broken> {
+        let written = match &op {
+            Op::Read { buffers, .. } => u32::try_from(buffers.len()).unwrap_or(u32::MAX).saturating_add(1),
+            _ => 1,
+        };
+        let slot = self.requests.slots.get_mut(usize::from(tag)).ok_or(Broken::Request)?;
+        *slot = Slot { head, status: parsed.status, written };
+        match self.io.submit(u64::from(tag), op) {
+            Ok(()) => {
+                self.requests.free.pop();
+                Ok(())
+            }
+            // As many slots as the queue is deep: this does not happen. If it did, the guest would get an error.
+            Err(Full(_)) => self.requests.answer(&mut self.ring, tag, S_IOERR),
+        }
+    }
+
+    fn operation(&mut self, request: Request) -> Prepared {
+        match request {
+            Request::Read { offset } => self.with_data(false, |buffers, _| Op::Read { offset, buffers }),
+            Request::Write { offset } => {
+                self.with_data(true, |buffers, fua| Op::Write { offset, buffers, fua })
+            }
+            Request::Flush => Prepared::Submit(Op::Flush),
+            Request::Discard { len: 0, .. } | Request::WriteZeroes { len: 0, .. } => Prepared::status(S_OK),
+            Request::Discard { offset, len } => Prepared::Submit(Op::Discard { offset, len }),
+            Request::WriteZeroes { offset, len, unmap } => {
+                Prepared::Submit(Op::WriteZeroes { offset, len, unmap })
+            }
+            Request::GetId => self.get_id(),
+            Request::Refused { status } => Prepared::status(status),
+        }
+    }
+
+    fn with_data(&mut self, write: bool, op: impl FnOnce(Buffers, bool) -> Op) -> Prepared {
+        let segments = if write { self.chain.readable() } else { self.chain.writable() };
+        let mut buffers = self.requests.spare.pop().unwrap_or_default();
+        let filled = buffers.refill_guest(&self.requests.memory, segments.iter().filter_map(as_range));
+        if filled.is_err() {
+            self.requests.keep(buffers);
+            return Prepared::status(S_IOERR);
+        }
+        if buffers.is_empty() {
+            self.requests.keep(buffers);
+            return Prepared::status(S_OK);
+        }
+        Prepared::Submit(op(buffers, self.rules.write_through))
+    }
+
+    /// Writes the serial number, cut to what the driver has room for.
+    fn get_id(&mut self) -> Prepared {
+        let mut rest: &[u8] = &self.rules.serial;
+        let mut written = 1u32;
+        for segment in self.chain.writable() {
+            let n = rest.len().min(usize::try_from(segment.len).unwrap_or(usize::MAX));
+            let (part, left) = rest.split_at_checked(n).unwrap_or((rest, &[]));
+            if self.requests.memory.write_slice(part, segment.address).is_err() {
+                return Prepared::status(S_IOERR);
+            }
+            written = written.saturating_add(u32::try_from(n).unwrap_or(0));
+            rest = left;
+        }
+        Prepared::Answer { status: S_OK, written }
+    }
+
+    /// Answers what the volume has finished. `true`: there was something.
+    fn reap(&mut self) -> Result<bool, Broken> {
+        let mut any = false;
+        let mut result = Ok(());
+        let (ring, requests) = (&mut self.ring, &mut self.requests);
+        self.io.reap(|tag, outcome, buffers| {
+            any = true;
+            requests.keep(buffers);
+            let Ok(tag) = u16::try_from(tag) else { return };
+            requests.free.push(tag);
+            if result.is_ok() {
+                result = requests.answer(ring, tag, status_of(outcome));
+            }
+        });
+        result.map(|()| any)
+    }
+
+    /// Takes completions without answering, for when the ring must not be touched.
+    fn discard_completions(&mut self) {
+        let requests = &mut self.requests;
+        self.io.reap(|tag, _, buffers| {
+            requests.keep(buffers);
+            requests.free.extend(u16::try_from(tag).ok());
+        });
+    }
+
+    /// Waits until no request is under way: then the kernel does not know guest memory any more.
+    fn settle(&mut self, poller: &Poller) {
+        // What was submitted but not kicked has to end too.
+        self.io.kick();
+        loop {
+            self.discard_completions();
+            // If the wait fails, dropping the queue waits in its own way.
+            if self.io.in_use() == 0 || poller.wait(|_, _| {}).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl Requests {
+    /// Keeps buffers for the next request. Those of a flush are empty, and came from nowhere: hence the bound.
+    fn keep(&mut self, buffers: Buffers) {
+        if self.spare.len() < self.slots.len() {
+            self.spare.push(buffers);
+        }
+    }
+
+    /// Writes the status and gives the chain back.
+    fn answer(&mut self, ring: &mut ActiveQueue, tag: u16, status: u8) -> Result<(), Broken> {
+        let slot = self.slots.get(usize::from(tag)).copied().ok_or(Broken::Request)?;
+        self.memory.write_obj(status, slot.status).map_err(|_| Broken::Request)?;
+        ring.queue.push_used(slot.head, slot.written)?;
+        self.answered = self.answered.saturating_add(1);
+        Ok(())
+    }
+}
+
+/// A request for the volume, or one that is answered at once.
+enum Prepared {
+    Submit(Op),
+    Answer { status: u8, written: u32 },
+}
+
+impl Prepared {
+    fn status(status: u8) -> Self {
+        Prepared::Answer { status, written: 1 }
+    }
+}
+
+fn as_range(segment: &Segment) -> Option<(GuestAddress, usize)> {
+    Some((segment.address, usize::try_from(segment.len).ok()?))
+}
+
+fn status_of(outcome: Result<(), IoError>) -> u8 {
+    if outcome.is_ok() { S_OK } else { S_IOERR }
+}

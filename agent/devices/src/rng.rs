@@ -1,0 +1,121 @@
+//! virtio-rng (virtio 1.2 §5.4): the host kernel's randomness for the guest.
+//!
+//! A request gets at most [`REQUEST_BYTES_MAX`] bytes, and the used length says how many: a driver asks again.
+//! One thread, asleep until a kick.
+
+use serio_virtio::{ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, VirtioDevice};
+use vm_memory::Bytes;
+
+use crate::worker::{Poller, STOP, Worker, join_all};
+
+/// Bytes that one request gets at most.
+pub const REQUEST_BYTES_MAX: usize = 4096;
+const QUEUE_SIZES: &[u16] = &[64];
+const KICK: u64 = 0;
+
+/// The entropy device.
+#[derive(Default)]
+pub struct Rng {
+    workers: Vec<Worker>,
+}
+
+impl Rng {
+    /// A device; it needs nothing but the system call.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_id(&self) -> u16 {
+        4
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, out: &mut [u8]) {
+        out.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let ring = activation.take_queue(0)?;
+        let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
+        poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
+        let failure = activation.failure;
+        let worker = Worker::spawn("rng".to_owned(), poller, move |poller| run(&poller, ring, &failure))?;
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        join_all(&mut self.workers);
+    }
+}
+
+impl Drop for Rng {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) {
+    let mut chain = Chain::default();
+    let mut bytes = vec![0; REQUEST_BYTES_MAX];
+    let mut stop = false;
+    while !stop {
+        if !failure.is_marked() && serve(&mut ring, &mut chain, &mut bytes).is_err() {
+            failure.mark();
+        }
+        if poller.wait(|token, _| stop |= token == STOP).is_err() {
+            failure.mark();
+            return;
+        }
+    }
+}
+
+fn serve(ring: &mut ActiveQueue, chain: &mut Chain, bytes: &mut [u8]) -> Result<(), QueueError> {
+    loop {
+        let mut answered = false;
+        while ring.queue.pop(chain)? {
+            let written = fill(ring, chain, bytes);
+            ring.queue.push_used(chain.head(), written)?;
+            answered = true;
+        }
+        if answered && ring.queue.interrupt_wanted()? {
+            ring.interrupt.trigger();
+        }
+        if !ring.queue.enable_kicks()? {
+            return Ok(());
+        }
+    }
+}
+
+/// Fills the chain as far as it goes, up to the bound; returns the bytes written.
+fn fill(ring: &ActiveQueue, chain: &Chain, bytes: &mut [u8]) -> u32 {
+    let len = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(bytes.len());
+    let Some(bytes) = bytes.get_mut(..len) else { return 0 };
+    if getrandom::fill(bytes).is_err() {
+        return 0;
+    }
+    let mut rest: &[u8] = bytes;
+    let mut written = 0u32;
+    for segment in chain.writable() {
+        let n = rest.len().min(usize::try_from(segment.len).unwrap_or(usize::MAX));
+        let Some((part, left)) = rest.split_at_checked(n) else { break };
+        if part.is_empty() || ring.queue.memory().write_slice(part, segment.address).is_err() {
+            break;
+        }
+        written = written.saturating_add(u32::try_from(n).unwrap_or(0));
+        rest = left;
+    }
+    written
+}

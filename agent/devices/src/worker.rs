@@ -1,0 +1,129 @@
+//! A device's thread, and how it sleeps.
+//!
+//! A worker ends only when it is told to: after a failure it stays asleep until the reset, so that whoever
+//! resets the device always finds it.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::thread::{Builder, JoinHandle};
+
+use serio_virtio::ActivateError;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Enough for our loops, whose large buffers are on the heap; untouched pages cost nothing.
+const STACK_BYTES: usize = 256 << 10;
+/// More descriptors than any device watches.
+const EVENTS_MAX: usize = 8;
+/// Which descriptor is ready: the worker's own bell is this one, the others are numbered by the device.
+pub(crate) const STOP: u64 = u64::MAX;
+
+/// How a descriptor is watched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Watch {
+    /// Reported once for each event: an eventfd is then never read, which saves a system call.
+    Edge,
+    /// Reported as long as it is readable.
+    Readable,
+}
+
+/// What a thread sleeps on.
+pub(crate) struct Poller {
+    epoll: Epoll,
+}
+
+impl Poller {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { epoll: Epoll::new()? })
+    }
+
+    pub(crate) fn add(&self, fd: BorrowedFd<'_>, watch: Watch, token: u64) -> io::Result<()> {
+        let set = match watch {
+            Watch::Edge => EventSet::IN | EventSet::EDGE_TRIGGERED,
+            Watch::Readable => EventSet::IN,
+        };
+        self.add_set(fd, set, token)
+    }
+
+    /// For a descriptor whose both directions matter, once for each event.
+    pub(crate) fn add_both(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.add_set(fd, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED, token)
+    }
+
+    fn add_set(&self, fd: BorrowedFd<'_>, set: EventSet, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(set, token))
+    }
+
+    /// Watches an eventfd, which needs no borrow of its own.
+    pub(crate) fn add_event(&self, event: &EventFd, token: u64) -> io::Result<()> {
+        let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, token))
+    }
+
+    /// Changes what a descriptor is watched for.
+    pub(crate) fn change(&self, fd: BorrowedFd<'_>, set: EventSet, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Modify, fd.as_raw_fd(), EpollEvent::new(set, token))
+    }
+
+    /// Sleeps until something is ready and calls `each` with its token and what is ready.
+    pub(crate) fn wait(&self, mut each: impl FnMut(u64, EventSet)) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); EVENTS_MAX];
+        let count = match self.epoll.wait(-1, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            result => result?,
+        };
+        for event in events.iter().take(count) {
+            each(event.data(), event.event_set());
+        }
+        Ok(())
+    }
+}
+
+/// A running thread that can be told to end.
+pub(crate) struct Worker {
+    stop: EventFd,
+    thread: JoinHandle<()>,
+}
+
+impl Worker {
+    /// Starts `run` on a thread with this name (15 bytes are shown by the kernel). `run` ends when [`STOP`] is
+    /// ready in its poller.
+    pub(crate) fn spawn(
+        name: String,
+        poller: Poller,
+        run: impl FnOnce(Poller) + Send + 'static,
+    ) -> Result<Worker, ActivateError> {
+        let stop =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ActivateError::io("make a thread's eventfd"))?;
+        poller.add_event(&stop, STOP).map_err(ActivateError::io("watch a thread's eventfd"))?;
+        let thread = Builder::new()
+            .name(name)
+            .stack_size(STACK_BYTES)
+            .spawn(move || run(poller))
+            .map_err(ActivateError::io("start a device's thread"))?;
+        Ok(Worker { stop, thread })
+    }
+
+    /// Tells the thread to end. Several can be told before the first is waited for.
+    pub(crate) fn tell(&self) {
+        // Fails only when the counter is full, and then the thread has been told.
+        let _ = self.stop.write(1);
+    }
+
+    /// Waits for the thread.
+    pub(crate) fn join(self) {
+        self.tell();
+        // A thread that panicked is over too, which is all that matters here.
+        let _ = self.thread.join();
+    }
+}
+
+/// Ends them all: tells everyone first, so that they end side by side.
+pub(crate) fn join_all(workers: &mut Vec<Worker>) {
+    for worker in workers.iter() {
+        worker.tell();
+    }
+    for worker in workers.drain(..) {
+        worker.join();
+    }
+}

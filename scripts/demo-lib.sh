@@ -7,7 +7,7 @@
 NODE=demo
 PROFILE=${SERIO_PROFILE:-dev}
 BIN=$(profile_dir "$PROFILE")
-IMAGES=$TARGET/images
+export IMAGES=$TARGET/images
 WORK=$TARGET/demo
 OUTPUT=$WORK/output
 STEPS=0
@@ -33,11 +33,12 @@ build_binaries() {
 if ! declare -F node_start >/dev/null; then
 	node_start() {
 		"$ROOT/scripts/testbed" down
-		"$ROOT/scripts/testbed" scheduler up
+		"$ROOT/scripts/testbed" scheduler up --no-build
 		"$ROOT/scripts/testbed" up "$NODE" --no-build --scheduler machine
 	}
 	node_stop() { "$ROOT/scripts/testbed" down; }
 	node_env() { "$ROOT/scripts/testbed" env "$NODE"; }
+	node_log() { in_host tail -n 25 /var/log/seriod.log; }
 	in_host() { "$ROOT/scripts/testbed" exec "$NODE" -- "$@" </dev/null; }
 	# node_health: fails, and says so, when the host itself died: that is no failure of Serio.
 	node_health() { "$ROOT/scripts/testbed" health "$NODE"; }
@@ -51,7 +52,7 @@ demo_cleanup() {
 		printf '\n    this step failed: %s\n' "$STEP_TITLE"
 		node_health || true
 		printf '    the end of the node log:\n'
-		in_host tail -n 25 /var/log/seriod.log 2>&1 | sed 's/^/    | /' || true
+		node_log 2>&1 | sed 's/^/    | /' || true
 	fi
 	[ -n "${DEMO_KEEP:-}" ] || node_stop >/dev/null 2>&1 || true
 	if [ "$rc" -ne 0 ]; then printf 'demo: %d of %d steps passed, then one failed\n' "$PASSED" "$STEPS"; fi
@@ -102,7 +103,6 @@ run_shown() {
 	local prompt=$1 rc=0
 	shift
 	printf '    %s %s\n' "$prompt" "$(quoted "$@" | sed "s#$ROOT/##g")"
-	shift 0
 	"${RUNNER[@]}" "$@" </dev/null 2>&1 | tr -d '\r' | tee "$OUTPUT" | sed 's/^/    │ /' || rc=${PIPESTATUS[0]}
 	return "$rc"
 }

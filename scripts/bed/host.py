@@ -10,7 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from bed.shared import (BED, ROOT, SHARED, TARGET, Failure, HostDied, alternative_names, free_ports, issue, pid_of, profile_dir, run)
+from bed import scheduler
+from bed.shared import BED, NAMES, SHARED, TARGET, Failure, HostDied, free_ports, issue, pid_of, profile_dir, run
 
 BOOT_SECONDS_MAX = 90
 READY_SECONDS_MAX = 60
@@ -55,12 +56,10 @@ class Host:
                 file.truncate(STATE_BYTES)
             run("mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(state))
         number = self.number()
-        names = alternative_names(self.name)
-        issue(self.dir / "tls", self.name, "peer-agent", [*names, f"IP:10.77.0.{number}"])
-        issue(SHARED / "control-plane", "control-plane", "control-plane", names)
         grpc, nbd, agent = free_ports(3)
+        url = scheduler.inside_url() if options.scheduler == "machine" else options.scheduler
         host = {"name": self.name, "number": number, "grpc": grpc, "nbd": nbd, "agent": agent,
-                "token": secrets.token_hex(16), "bare": options.bare, "profile": options.profile, "scheduler": options.scheduler}
+                "token": secrets.token_hex(16), "bare": options.bare, "profile": options.profile, "scheduler": url}
         (self.dir / "host.json").write_text(json.dumps(host, indent=1))
         (self.dir / "host.json").chmod(0o600)
         self.write_env(host)
@@ -68,7 +67,7 @@ class Host:
         return host
 
     def write_env(self, host):
-        client = SHARED / "control-plane"
+        client = SHARED / "pki/operator"
         values = {"SERIO_HOST": f"https://127.0.0.1:{host['grpc']}", "SERIO_CA": client / "ca-cert.pem",
                   "SERIO_CERT": client / "client-cert.pem", "SERIO_KEY": client / "client-key.pem"}
         lines = [f"export {key}={value}" for key, value in values.items()]
@@ -78,6 +77,8 @@ class Host:
         text = f"""node_name = "{self.name}"
 site = "site-{self.name}"
 failure_domain = "rack-1"
+vmm_path = "/usr/local/bin/serio-vmm"
+volumed_path = "/usr/local/bin/serio-volumed"
 [grpc]
 listen = "0.0.0.0:7440"
 tls_dir = "/etc/serio/tls"
@@ -99,7 +100,9 @@ advertise = "127.0.0.1:{host['nbd']}"
             f"NAME={self.name}\nTOKEN={host['token']}\nSHARED_ADDRESS=10.77.0.{host['number']}/24\n")
         if not host["bare"]:
             (tree / "etc/serio/seriod.toml").write_text(self.config(host))
-        shutil.copytree(self.dir / "tls", tree / "etc/serio/tls")
+            issue(host["profile"], "operator", "control-plane", [])
+            certificates = issue(host["profile"], self.name, "node", [*NAMES, self.name, f"10.77.0.{host['number']}"])
+            shutil.copytree(certificates, tree / "etc/serio/tls")
         files = run("find", ".", cwd=tree)
         archive = subprocess.run(["cpio", "--quiet", "-R", "0:0", "-o", "-H", "newc"], cwd=tree, input=files.encode(),
                                  capture_output=True, check=True).stdout

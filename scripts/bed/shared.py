@@ -88,35 +88,19 @@ def tools_disk(profile):
     return disk
 
 
-def openssl_key(folder, role, subject, extensions, ca=None):
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "3650",
-               "-keyout", str(folder / f"{role}-key.pem"), "-out", str(folder / f"{role}-cert.pem"), "-subj", subject]
-    if ca:
-        command += ["-CA", str(ca / "ca-cert.pem"), "-CAkey", str(ca / "ca-key.pem")]
-    for extension in extensions:
-        command += ["-addext", extension]
-    run(*command)
-
-
-def issue(folder, name, role, addresses):
-    """A folder of certificates as `serio pki issue` lays it out: a server and a client certificate of one role."""
-    if (folder / "client-cert.pem").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    pki = SHARED / "pki"
+def issue(profile, name, role, addresses):
+    """The folder of the certificates of a name; made once with `serio pki`."""
+    serio, pki = str(profile_dir(profile) / "serio"), SHARED / "pki"
     if not (pki / "ca-cert.pem").exists():
-        pki.mkdir(parents=True, exist_ok=True)
-        openssl_key(pki, "ca", "/CN=testbed CA", ["keyUsage=critical,keyCertSign,cRLSign"])
-    shutil.copy(pki / "ca-cert.pem", folder)
-    for kind in ["server", "client"]:
-        openssl_key(folder, kind, f"/OU={role}/CN={name}", ["basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature",
-                    f"extendedKeyUsage={kind}Auth", "subjectAltName=" + ",".join(addresses)], pki)
-    for key in folder.glob("*-key.pem"):
-        key.chmod(0o600)
+        run(serio, "pki", "init", str(pki), "--name", "testbed CA")
+    if not (pki / name / "client-cert.pem").exists():
+        hosts = [word for address in addresses for word in ["--host", address]]
+        run(serio, "pki", "issue", str(pki), name, "--role", role, "--days", "3650", *hosts)
+    return pki / name
 
 
-def alternative_names(name):
-    return [f"DNS:{name}", "DNS:localhost", "IP:127.0.0.1", "IP:10.0.2.2"]
+# Where a service is reached: through a forwarded port, and from the hosts as the emulator's gateway.
+NAMES = ["localhost", "127.0.0.1", "10.0.2.2"]
 
 
 def hub():

@@ -1,0 +1,46 @@
+//! The schema's versions. One file each; a released one is never edited.
+
+use std::{path::Path, time::Duration};
+
+use rusqlite::Connection;
+
+use crate::StoreError;
+
+/// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
+const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001_first.sql")];
+
+/// How long a lock of another program (a backup, `sqlite3`) is waited for.
+const BUSY: Duration = Duration::from_secs(5);
+
+pub(crate) fn configure(connection: &Connection) -> Result<(), rusqlite::Error> {
+    connection.busy_timeout(BUSY)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // FULL: each commit is synced. A VM whose record was lost would be an orphan after a power cut.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", "ON")?;
+    // The state is small: a small page cache keeps the idle daemon small.
+    connection.pragma_update(None, "cache_size", -512)?;
+    connection.set_prepared_statement_cache_capacity(32);
+    Ok(())
+}
+
+fn version(connection: &Connection) -> Result<u32, rusqlite::Error> {
+    connection.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+pub(crate) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let at = |source| StoreError::from_sqlite(path, source);
+    let found = version(connection).map_err(at)?;
+    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
+    if found > known {
+        return Err(StoreError::Newer { path: path.to_owned(), found, known });
+    }
+    for (number, sql) in (1_u32..).zip(MIGRATIONS).filter(|(number, _)| *number > found) {
+        // One transaction a step, with the version: a step is never half done.
+        let transaction = connection.transaction().map_err(at)?;
+        transaction.execute_batch(sql).map_err(at)?;
+        transaction.pragma_update(None, "user_version", number).map_err(at)?;
+        transaction.commit().map_err(at)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,6 @@
+//! stub
+use std::process::ExitCode;
+/// stub
+pub fn main(_args: &crate::cli::AgentArgs) -> ExitCode {
+    ExitCode::FAILURE
+}

@@ -1,0 +1,159 @@
+//! From what a VM is given (files, taps) to the devices on its PCI bus.
+//!
+//! [`Devices`] holds what must stay open over resets: volumes with their locks, taps. [`Devices::make`] makes the
+//! devices of one boot from it. Their order is the order on the bus: disks, network cards, then the rest.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use serio_devices::blk::{Blk, BlkConfig};
+use serio_devices::rng::Rng;
+use serio_hv::Tap;
+use serio_virtio::VirtioDevice;
+use serio_volume::{Access, Volume};
+
+use crate::cli::{DiskArg, NetArg};
+
+/// A disk's queues follow the vcpus up to this many: beyond, threads cost more than they bring.
+const DISK_QUEUES_MAX: u32 = 4;
+
+/// Why a device cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk's file cannot be opened.
+    #[error("disk {path}: cannot open it{}", if *.read_only { "" } else { " for writing (add `,readonly` to read only)" })]
+    Open {
+        /// Which.
+        path: String,
+        /// How it was tried.
+        read_only: bool,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is no usable volume, or somebody else has it.
+    #[error("disk {name}")]
+    Volume {
+        /// Its file or its volume's id.
+        name: String,
+        /// Why.
+        #[source]
+        source: serio_volume::OpenError,
+    },
+    /// A network card's tap cannot be used.
+    #[error("net {name}")]
+    Tap {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: serio_hv::TapError,
+    },
+    /// A descriptor could not be duplicated.
+    #[error("cannot duplicate a descriptor: raise the limit of open files")]
+    Duplicate(#[source] std::io::Error),
+}
+
+impl DeviceError {
+    /// The field of the VM's configuration that is to blame, or none.
+    pub fn field(&self) -> &'static str {
+        match self {
+            DeviceError::Open { .. } | DeviceError::Volume { .. } => "disks",
+            DeviceError::Tap { .. } => "nics",
+            DeviceError::Duplicate(_) => "",
+        }
+    }
+
+    /// Whether somebody else has what is needed.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, DeviceError::Volume { source: serio_volume::OpenError::InUse { .. }, .. })
+    }
+}
+
+/// A disk that stays open.
+#[derive(Debug)]
+pub struct Disk {
+    /// The name by which it is asked for, and the serial number that the guest sees.
+    pub name: String,
+    /// Its contents.
+    pub volume: Volume,
+}
+
+/// A network card whose tap stays open.
+#[derive(Debug)]
+pub struct Nic {
+    /// The tap, as `Tap` wants it.
+    pub tap: OwnedFd,
+    /// Its address.
+    pub mac: [u8; 6],
+    /// Bytes of its largest packet, without the header.
+    pub mtu: u16,
+}
+
+/// All that a VM's devices are made from.
+#[derive(Debug, Default)]
+pub struct Devices {
+    /// In the order that the guest sees them.
+    pub disks: Vec<Disk>,
+    /// In the order that the guest sees them.
+    pub nics: Vec<Nic>,
+    /// Queues of each disk.
+    pub disk_queues: u16,
+}
+
+impl Devices {
+    /// Opens what the command line names.
+    pub fn open(disks: &[DiskArg], nets: &[NetArg], vcpus: u32) -> Result<Devices, DeviceError> {
+        let disks = disks.iter().map(open_disk).collect::<Result<_, _>>()?;
+        let nics = nets.iter().map(open_nic).collect::<Result<_, _>>()?;
+        Ok(Devices { disks, nics, disk_queues: disk_queues(vcpus) })
+    }
+
+    /// The devices of one boot.
+    pub fn make(&self) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError> {
+        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        for disk in &self.disks {
+            let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
+            devices.push(Box::new(Blk::new(disk.volume.clone(), &config)));
+        }
+        for _nic in &self.nics {}
+        devices.push(Box::new(Rng::new()));
+        Ok(devices)
+    }
+
+    /// The volume of the disk with this name.
+    pub fn volume(&self, name: &str) -> Option<&Volume> {
+        self.disks.iter().find(|disk| disk.name == name).map(|disk| &disk.volume)
+    }
+}
+
+/// How many queues a disk gets.
+pub fn disk_queues(vcpus: u32) -> u16 {
+    vcpus.clamp(1, DISK_QUEUES_MAX) as u16
+}
+
+fn open_file(path: &Path, read_only: bool) -> Result<File, DeviceError> {
+    OpenOptions::new().read(true).write(!read_only).open(path).map_err(|source| DeviceError::Open {
+        path: path.display().to_string(),
+        read_only,
+        source,
+    })
+}
+
+fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
+    let file = open_file(&disk.path, disk.read_only)?;
+    let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let name = disk.path.display().to_string();
+    let volume = Volume::open_raw(file, access)
+        .map_err(|source| DeviceError::Volume { name: name.clone(), source })?;
+    // The serial number is short: the file's name says more than the start of its path.
+    let serial = disk.path.file_name().map_or(name, |name| name.to_string_lossy().into_owned());
+    Ok(Disk { name: serial, volume })
+}
+
+fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {
+    let tap = Tap::open(&net.tap).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
+    let tap = tap.as_fd().try_clone_to_owned().map_err(DeviceError::Duplicate)?;
+    Ok(Nic { tap, mac: net.mac, mtu: 1500 })
+}

@@ -1,0 +1,113 @@
+//! Where a guest's access goes: ports and memory that is no RAM.
+//!
+//! One [`Bus`] for all vcpus; each device behind it has its own lock. What nobody answers reads as ones and swallows
+//! writes, as an empty bus does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serio_hv::IoHandler;
+use serio_virtio::PciBus;
+
+use super::power;
+use crate::console::SerialPort;
+use crate::end::EndSlot;
+use crate::layout;
+
+/// PCI configuration mechanism #1: address register, data register (PCI 3.0 §3.2.2.3.2).
+const PCI_ADDRESS_PORT: u16 = 0xcf8;
+const PCI_DATA_PORT: u16 = 0xcfc;
+const PCI_ADDRESS_ENABLE: u32 = 1 << 31;
+
+/// All that answers.
+pub(super) struct Bus {
+    pub(super) serial: Arc<SerialPort>,
+    pub(super) pci: PciBus,
+    pub(super) end: Arc<EndSlot>,
+    pub(super) pci_address: AtomicU32,
+}
+
+/// One vcpu's view of the bus.
+pub(super) struct BusHandle(pub(super) Arc<Bus>);
+
+impl Bus {
+    fn serial_register(port: u16) -> Option<u8> {
+        let offset = port.checked_sub(layout::COM1_PORT).filter(|offset| *offset < 8)?;
+        u8::try_from(offset).ok()
+    }
+
+    /// Where an access to the data port falls in ECAM, if the address register is set to something on bus 0.
+    fn pci_offset(&self, port: u16, len: usize) -> Option<u64> {
+        let lane = port.checked_sub(PCI_DATA_PORT).filter(|lane| *lane < 4)?;
+        let address = self.pci_address.load(Ordering::SeqCst);
+        let bus = (address >> 16) & 0xff;
+        if address & PCI_ADDRESS_ENABLE == 0 || bus != 0 || usize::from(lane).saturating_add(len) > 4 {
+            return None;
+        }
+        let function = u64::from((address >> 8) & 0xff);
+        Some(function << 12 | u64::from(address & 0xfc) | u64::from(lane))
+    }
+
+    fn ecam_offset(address: u64, len: usize) -> Option<u64> {
+        let offset = address.checked_sub(layout::ECAM_BASE)?;
+        let end = offset.checked_add(len as u64)?;
+        (end <= layout::ECAM_BYTES).then_some(offset)
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some(offset) = self.pci_offset(port, data.len()) {
+            self.pci.ecam_read(offset, data);
+        } else if port == PCI_ADDRESS_PORT && data.len() == 4 {
+            data.copy_from_slice(&self.pci_address.load(Ordering::SeqCst).to_le_bytes());
+        } else if let [byte] = data {
+            if let Some(offset) = Bus::serial_register(port) {
+                *byte = self.serial.read(offset);
+            } else if let Some(value) = power::read(port) {
+                *byte = value;
+            }
+        }
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) {
+        if let Some(offset) = self.pci_offset(port, data.len()) {
+            self.pci.ecam_write(offset, data);
+        } else if port == PCI_ADDRESS_PORT {
+            if let Ok(bytes) = <[u8; 4]>::try_from(data) {
+                self.pci_address.store(u32::from_le_bytes(bytes), Ordering::SeqCst);
+            }
+        } else if let [byte] = data {
+            if let Some(offset) = Bus::serial_register(port) {
+                self.serial.write(offset, *byte);
+            } else if let Some(end) = power::write(port, *byte) {
+                self.end.set(end);
+            }
+        }
+    }
+}
+
+impl IoHandler for BusHandle {
+    fn port_read(&mut self, port: u16, data: &mut [u8]) {
+        self.0.port_read(port, data);
+    }
+
+    fn port_write(&mut self, port: u16, data: &[u8]) {
+        self.0.port_write(port, data);
+    }
+
+    fn memory_read(&mut self, address: u64, data: &mut [u8]) {
+        if let Some(offset) = Bus::ecam_offset(address, data.len()) {
+            self.0.pci.ecam_read(offset, data);
+        } else if !self.0.pci.mmio_read(address, data) {
+            data.fill(0xff);
+        }
+    }
+
+    fn memory_write(&mut self, address: u64, data: &[u8]) {
+        if let Some(offset) = Bus::ecam_offset(address, data.len()) {
+            self.0.pci.ecam_write(offset, data);
+        } else {
+            self.0.pci.mmio_write(address, data);
+        }
+    }
+}

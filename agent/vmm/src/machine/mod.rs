@@ -1,0 +1,279 @@
+//! One boot of one machine: made in stages, each of which can only follow the one before it.
+//!
+//! ```text
+//!   Machine::create ──► Created ──equip──► Equipped ──load──► Loaded ──start──► Running ──join──► End
+//!                       KVM VM, RAM        devices on         kernel, ACPI      vcpu threads
+//!                                          the PCI bus        in RAM
+//! ```
+//!
+//! A stage that fails or is dropped takes down what it holds: devices stop before guest memory goes away, because each
+//! of them holds it. A reset is a new machine from the same [`MachineConfig`]; volumes and taps stay open meanwhile.
+
+mod bus;
+mod power;
+mod vcpu;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use serio_hv::vm_memory::{Bytes, GuestAddress};
+use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, Vcpu, Vm, VmError};
+use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
+
+use crate::acpi::Tables;
+use crate::boot::{self, BootError, BootSource};
+use crate::console::{Output, SerialPort};
+use crate::end::{End, EndSlot};
+use crate::layout;
+use bus::Bus;
+use vcpu::{Gate, GateState, Vcpus};
+
+/// Least memory that the layout fits in, with room for a small kernel.
+const MEMORY_BYTES_MIN: u64 = 2 << 20;
+
+/// Why a machine could not be made or started.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A number of vcpus that cannot be.
+    #[error("{asked} vcpus are refused: give 1 to {max}")]
+    Vcpus {
+        /// What was asked for.
+        asked: u32,
+        /// What this host can do.
+        max: u32,
+    },
+    /// Less than any guest can use.
+    #[error("memory of {0} bytes is refused: give at least {MEMORY_BYTES_MIN} bytes (2MiB)")]
+    Memory(u64),
+    /// Guest memory could not be made.
+    #[error("cannot make guest memory")]
+    Backing(#[from] MemoryError),
+    /// KVM refused.
+    #[error("cannot make the VM")]
+    Vm(#[from] VmError),
+    /// A device does not fit.
+    #[error("cannot add a device")]
+    Bus(#[from] BusError),
+    /// A device has impossible queues.
+    #[error("cannot add a device")]
+    Device(#[from] VirtioPciError),
+    /// The kernel or what goes with it is not right.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device could not be made.
+    #[error(transparent)]
+    Make(#[from] crate::devices::DeviceError),
+    /// A thread or an eventfd could not be made.
+    #[error("cannot {what}: raise the limits of threads and open files")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl MachineError {
+    /// The field of the VM's configuration that is to blame, or none.
+    pub fn field(&self) -> &'static str {
+        match self {
+            MachineError::Vcpus { .. } => "vcpus",
+            MachineError::Memory(_) | MachineError::Backing(_) => "memory",
+            MachineError::Boot(error) => error.field(),
+            MachineError::Bus(_) | MachineError::Device(_) => "disks",
+            MachineError::Make(error) => error.field(),
+            MachineError::Vm(_) | MachineError::Host { .. } => "",
+        }
+    }
+
+    fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> MachineError {
+        move |source| MachineError::Host { what, source }
+    }
+}
+
+/// What stays the same over resets.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// How many vcpus.
+    pub vcpus: u32,
+    /// RAM, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// What to boot.
+    pub boot: BootSource,
+}
+
+/// A VM with memory, and nothing in either.
+pub struct Created {
+    vm: Arc<Vm>,
+    memory: GuestMemory,
+    serial: Arc<SerialPort>,
+    button: IrqLine,
+}
+
+/// A VM with its devices.
+pub struct Equipped {
+    created: Created,
+    pci: PciBus,
+}
+
+/// A VM that could run now.
+pub struct Loaded {
+    created: Created,
+    pci: PciBus,
+    vcpus: Vec<Vcpu>,
+}
+
+/// A VM whose vcpus run.
+pub struct Running {
+    vcpus: Vcpus,
+    threads: Vec<JoinHandle<()>>,
+    end: Arc<EndSlot>,
+    serial: Arc<SerialPort>,
+    button: IrqLine,
+    since: Instant,
+}
+
+impl Created {
+    /// Makes the VM: memory, its slots, the interrupt chip, in the order that KVM likes best.
+    pub fn new(kvm: &Kvm, config: &MachineConfig, output: Arc<Output>) -> Result<Created, MachineError> {
+        let max = kvm.vcpus_max();
+        if config.vcpus == 0 || config.vcpus > max {
+            return Err(MachineError::Vcpus { asked: config.vcpus, max });
+        }
+        if config.memory_bytes < MEMORY_BYTES_MIN {
+            return Err(MachineError::Memory(config.memory_bytes));
+        }
+        let memory = serio_hv::create_memory(config.memory_bytes)?;
+        let vm = Vm::new(kvm, &memory)?;
+        let serial = Arc::new(SerialPort::new(vm.irq_line(layout::COM1_GSI)?, output));
+        let button = vm.irq_line(layout::EVENT_GSI)?;
+        Ok(Created { vm, memory, serial, button })
+    }
+
+    /// Puts the devices on the PCI bus, in the order that the guest will see them.
+    pub fn equip(self, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Equipped, MachineError> {
+        // Both ends lie below 4 GiB by the layout.
+        let mut pci = PciBus::new(layout::BAR_WINDOW_BASE as u32..layout::BAR_WINDOW_END as u32);
+        for device in devices {
+            let function = VirtioPci::new(device, Arc::new(self.vm.clone()), self.memory.clone())?;
+            pci.add(Box::new(function))?;
+        }
+        Ok(Equipped { created: self, pci })
+    }
+}
+
+impl Equipped {
+    /// Fills memory: ACPI tables, kernel, initrd, command line. Makes the vcpus.
+    pub fn load(self, kvm: &Kvm, config: &MachineConfig) -> Result<Loaded, MachineError> {
+        let Equipped { created, pci } = self;
+        let tables = Tables::new(config.vcpus);
+        created
+            .memory
+            .write_slice(tables.bytes(), GuestAddress(layout::ACPI_BASE))
+            .map_err(|source| BootError::Write { what: "ACPI tables", source })?;
+        let registers = boot::load(&created.memory, config.memory_bytes, &config.boot, tables.rsdp())?;
+        let vcpus: Vec<Vcpu> =
+            (0..config.vcpus).map(|id| created.vm.vcpu(kvm, id, config.vcpus)).collect::<Result<_, _>>()?;
+        if let Some(first) = vcpus.first() {
+            first.set_boot_registers(&registers)?;
+        }
+        Ok(Loaded { created, pci, vcpus })
+    }
+}
+
+impl Loaded {
+    /// Lets the vcpus run. `end` gets the reason when they no longer do.
+    pub fn start(self, end: Arc<EndSlot>) -> Result<Running, MachineError> {
+        let Loaded { created, pci, vcpus } = self;
+        let serial = created.serial.clone();
+        let bus =
+            Arc::new(Bus { serial: serial.clone(), pci, end: end.clone(), pci_address: AtomicU32::new(0) });
+        let kicks = vcpus.iter().map(Vcpu::kick).collect();
+        let all = Vcpus { gate: Arc::new(Gate::new()), kicks };
+        let mut running = Running {
+            vcpus: all.clone(),
+            threads: Vec::with_capacity(vcpus.len()),
+            end: end.clone(),
+            serial,
+            button: created.button,
+            since: Instant::now(),
+        };
+        // A thread that cannot be made: dropping `running` ends and joins those before it.
+        for vcpu in vcpus {
+            let thread = vcpu::spawn(vcpu, bus.clone(), all.clone(), end.clone())
+                .map_err(MachineError::host("start a vcpu's thread"))?;
+            running.threads.push(thread);
+        }
+        Ok(running)
+    }
+}
+
+impl Running {
+    /// Presses the ACPI power button.
+    pub fn power_button(&self) -> std::io::Result<()> {
+        self.button.trigger()
+    }
+
+    /// Types on the serial port.
+    pub fn type_in(&self, bytes: &[u8]) {
+        self.serial.type_in(bytes);
+    }
+
+    /// How many bytes may be typed now without losing one.
+    pub fn input_room(&self) -> usize {
+        self.serial.input_room()
+    }
+
+    /// Stops the vcpus until [`Running::resume`]. Devices finish what was asked of them.
+    pub fn pause(&self) {
+        self.vcpus.set(GateState::Paused);
+    }
+
+    /// Lets paused vcpus run again.
+    pub fn resume(&self) {
+        self.vcpus.set(GateState::Running);
+    }
+
+    /// Whether the vcpus are stopped for a while.
+    pub fn is_paused(&self) -> bool {
+        self.vcpus.gate.get() == GateState::Paused
+    }
+
+    /// When the first vcpu started.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Ends the VM from outside; [`Running::join`] then returns soon.
+    pub fn stop(&self, end: End) {
+        self.end.set(end);
+        self.vcpus.set(GateState::Over);
+    }
+
+    /// Waits for the vcpus, stops the devices, frees the memory. Returns why it ended.
+    pub fn join(mut self) -> End {
+        self.wind_up();
+        self.end.get().unwrap_or_else(|| End::HostError("all vcpu threads ended without a reason".to_owned()))
+    }
+
+    fn wind_up(&mut self) {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                self.end
+                    .set(End::HostError("a vcpu thread panicked: this is a mistake in serio-vmm".to_owned()));
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.stop(End::Stopped);
+            self.wind_up();
+        }
+    }
+}

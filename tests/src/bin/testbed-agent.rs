@@ -17,7 +17,7 @@ use std::{
     io::{self, BufReader, ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitCode, ExitStatus, Stdio},
     sync::{Arc, Mutex},
     thread,
     time::Duration,
@@ -33,21 +33,30 @@ use nix::{
 const FRAME_BYTES_MAX: u32 = 1 << 20;
 const CHUNK_BYTES: usize = 64 * 1024;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    // 255: neither the command's exit code nor a shell's.
+    run().unwrap_or_else(|error| {
+        eprintln!("testbed-agent: {error:#}");
+        ExitCode::from(255)
+    })
+}
+
+fn run() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let token = std::env::var("TESTBED_TOKEN").context("TESTBED_TOKEN is not set")?;
     match args.as_slice() {
-        ["serve", port] => serve(&token, port.parse().context("the port must be a number")?),
+        ["serve", port] => serve(&token, port.parse().context("the port must be a number")?)?,
         ["exec", address, "--", command @ ..] if !command.is_empty() => {
-            std::process::exit(exec(&token, address, command)?)
+            return exec(&token, address, command)
         }
         ["put", address, mode, path] => {
             let script = format!("cat > {path}.new && chmod {mode} {path}.new && mv {path}.new {path}");
-            std::process::exit(exec(&token, address, &["/bin/sh", "-c", &script])?)
+            return exec(&token, address, &["/bin/sh", "-c", &script])
         }
         _ => bail!("usage: testbed-agent serve PORT | exec ADDRESS -- COMMAND… | put ADDRESS MODE PATH"),
-    }
+    Ok(ExitCode::SUCCESS)
+}
 }
 
 fn write_frame(out: &mut impl Write, kind: u8, data: &[u8]) -> io::Result<()> {
@@ -191,7 +200,7 @@ fn feed(mut input: BufReader<TcpStream>, stdin: std::process::ChildStdin, group:
 
 // ---- the tester's end
 
-fn exec(token: &str, address: &str, command: &[&str]) -> anyhow::Result<i32> {
+fn exec(token: &str, address: &str, command: &[&str]) -> anyhow::Result<ExitCode> {
     let mut stream =
         TcpStream::connect(address).with_context(|| format!("cannot reach the testbed host at {address}"))?;
     stream.set_nodelay(true)?;
@@ -217,7 +226,7 @@ fn exec(token: &str, address: &str, command: &[&str]) -> anyhow::Result<i32> {
             (b'x', code) => {
                 // Says that the command's leftovers (a daemon) may live on.
                 let _ = write_frame(&mut stream, b'd', b"");
-                return Ok(String::from_utf8(code)?.parse()?);
+                return Ok(ExitCode::from(String::from_utf8(code)?.parse::<u8>()?));
             }
             (kind, _) => bail!("an unexpected frame of kind {kind}"),
         }

@@ -1,3 +1,6 @@
-//! The binary `serio`.
+//! The binary `serio`: see the library.
 #![forbid(unsafe_code)]
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    serio_cli::run()
+}

@@ -1,0 +1,262 @@
+//! `image`: import, list, show, delete.
+//!
+//! An import is one stream: the header, then chunks of kernel, initrd and disk in order. A blocking thread reads the
+//! files and sends at most [`CHUNKS_MAX`] chunks ahead; holes (`SEEK_DATA`) and chunks of zeros are skipped, which the API
+//! reads as zeros. A file that fails to read ends the stream early, and the agent then keeps nothing.
+
+use std::{
+    fs::File,
+    io::{self, IsTerminal},
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rustix::fs::{SeekFrom, seek};
+use serio_api::v1::{
+    DeleteImageRequest, GetImageRequest, Image, ImageChunk, ImagePart, ImportImageHeader, ImportImageRequest,
+    ListImagesRequest, image_service_client::ImageServiceClient, import_image_request::What,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::request_id;
+use crate::{
+    args::{ImageVerb, ImportArgs},
+    client::Client,
+    error::Failure,
+    names, output,
+    output::Output,
+};
+
+/// The API's limit for one chunk.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Read ahead of the network.
+const CHUNKS_MAX: usize = 4;
+
+pub(super) async fn run(client: &Client, verb: ImageVerb, output: Output) -> Result<(), Failure> {
+    match verb {
+        ImageVerb::Import(args) => import(client, args, output).await,
+        ImageVerb::List => {
+            let answer = client
+                .call("list the images", ListImagesRequest {}, |channel, request| async move {
+                    ImageServiceClient::new(channel).list_images(request).await
+                })
+                .await?;
+            output.list(&answer.images, &["NAME", "SIZE", "KERNEL", "INITRD", "CREATED"], |image| {
+                vec![
+                    names::short(&image.name),
+                    output::size(image.size_bytes),
+                    yes_no(image.has_kernel),
+                    yes_no(image.has_initrd),
+                    output::time(image.create_time.as_ref()),
+                ]
+            })
+        }
+        ImageVerb::Show { name } => {
+            let request = GetImageRequest { name: names::image(&name) };
+            let image = client
+                .call(&format!("show image {name}"), request, |channel, request| async move {
+                    ImageServiceClient::new(channel).get_image(request).await
+                })
+                .await?;
+            show(&image, output)
+        }
+        ImageVerb::Delete { name } => {
+            let request = DeleteImageRequest { request_id: request_id(), name: names::image(&name) };
+            let answer = client
+                .call(&format!("delete image {name}"), request, |channel, request| async move {
+                    ImageServiceClient::new(channel).delete_image(request).await
+                })
+                .await?;
+            output.done(&answer, &format!("deleted image {name}"))
+        }
+    }
+}
+
+fn yes_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
+}
+
+fn show(image: &Image, output: Output) -> Result<(), Failure> {
+    output.one(
+        image,
+        &[
+            ("name", names::short(&image.name)),
+            ("uid", image.uid.clone()),
+            ("generation", image.generation.to_string()),
+            ("created", output::time(image.create_time.as_ref())),
+            ("size", output::size(image.size_bytes)),
+            ("kernel", yes_no(image.has_kernel)),
+            ("initrd", yes_no(image.has_initrd)),
+            ("cmdline", image.cmdline.clone()),
+            ("blake3", image.blake3.clone()),
+        ],
+    )
+}
+
+/// A file to send.
+struct Part {
+    part: ImagePart,
+    file: File,
+    bytes: u64,
+    /// For messages.
+    path: String,
+}
+
+fn open(part: ImagePart, path: &Path) -> Result<Part, Failure> {
+    let what = || format!("cannot read {}", path.display());
+    let file = File::open(path).map_err(|e| Failure::local(what(), e))?;
+    let metadata = file.metadata().map_err(|e| Failure::local(what(), e))?;
+    if !metadata.is_file() {
+        return Err(Failure::plain(format!("{}: it is not a regular file", what())));
+    }
+    if metadata.len() == 0 {
+        return Err(Failure::plain(format!("{}: it is empty", what())));
+    }
+    Ok(Part { part, file, bytes: metadata.len(), path: path.display().to_string() })
+}
+
+async fn import(client: &Client, args: ImportArgs, output: Output) -> Result<(), Failure> {
+    let kernel = args.kernel.as_deref().map(|path| open(ImagePart::Kernel, path)).transpose()?;
+    let initrd = args.initrd.as_deref().map(|path| open(ImagePart::Initrd, path)).transpose()?;
+    let disk = open(ImagePart::Disk, &args.disk)?;
+    let header = ImportImageHeader {
+        request_id: request_id(),
+        image_id: args.name.to_string(),
+        format: args.format,
+        cmdline: args.cmdline,
+        disk_bytes: disk.bytes,
+        kernel_bytes: kernel.as_ref().map_or(0, |p| p.bytes),
+        initrd_bytes: initrd.as_ref().map_or(0, |p| p.bytes),
+    };
+    // In the order that the API wants.
+    let parts: Vec<Part> = kernel.into_iter().chain(initrd).chain([disk]).collect();
+    let progress = progress(parts.iter().map(|p| p.bytes).sum());
+
+    let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
+    let read_failure = Arc::new(Mutex::new(None));
+    let reader = {
+        let (progress, read_failure) = (progress.clone(), Arc::clone(&read_failure));
+        tokio::task::spawn_blocking(move || {
+            let result = send(&parts, header, &sender, &progress);
+            *read_failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = result.err();
+        })
+    };
+    let doing = format!("import image {}", args.name);
+    let answer = ImageServiceClient::new(client.channel()).import_image(ReceiverStream::new(receiver)).await;
+    // Ends by itself: the receiver is gone by now.
+    let _ = reader.await;
+    progress.finish_and_clear();
+    let read_failure = read_failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    match (answer, read_failure) {
+        // Our own trouble explains what the agent then says of a short stream.
+        (_, Some(failure)) => Err(failure),
+        (Err(status), None) => Err(client.failure(&doing, status)),
+        (Ok(answer), None) => {
+            let image = answer.into_inner();
+            output.done(
+                &image,
+                &format!(
+                    "imported image {}: {}, blake3 {}",
+                    args.name,
+                    output::size(image.size_bytes),
+                    image.blake3
+                ),
+            )
+        }
+    }
+}
+
+/// A bar on a terminal, else nothing.
+fn progress(bytes: u64) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}");
+    ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Sends header and parts. `Ok` also when the agent hung up: its answer says why.
+fn send(
+    parts: &[Part],
+    header: ImportImageHeader,
+    sender: &mpsc::Sender<ImportImageRequest>,
+    progress: &ProgressBar,
+) -> Result<(), Failure> {
+    let message = |what| ImportImageRequest { what: Some(what) };
+    if sender.blocking_send(message(What::Header(header))).is_err() {
+        return Ok(());
+    }
+    let mut sent_before = 0;
+    for part in parts {
+        let read = |e: io::Error| Failure::local(format!("cannot read {}", part.path), e);
+        let mut offset = 0;
+        while let Some((start, end)) = next_data(&part.file, offset, part.bytes).map_err(read)? {
+            offset = end.min(start.saturating_add(CHUNK_BYTES as u64));
+            let mut data = vec![0; usize::try_from(offset.saturating_sub(start)).unwrap_or(CHUNK_BYTES)];
+            part.file.read_exact_at(&mut data, start).map_err(read)?;
+            progress.set_position(sent_before + offset);
+            if data.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let chunk = ImageChunk { part: part.part.into(), offset: start, data: data.into() };
+            if sender.blocking_send(message(What::Chunk(chunk))).is_err() {
+                return Ok(());
+            }
+        }
+        sent_before += part.bytes;
+        progress.set_position(sent_before);
+    }
+    Ok(())
+}
+
+/// The next stretch of data at or after `from`; `None` if only holes follow. A file system without `SEEK_DATA` has no holes.
+fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    if from >= end {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(from)) {
+        Ok(start) => start,
+        Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(rustix::io::Errno::INVAL) => return Ok(Some((from, end))),
+        Err(error) => return Err(error.into()),
+    };
+    if start >= end {
+        return Ok(None);
+    }
+    let hole = seek(file, SeekFrom::Hole(start))?;
+    Ok(Some((start, hole.min(end))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_and_zeros_are_not_sent() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let file = path.reopen().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"begin", 0).unwrap();
+        file.write_all_at(&vec![0; 3 << 20], 8 << 20).unwrap();
+        file.write_all_at(b"end", (64 << 20) - 3).unwrap();
+        let part = open(ImagePart::Disk, path.path()).unwrap();
+        let (sender, mut receiver) = mpsc::channel(1000);
+        send(&[part], ImportImageHeader::default(), &sender, &ProgressBar::hidden()).unwrap();
+        drop(sender);
+        let mut whole = vec![0; 64 << 20];
+        let mut sent = 0;
+        while let Some(message) = receiver.blocking_recv() {
+            if let Some(What::Chunk(chunk)) = message.what {
+                let at = usize::try_from(chunk.offset).unwrap();
+                whole[at..at + chunk.data.len()].copy_from_slice(&chunk.data);
+                sent += chunk.data.len();
+                assert!(chunk.data.len() <= CHUNK_BYTES);
+            }
+        }
+        assert_eq!(whole, std::fs::read(path.path()).unwrap());
+        assert!(sent <= 2 << 20, "{sent} bytes sent of a sparse file");
+    }
+}

@@ -1,0 +1,52 @@
+//! One file per noun; here they are told apart.
+
+mod capacity;
+mod completion;
+mod console;
+mod doctor;
+mod events;
+mod image;
+mod node;
+mod pki;
+mod vdc;
+mod vm;
+mod volume;
+
+use clap::ArgMatches;
+use uuid::Uuid;
+
+use crate::{
+    args::{Cli, Noun},
+    client::Client,
+    error::Failure,
+    output::Output,
+};
+
+/// Does what was typed. `matches` is what the arguments were parsed from: the order of flags stands only there.
+pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
+    let Cli { global, noun } = cli;
+    let output = Output::new(global.output);
+    match noun {
+        Noun::Doctor(args) => return doctor::run(&global, args, output).await,
+        Noun::Pki(verb) => return pki::run(verb, matches, output),
+        Noun::Completion { shell } => return completion::run(&shell),
+        Noun::Vm(crate::args::VmVerb::Console(args)) => return console::run(&global, args, matches).await,
+        _ => {}
+    }
+    let client = Client::connect(&global).await?;
+    match noun {
+        Noun::Node(verb) => node::run(&client, verb, output).await,
+        Noun::Vdc(verb) => vdc::run(&client, verb, output).await,
+        Noun::Image(verb) => image::run(&client, verb, output).await,
+        Noun::Volume(verb) => volume::run(&client, &global, verb, output).await,
+        Noun::Vm(verb) => vm::run(&client, &global, verb, output).await,
+        Noun::Capacity => capacity::run(&client, output).await,
+        Noun::Events(args) => events::run(&client, args, output).await,
+        Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } => Ok(()),
+    }
+}
+
+/// A fresh one for each command; the same for its retry.
+fn request_id() -> String {
+    Uuid::new_v4().to_string()
+}

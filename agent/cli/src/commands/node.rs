@@ -1,0 +1,143 @@
+//! `node`: the host that answers, and the hosts that a scheduler knows.
+
+use serio_api::v1::{
+    DeleteNodeRecordRequest, GetNodeRecordRequest, GetNodeRequest, ListNodesRequest, Node, NodeRecord,
+    node_service_client::NodeServiceClient, scheduler_service_client::SchedulerServiceClient,
+};
+
+use crate::{args::NodeVerb, client::Client, error::Failure, names, output, output::Output};
+
+pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Result<(), Failure> {
+    match verb {
+        NodeVerb::Show { name: None } => {
+            let node = client
+                .call("show the node", GetNodeRequest {}, |channel, request| async move {
+                    NodeServiceClient::new(channel).get_node(request).await
+                })
+                .await?;
+            show(&node, output)
+        }
+        NodeVerb::Show { name: Some(name) } => {
+            let request = GetNodeRecordRequest { name: format!("nodes/{name}") };
+            let record = client
+                .call(&format!("show node {name}"), request, |channel, request| async move {
+                    SchedulerServiceClient::new(channel).get_node_record(request).await
+                })
+                .await?;
+            show_record(&record, output)
+        }
+        NodeVerb::List { site } => {
+            let request = ListNodesRequest { site: site.unwrap_or_default() };
+            let answer = client
+                .call("list the nodes", request, |channel, request| async move {
+                    SchedulerServiceClient::new(channel).list_nodes(request).await
+                })
+                .await?;
+            output.list(
+                &answer.nodes,
+                &["NAME", "STATE", "SITE", "VMS", "VCPUS", "MEMORY", "STORAGE", "VERSION", "LAST SEEN"],
+                row,
+            )
+        }
+        NodeVerb::Delete { name } => {
+            let request = DeleteNodeRecordRequest { name: format!("nodes/{name}") };
+            let answer = client
+                .call(&format!("forget node {name}"), request, |channel, request| async move {
+                    SchedulerServiceClient::new(channel).delete_node_record(request).await
+                })
+                .await?;
+            output.done(&answer, &format!("the scheduler has forgotten node {name}"))
+        }
+    }
+}
+
+fn show(node: &Node, output: Output) -> Result<(), Failure> {
+    output.one(
+        node,
+        &[
+            ("name", names::short(&node.name)),
+            ("uid", node.uid.clone()),
+            ("site", node.site.clone()),
+            ("failure domain", node.failure_domain.clone()),
+            ("agent", node.agent_version.clone()),
+            ("started", output::time(node.start_time.as_ref())),
+            ("boot id", node.boot_id.clone()),
+            ("kernel", node.kernel_version.clone()),
+            ("kvm", node.kvm.clone()),
+            ("vms", format!("{} running of {}", node.vms_running, node.vms_total)),
+        ],
+    )
+}
+
+/// What a node has and has promised.
+struct Totals {
+    vcpus: (u64, u64),
+    memory: (u64, u64),
+    storage: (u64, u64),
+}
+
+fn totals(record: &NodeRecord) -> Totals {
+    let mut totals = Totals { vcpus: (0, 0), memory: (0, 0), storage: (0, 0) };
+    let inventory = record.inventory.clone().unwrap_or_default();
+    for numa in &inventory.numa_nodes {
+        let (cpus, memory) = (numa.cpus.unwrap_or_default(), numa.memory.unwrap_or_default());
+        totals.vcpus.1 = totals.vcpus.1.saturating_add(cpus.allocatable);
+        totals.memory.1 = totals.memory.1.saturating_add(memory.allocatable);
+    }
+    for pool in &inventory.storage_pools {
+        totals.storage.0 = totals.storage.0.saturating_add(pool.provisioned_bytes);
+        totals.storage.1 = totals.storage.1.saturating_add(pool.physical_bytes);
+    }
+    // The list itself is newer than the sums in the inventory.
+    for allocation in record.allocations.iter().flat_map(|a| &a.allocations) {
+        totals.vcpus.0 = totals.vcpus.0.saturating_add(u64::from(allocation.vcpus));
+        totals.memory.0 = totals.memory.0.saturating_add(allocation.memory_bytes);
+    }
+    totals
+}
+
+fn freshness(record: &NodeRecord) -> String {
+    record.freshness().as_str_name().trim_start_matches("NODE_FRESHNESS_").to_lowercase()
+}
+
+fn row(record: &NodeRecord) -> Vec<String> {
+    let hello = record.hello.clone().unwrap_or_default();
+    let totals = totals(record);
+    let of = |(used, all): (u64, u64)| format!("{}/{}", output::size(used), output::size(all));
+    vec![
+        names::short(&record.name),
+        freshness(record),
+        hello.site,
+        record.allocations.as_ref().map_or(0, |a| a.allocations.len()).to_string(),
+        format!("{}/{}", totals.vcpus.0, totals.vcpus.1),
+        of(totals.memory),
+        of(totals.storage),
+        hello.agent_version,
+        output::time(record.last_seen.as_ref()),
+    ]
+}
+
+fn show_record(record: &NodeRecord, output: Output) -> Result<(), Failure> {
+    let hello = record.hello.clone().unwrap_or_default();
+    let [name, state, site, vms, vcpus, memory, storage, version, last_seen] =
+        row(record).try_into().unwrap_or_default();
+    output.one(
+        record,
+        &[
+            ("name", name),
+            ("state", state),
+            ("last seen", last_seen),
+            ("uid", hello.node_uid),
+            ("site", site),
+            ("failure domain", hello.failure_domain),
+            ("agent", version),
+            ("boot id", hello.boot_id),
+            ("cpu", record.inventory.as_ref().map(|i| i.cpu_model.clone()).unwrap_or_default()),
+            ("vms", vms),
+            ("vcpus", format!("{vcpus} promised")),
+            ("memory", format!("{memory} promised")),
+            ("storage", format!("{storage} provisioned")),
+            ("images", record.inventory.as_ref().map(|i| i.images.join(", ")).unwrap_or_default()),
+        ],
+    )
+}

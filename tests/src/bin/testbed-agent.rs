@@ -46,17 +46,14 @@ fn run() -> anyhow::Result<ExitCode> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let token = std::env::var("TESTBED_TOKEN").context("TESTBED_TOKEN is not set")?;
     match args.as_slice() {
-        ["serve", port] => serve(&token, port.parse().context("the port must be a number")?)?,
-        ["exec", address, "--", command @ ..] if !command.is_empty() => {
-            return exec(&token, address, command)
-        }
+        ["serve", port] => serve(&token, port.parse().context("the port must be a number")?),
+        ["exec", address, "--", command @ ..] if !command.is_empty() => exec(&token, address, command),
         ["put", address, mode, path] => {
             let script = format!("cat > {path}.new && chmod {mode} {path}.new && mv {path}.new {path}");
-            return exec(&token, address, &["/bin/sh", "-c", &script])
+            exec(&token, address, &["/bin/sh", "-c", &script])
         }
         _ => bail!("usage: testbed-agent serve PORT | exec ADDRESS -- COMMAND… | put ADDRESS MODE PATH"),
-    Ok(ExitCode::SUCCESS)
-}
+    }
 }
 
 fn write_frame(out: &mut impl Write, kind: u8, data: &[u8]) -> io::Result<()> {
@@ -84,7 +81,7 @@ fn read_frame(input: &mut impl Read) -> io::Result<(u8, Vec<u8>)> {
 
 // ---- the host's end
 
-fn serve(token: &str, port: u16) -> anyhow::Result<()> {
+fn serve(token: &str, port: u16) -> anyhow::Result<ExitCode> {
     let listener =
         TcpListener::bind(("0.0.0.0", port)).with_context(|| format!("cannot listen on port {port}"))?;
     for stream in listener.incoming() {
@@ -95,7 +92,7 @@ fn serve(token: &str, port: u16) -> anyhow::Result<()> {
             }
         });
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serve_one(token: &str, stream: TcpStream) -> anyhow::Result<()> {
@@ -126,7 +123,10 @@ fn serve_one(token: &str, stream: TcpStream) -> anyhow::Result<()> {
         Ok(child) => child,
         Err(error) => {
             send(&output, b'e', format!("cannot run {program}: {error}\n").as_bytes())?;
-            return Ok(send(&output, b'x', b"127")?);
+            send(&output, b'x', b"127")?;
+            // Closed with input unread, the connection would be reset and the answer lost.
+            io::copy(&mut input, &mut io::sink())?;
+            return Ok(());
         }
     };
     let status = attend(&mut child, input, &output)?;

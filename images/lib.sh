@@ -10,37 +10,49 @@
 # kernel_fetch VERSION…: prints the folder of the newest stock Debian cloud kernel whose version starts with the first
 # VERSION that the archive has (an empty one: any). The folder holds boot/vmlinuz, boot/vmlinux and lib/modules/KVER.
 kernel_fetch() {
-	local dir package='' version deb kver
-	if [ -n "${SERIO_OFFLINE:-}" ] || ! apt_lists >&2; then
-		note "using cached kernels only"
-	fi
+	local package='' version cached
+	apt_lists >&2 || note "the package lists are not fresh"
 	for version in "$@"; do
 		package=$(apt-cache search --names-only "^linux-image-${version}[0-9.+a-z-]*-cloud-amd64\$" |
 			awk '{print $1}' | grep '^linux-image-[0-9][0-9.]*[0-9][+-]' | sort -V | tail -n 1)
 		[ -n "$package" ] && break
 	done
-	[ -n "$package" ] || die "no Debian cloud kernel $* in the package lists: run apt-get update"
-	dir=$CACHE/kernels/$package
-	if [ ! -e "$dir/complete" ]; then
-		rm -rf "$dir" "$dir.new"
-		mkdir -p "$dir.new"
-		(
-			cd "$dir.new" || exit
-			apt-get download -q "$package" >&2 || die "cannot download $package"
-			deb=$(echo ./*.deb)
-			dpkg-deb -x "$deb" .
-			rm "$deb"
-			kver=${package#linux-image-}
-			# Debian 13 has /usr/lib/modules.
-			[ -d lib ] || ln -s usr/lib lib
-			mv "boot/vmlinuz-$kver" boot/vmlinuz
-			kernel_unpack boot/vmlinuz boot/vmlinux
-			depmod -b . "$kver"
-			touch complete
-		) >&2
-		mv "$dir.new" "$dir"
+	if [ -n "$package" ] && kernel_download "$package" >&2; then
+		printf '%s' "$CACHE/kernels/$package"
+		return 0
 	fi
-	printf '%s' "$dir"
+	for version in "$@"; do
+		cached=$(find "$CACHE/kernels" -maxdepth 1 -name 'linux-image-*-cloud-amd64' 2>/dev/null |
+			grep -E "/linux-image-$version" | sort -V | tail -n 1)
+		if [ -n "$cached" ]; then
+			note "cannot download a kernel: using $(basename "$cached")"
+			printf '%s' "$cached"
+			return 0
+		fi
+	done
+	die "no Debian cloud kernel ($*) can be had: check that apt-get update works"
+}
+
+# kernel_download PACKAGE: into the cache, unless it is there.
+kernel_download() {
+	local package=$1 dir=$CACHE/kernels/$1 deb kver=${1#linux-image-}
+	[ -e "$dir/complete" ] && return 0
+	rm -rf "$dir" "$dir.new"
+	mkdir -p "$dir.new"
+	(
+		cd "$dir.new" || exit 1
+		apt-get download -q "$package" || exit 1
+		deb=$(echo ./*.deb)
+		dpkg-deb -x "$deb" .
+		rm "$deb"
+		# Debian 13 has /usr/lib/modules.
+		[ -d lib ] || ln -s usr/lib lib
+		mv "boot/vmlinuz-$kver" boot/vmlinuz
+		kernel_unpack boot/vmlinuz boot/vmlinux
+		depmod -b . "$kver"
+		touch complete
+	) || return 1
+	mv "$dir.new" "$dir"
 }
 
 # kernel_version DIR: the version as in lib/modules.

@@ -10,5 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod console;
+pub mod net;
 pub mod rng;
 mod worker;

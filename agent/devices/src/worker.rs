@@ -18,15 +18,6 @@ const EVENTS_MAX: usize = 8;
 /// Which descriptor is ready: the worker's own bell is this one, the others are numbered by the device.
 pub(crate) const STOP: u64 = u64::MAX;
 
-/// How a descriptor is watched.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Watch {
-    /// Reported once for each event: an eventfd is then never read, which saves a system call.
-    Edge,
-    /// Reported as long as it is readable.
-    Readable,
-}
-
 /// What a thread sleeps on.
 pub(crate) struct Poller {
     epoll: Epoll,
@@ -37,12 +28,9 @@ impl Poller {
         Ok(Self { epoll: Epoll::new()? })
     }
 
-    pub(crate) fn add(&self, fd: BorrowedFd<'_>, watch: Watch, token: u64) -> io::Result<()> {
-        let set = match watch {
-            Watch::Edge => EventSet::IN | EventSet::EDGE_TRIGGERED,
-            Watch::Readable => EventSet::IN,
-        };
-        self.add_set(fd, set, token)
+    /// Reported as long as it is readable.
+    pub(crate) fn add_readable(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.add_set(fd, EventSet::IN, token)
     }
 
     /// For a descriptor whose both directions matter, once for each event.
@@ -50,11 +38,12 @@ impl Poller {
         self.add_set(fd, EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED, token)
     }
 
-    fn add_set(&self, fd: BorrowedFd<'_>, set: EventSet, token: u64) -> io::Result<()> {
+    /// Watches for exactly this, as long as it holds.
+    pub(crate) fn add_set(&self, fd: BorrowedFd<'_>, set: EventSet, token: u64) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(set, token))
     }
 
-    /// Watches an eventfd, which needs no borrow of its own.
+    /// Reported once for each event: the eventfd is then never read, which saves a system call.
     pub(crate) fn add_event(&self, event: &EventFd, token: u64) -> io::Result<()> {
         let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
         self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, token))

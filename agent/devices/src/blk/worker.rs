@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::SERIAL_BYTES;
 use super::request::{Limits, Malformed, Parsed, Request, S_IOERR, S_OK, parse};
-use crate::worker::{Poller, STOP, Watch, Worker};
+use crate::worker::{Poller, STOP, Worker};
 
 const KICK: u64 = 0;
 const COMPLETIONS: u64 = 1;
@@ -87,7 +87,7 @@ impl QueueWorker {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
         poller
-            .add(io.event_fd(), Watch::Readable, COMPLETIONS)
+            .add_readable(io.event_fd(), COMPLETIONS)
             .map_err(ActivateError::io("watch a volume's completions"))?;
         let size = ring.queue.size();
         let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0 };

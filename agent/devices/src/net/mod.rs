@@ -1,0 +1,151 @@
+//! virtio-net (virtio 1.2 §5.1) over a tap, or whatever else carries packets with a `virtio_net_hdr` in front.
+//!
+//! One queue pair and one thread. Packets go between the tap and guest memory in one `readv` or `writev` each,
+//! without a copy of ours: the header in front of them has the same shape on both sides, so checksum and
+//! segmentation offloads pass through untouched. The tap is told what the guest negotiated, so that it never
+//! hands over what the guest cannot take.
+//!
+//! Not offered: a control queue (so MAC filters and promiscuous mode stay with the bridge), several queue pairs.
+
+mod rx;
+mod worker;
+
+#[cfg(test)]
+mod net_test;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use serio_hv::{Tap, TapOffloads};
+use serio_virtio::{ActivateError, Activation, VirtioDevice};
+
+use self::worker::NetWorker;
+use crate::worker::{Worker, join_all};
+
+const F_CSUM: u32 = 0;
+const F_GUEST_CSUM: u32 = 1;
+const F_MTU: u32 = 3;
+const F_MAC: u32 = 5;
+const F_GUEST_TSO4: u32 = 7;
+const F_GUEST_TSO6: u32 = 8;
+const F_HOST_TSO4: u32 = 11;
+const F_HOST_TSO6: u32 = 12;
+const F_MRG_RXBUF: u32 = 15;
+const F_STATUS: u32 = 16;
+
+const RX: u16 = 0;
+const TX: u16 = 1;
+const QUEUE_SIZES: &[u16] = &[256, 256];
+/// `VIRTIO_NET_S_LINK_UP`.
+const LINK_UP: u16 = 1;
+/// The MTU that is assumed where none is set.
+const MTU_DEFAULT: u16 = 1500;
+
+/// What carries packets: each read or write of its descriptor is one, non-blocking, a 12-byte header in front.
+pub trait Link: AsFd + Send + Sync {
+    /// Sets what packets may look like that are read from now on.
+    fn set_offloads(&self, offloads: TapOffloads) -> io::Result<()>;
+}
+
+impl Link for Tap {
+    fn set_offloads(&self, offloads: TapOffloads) -> io::Result<()> {
+        Tap::set_offloads(self, offloads)
+    }
+}
+
+/// How a network card appears to the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct NetConfig {
+    /// The card's address. The first byte even, and `x2`, `x6`, `xa` or `xe` for an address of one's own.
+    pub mac: [u8; 6],
+    /// The largest packet behind the Ethernet header, if the guest shall be told.
+    pub mtu: Option<u16>,
+}
+
+/// A network card.
+pub struct Net {
+    link: Arc<dyn Link>,
+    config: NetConfig,
+    workers: Vec<Worker>,
+}
+
+impl Net {
+    /// A card whose cable is `link`. The link may be shared with the card of the next boot, not with another card.
+    #[must_use]
+    pub fn new(link: Arc<dyn Link>, config: NetConfig) -> Self {
+        Self { link, config, workers: Vec::new() }
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_id(&self) -> u16 {
+        1
+    }
+
+    fn features(&self) -> u64 {
+        let always = [
+            F_CSUM,
+            F_GUEST_CSUM,
+            F_MAC,
+            F_GUEST_TSO4,
+            F_GUEST_TSO6,
+            F_HOST_TSO4,
+            F_HOST_TSO6,
+            F_MRG_RXBUF,
+            F_STATUS,
+        ];
+        let mtu = if self.config.mtu.is_some() { 1u64 << F_MTU } else { 0 };
+        always.iter().fold(mtu, |bits, bit| bits | 1u64 << bit)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, out: &mut [u8]) {
+        // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
+        let [m0, m1, m2, m3, m4, m5] = self.config.mac;
+        let [s0, s1] = LINK_UP.to_le_bytes();
+        let [u0, u1] = self.config.mtu.unwrap_or(0).to_le_bytes();
+        let image = [m0, m1, m2, m3, m4, m5, s0, s1, 1, 0, u0, u1];
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+        out.fill(0);
+        for (byte, value) in out.iter_mut().zip(image.iter().skip(skip)) {
+            *byte = *value;
+        }
+    }
+
+    // The address is read-only in devices of version 1 (§5.1.4).
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let offloads = TapOffloads {
+            checksum: activation.has_feature(F_GUEST_CSUM),
+            tso4: activation.has_feature(F_GUEST_TSO4),
+            tso6: activation.has_feature(F_GUEST_TSO6),
+        };
+        self.link.set_offloads(offloads).map_err(ActivateError::io("set the tap's offloads"))?;
+        let rx = activation.take_queue(RX)?;
+        let tx = activation.take_queue(TX)?;
+        let rules = rx::Rules {
+            mergeable: activation.has_feature(F_MRG_RXBUF),
+            packet_bytes_max: rx::packet_bytes_max(
+                offloads.tso4 || offloads.tso6,
+                self.config.mtu.unwrap_or(MTU_DEFAULT).max(MTU_DEFAULT),
+            ),
+        };
+        self.workers.push(NetWorker::start(self.link.clone(), rx, tx, rules, activation.failure)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        join_all(&mut self.workers);
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}

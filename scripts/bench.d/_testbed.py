@@ -61,7 +61,7 @@ def prepare(serio, first_output, tiny):
         for path, name in ((serio, "serio-vmm"), (first_output, "first_output"), (tiny / "vmlinux", "vmlinux"),
                            (tiny / "initrd.img", "initrd.img")):
             tar.add(path, name)
-    if testbed("up", NAME, "--bare", "--no-build", "--profile", "release").returncode:
+    if testbed("up", NAME, "--bare", "--profile", "release").returncode:
         return "the testbed host does not come up"
     with open(bundle, "rb") as file:
         done = testbed("exec", NAME, "--", "sh", "-c", f"mkdir -p {PLACE} && tar -x -C {PLACE}", stdin=file)

@@ -16,7 +16,7 @@ use std::{
 
 use crate::{
     error::IoError,
-    map::PAGE_BYTES,
+    map::{BlockMap, PAGE_BYTES},
     shared::{Core, QueueShared, lock},
     uring::signal,
 };
@@ -57,7 +57,7 @@ impl Drop for Keeper {
 /// Asks for a commit on behalf of a slot. False when nothing is to be committed: the caller syncs the data itself.
 pub(crate) fn ask(core: &Core, queue: &Arc<QueueShared>, slot: u32) -> bool {
     let mut state = lock(&core.keeper);
-    let dirty = core.stack().head_map().is_some_and(crate::map::BlockMap::any_dirty);
+    let dirty = core.stack().head_map().is_some_and(BlockMap::any_dirty);
     // A commit under way has taken the marks of pages that are not on disk yet.
     if !dirty && !state.busy && state.waiting.is_empty() {
         return false;
@@ -72,6 +72,11 @@ fn run(core: &Core) {
     loop {
         if state.waiting.is_empty() {
             if state.stop {
+                drop(state);
+                // An orderly end keeps also what nobody flushed. There is nobody left to be told of a failure.
+                if core.stack().head_map().is_some_and(BlockMap::any_dirty) {
+                    let _ = commit(core);
+                }
                 return;
             }
             state = core.keeper_wake.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -26,6 +26,15 @@ pub(crate) enum Lock {
     Shared,
 }
 
+impl Lock {
+    fn kind(self) -> libc::c_int {
+        match self {
+            Lock::Exclusive => libc::F_WRLCK,
+            Lock::Shared => libc::F_RDLCK,
+        }
+    }
+}
+
 impl Media {
     pub(crate) fn new(file: File) -> Media {
         Media::File(Arc::new(file))
@@ -94,18 +103,24 @@ impl Media {
     /// last descriptor of this open file, wherever that is.
     pub(crate) fn try_lock(&self, lock: Lock) -> io::Result<bool> {
         match self {
-            Media::File(file) => try_lock(file, lock),
+            Media::File(file) => set_lock(file, lock.kind()),
             #[cfg(test)]
             Media::Sim(_) => Ok(true),
         }
     }
+
+    /// Gives the lock back at once: a ring that is torn down keeps its files open for some milliseconds more.
+    pub(crate) fn unlock(&self) {
+        match self {
+            // It fails only for a closed descriptor.
+            Media::File(file) => drop(set_lock(file, libc::F_UNLCK)),
+            #[cfg(test)]
+            Media::Sim(_) => {}
+        }
+    }
 }
 
-fn try_lock(file: &File, lock: Lock) -> io::Result<bool> {
-    let kind = match lock {
-        Lock::Exclusive => libc::F_WRLCK,
-        Lock::Shared => libc::F_RDLCK,
-    };
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<bool> {
     let range = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,

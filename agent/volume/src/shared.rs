@@ -189,3 +189,12 @@ impl Core {
         }
     }
 }
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // The last queue and the keeper are gone, so nothing is written any more.
+        for layer in &self.stack().layers {
+            layer.data.unlock();
+        }
+    }
+}

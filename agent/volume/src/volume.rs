@@ -23,6 +23,8 @@ use crate::{
 const DRAIN_MS_MAX: u64 = 5_000;
 /// Times that an open starts over because the head was sealed under its eyes.
 const OPEN_TRIES_MAX: u32 = 4;
+/// How long an open waits for a lock: the kernel gives up that of a killed process a moment after its end.
+const LOCK_WAIT_MS: u64 = 300;
 
 /// What may be done with a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -372,10 +374,16 @@ fn take_lock(data: &Media, access: Access, layer: u64) -> Result<(), OpenError> 
         Access::ReadWrite => Lock::Exclusive,
         Access::ReadOnly => Lock::Shared,
     };
-    match data.try_lock(kind) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(OpenError::InUse { layer }),
-        Err(source) => Err(OpenError::Io { what: "lock the data file", source }),
+    let start = Instant::now();
+    loop {
+        match data.try_lock(kind) {
+            Ok(true) => return Ok(()),
+            Ok(false) if start.elapsed() < Duration::from_millis(LOCK_WAIT_MS) => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(false) => return Err(OpenError::InUse { layer }),
+            Err(source) => return Err(OpenError::Io { what: "lock the data file", source }),
+        }
     }
 }
 

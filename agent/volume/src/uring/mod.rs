@@ -323,9 +323,9 @@ impl Driver {
             if self.in_flight == 0 {
                 break;
             }
-            if let Engine::Ring(ring) = &mut self.engine
-                && ring.wait().is_err()
-            {
+            // Inline calls have ended when they return, so there is nothing to wait for.
+            let Engine::Ring(ring) = &mut self.engine else { break };
+            if ring.wait().is_err() {
                 // The kernel may still write: better to lose the memory than to reuse it.
                 std::mem::forget(std::mem::take(&mut self.cargo));
                 std::mem::forget(std::mem::take(&mut self.zeros));

@@ -1,1 +1,74 @@
-//! The system calls that need unsafe code.
+//! The system calls that have no safe wrapper: what a child does between fork and exec, and making a tap.
+//!
+//! Owns: these few lines of unsafe code. Never: decisions; each function does one thing for its caller.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, process::CommandExt},
+    },
+    process::{Child, Command},
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Starts a program in a session of its own (a signal to seriod's terminal or group does not reach it), with one
+/// descriptor more than the standard three, under the same number as here.
+///
+/// # Errors
+/// The program cannot be run.
+pub fn spawn_in_session(command: &mut Command, passed: BorrowedFd<'_>) -> io::Result<Child> {
+    let number = passed.as_raw_fd();
+    // SAFETY: the closure runs in the child between fork and exec and only makes two system calls that are
+    // async-signal-safe (setsid, fcntl); it allocates nothing and takes no lock. `passed` outlives the spawn.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // Everything else is close-on-exec: this one is meant for the program.
+            if libc::fcntl(number, libc::F_SETFD, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    command.spawn()
+}
+
+/// Makes (or opens) a tap with one queue, no packet information header and a virtio-net header. It is gone when
+/// the last descriptor of it is closed.
+///
+/// # Errors
+/// The name is too long, /dev/net/tun is missing, or the kernel's.
+pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    // SAFETY: an all-zero ifreq is a valid value of this plain C struct.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.is_empty() || name.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "an interface's name has 1 to 15 bytes"));
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let tun: File = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")?;
+    // SAFETY: TUNSETIFF reads and writes one ifreq at the pointer, which lives until the call returns.
+    let done = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(tun.into()) }
+}
+
+/// Waits for a descriptor to become readable with the runtime's epoll.
+///
+/// # Errors
+/// The descriptor cannot be waited for, or there is no runtime.
+pub fn watch_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is an open descriptor that nobody else closes, and `AsyncFd` keeps it until it has
+    // deregistered it.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}

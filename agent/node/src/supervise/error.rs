@@ -68,7 +68,9 @@ pub enum SpawnError {
     #[error(transparent)]
     File(#[from] FileError),
     /// The socket's path is longer than Unix allows, or it could not be bound.
-    #[error("cannot listen on {path}: a Unix socket's path has at most 107 bytes; choose a shorter run_dir if this is longer")]
+    #[error(
+        "cannot listen on {path}: a Unix socket's path has at most 107 bytes; choose a shorter run_dir if this is longer"
+    )]
     Listen {
         /// The socket.
         path: PathBuf,

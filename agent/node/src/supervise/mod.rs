@@ -22,33 +22,150 @@
 //! Threads: none of its own; tokio tasks: one per watched process, one per launch and job (they are not broken
 //! off half-way when the caller goes).
 
+mod cgroup;
 mod error;
+mod export;
+mod files;
+mod jobs;
+mod launch;
+mod link;
 mod plan;
+mod process;
+mod rundir;
+mod spawn;
+mod vm;
 
-use std::path::{Path, PathBuf};
+#[cfg(test)]
+mod supervise_test;
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bytes::Bytes;
-use tokio::{net::UnixStream, sync::mpsc};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
+use self::{cgroup::Cgroups, process::Exit, rundir::RunDir, spawn::Watched};
+use crate::net::Net;
+
 pub use error::{AdoptError, FileError, JobError, LaunchError, SpawnError, TalkError, VolumeFilesError};
+pub use export::ExportHandle;
+pub use jobs::is_in_use;
 pub use plan::{
     DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage, LaunchPlan, NicPlan,
     PointInfo, SupervisorSettings, VmReport, VolumeInfo,
 };
+pub use vm::VmHandle;
 
 /// Starts, finds and ends processes. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Supervisor {}
+pub struct Supervisor {
+    inner: Arc<Inner>,
+}
+
+/// What all share.
+#[derive(Debug)]
+struct Inner {
+    settings: SupervisorSettings,
+    cgroups: Cgroups,
+    net: Net,
+    gates: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<Gate>>>>,
+}
+
+/// One snapshot of a volume at a time.
+#[derive(Debug, Default)]
+struct Gate {
+    /// The VMM that has not answered the last one: until it is dead, the newest layer may be written by it.
+    in_doubt: Option<Watched>,
+}
+
+impl Inner {
+    fn vms_dir(&self) -> PathBuf {
+        self.settings.run_dir.join("vms")
+    }
+
+    fn exports_dir(&self) -> PathBuf {
+        self.settings.run_dir.join("exports")
+    }
+
+    fn jobs_dir(&self) -> PathBuf {
+        self.settings.run_dir.join("jobs")
+    }
+
+    fn volumes_dir(&self) -> PathBuf {
+        self.settings.state_dir.join("volumes")
+    }
+
+    fn run_of(&self, uid: Uuid) -> RunDir {
+        RunDir::new(self.vms_dir().join(uid.to_string()))
+    }
+
+    fn volume_dir(&self, uid: Uuid) -> PathBuf {
+        self.volumes_dir().join(uid.to_string())
+    }
+
+    fn log_path(&self, uid: Uuid) -> PathBuf {
+        self.settings.state_dir.join("vms").join(uid.to_string()).join("serial.log")
+    }
+
+    fn volume_gate(&self, volume: Uuid) -> Arc<tokio::sync::Mutex<Gate>> {
+        Arc::clone(self.gates.lock().unwrap_or_else(PoisonError::into_inner).entry(volume).or_default())
+    }
+
+    fn forget_volume(&self, volume: Uuid) {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
+    }
+
+    async fn inspect(&self, volume: Uuid) -> Result<VolumeInfo, JobError> {
+        jobs::inspect(self, volume).await
+    }
+
+    async fn drop_unused_layer(&self, volume: Uuid, number: u32) {
+        jobs::drop_unused_layer(self, volume, number).await;
+    }
+
+    /// Ends what may run of a VM and removes its files, cgroup and network.
+    async fn clean(&self, uid: Uuid) {
+        let run = self.run_of(uid);
+        let bridges = rundir::read_meta(&run.meta()).map(|meta| meta.bridges).unwrap_or_default();
+        match launch::living(&run.meta(), &self.settings.vmm_path) {
+            Ok(Some((_, process))) => {
+                Watched::new(process, run.stderr()).kill().await;
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(vm = %uid, error = &error as &dyn std::error::Error, "cleaning"),
+        }
+        self.cgroups.remove(uid).await;
+        self.net.release(&bridges).await;
+        rundir::remove_quietly(run.path());
+    }
+}
 
 impl Supervisor {
-    /// Makes the directories below RUN and STATE; says once if cgroup v2 cannot be used.
+    /// Makes the directories below RUN and STATE; says once if cgroup v2 cannot be used. Removes what jobs of an
+    /// earlier seriod left: they ended with it.
     ///
     /// # Errors
     /// A directory cannot be made.
     pub fn new(settings: SupervisorSettings) -> Result<Self, FileError> {
-        let _ = settings;
-        Ok(Self {})
+        let cgroups = Cgroups::new(settings.cgroup_root.as_deref());
+        let inner = Inner { settings, cgroups, net: Net::default(), gates: Mutex::default() };
+        rundir::remove(&inner.jobs_dir())?;
+        let state = |name: &str| inner.settings.state_dir.join(name);
+        for dir in [inner.vms_dir(), inner.exports_dir(), inner.jobs_dir()] {
+            rundir::make_dir(&dir)?;
+        }
+        for dir in [inner.volumes_dir(), state("images"), state("vms")] {
+            rundir::make_dir(&dir)?;
+        }
+        for name in names(&inner.volumes_dir())?.iter().filter(|name| name.starts_with(".deleted-")) {
+            rundir::remove_quietly(&inner.volumes_dir().join(name));
+        }
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Starts a VM; returns when its guest runs. On failure nothing half-made stays.
@@ -56,8 +173,23 @@ impl Supervisor {
     /// # Errors
     /// [`LaunchError`].
     pub async fn launch(&self, plan: LaunchPlan) -> Result<VmHandle, LaunchError> {
-        let _ = plan;
-        Err(LaunchError::Ending)
+        let inner = Arc::clone(&self.inner);
+        let uid = plan.uid;
+        let run = inner.run_of(uid);
+        if let Some((meta, _)) = launch::living(&run.meta(), &inner.settings.vmm_path)? {
+            return Err(LaunchError::Running { pid: meta.pid });
+        }
+        // A task: a caller that goes away leaves a whole VM or none.
+        let launched = tokio::spawn(async move {
+            // What an earlier run may have left.
+            inner.clean(uid).await;
+            let launched = launch::launch(&inner, plan).await;
+            if launched.is_err() {
+                inner.clean(uid).await;
+            }
+            launched
+        });
+        launched.await.unwrap_or(Err(LaunchError::Ending))
     }
 
     /// Takes over a VMM that an earlier seriod started. `None` when it is gone, or never had its `Launch`
@@ -66,8 +198,7 @@ impl Supervisor {
     /// # Errors
     /// [`AdoptError`]: it runs but cannot be talked to.
     pub async fn adopt(&self, uid: Uuid) -> Result<Option<VmHandle>, AdoptError> {
-        let _ = uid;
-        Ok(None)
+        launch::adopt(&self.inner, uid).await
     }
 
     /// The VMs that have a run directory.
@@ -75,19 +206,26 @@ impl Supervisor {
     /// # Errors
     /// The directory cannot be read.
     pub fn found(&self) -> Result<Vec<Uuid>, FileError> {
-        Ok(Vec::new())
+        Ok(names(&self.inner.vms_dir())?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     /// How a VM's run ended: its last words, or `Died`. `None` while it runs, or without a run directory.
     #[must_use]
     pub fn end_record(&self, uid: Uuid) -> Option<EndRecord> {
-        let _ = uid;
-        None
+        let run = self.inner.run_of(uid);
+        if !run.path().exists() {
+            return None;
+        }
+        match launch::living(&run.meta(), &self.inner.settings.vmm_path) {
+            Ok(None) => Some(vm::end_record(&run, Exit::Unknown)),
+            Ok(Some(_)) | Err(_) => None,
+        }
     }
 
     /// Ends what may still run of a VM, and removes its run directory, cgroup and network. Idempotent.
     pub async fn clean(&self, uid: Uuid) {
-        let _ = uid;
+        let inner = Arc::clone(&self.inner);
+        let _ = tokio::spawn(async move { inner.clean(uid).await }).await;
     }
 
     /// Makes a volume, empty or from an image's raw file; synced when it returns, nothing left on failure.
@@ -100,8 +238,8 @@ impl Supervisor {
         size_bytes: u64,
         from_image: Option<PathBuf>,
     ) -> Result<(), JobError> {
-        let _ = (uid, size_bytes, from_image);
-        Err(JobError::Ending)
+        let job = jobs::create_volume(Arc::clone(&self.inner), uid, size_bytes, from_image);
+        tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 
     /// Removes a volume's files. No error when there are none.
@@ -109,8 +247,10 @@ impl Supervisor {
     /// # Errors
     /// [`JobError::File`].
     pub async fn delete_volume(&self, uid: Uuid) -> Result<(), JobError> {
-        let _ = uid;
-        Err(JobError::Ending)
+        let inner = Arc::clone(&self.inner);
+        // Freeing a large file's blocks takes time.
+        let job = tokio::task::spawn_blocking(move || jobs::delete_volume(&inner, uid));
+        job.await.unwrap_or(Err(JobError::Ending))
     }
 
     /// The volumes that have a directory.
@@ -118,20 +258,20 @@ impl Supervisor {
     /// # Errors
     /// The directory cannot be read.
     pub fn found_volumes(&self) -> Result<Vec<Uuid>, FileError> {
-        Ok(Vec::new())
+        Ok(names(&self.inner.volumes_dir())?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     /// Bytes that a volume's files take on the host's disk.
     ///
     /// # Errors
     /// The files cannot be looked at.
-    pub fn allocated_bytes(&self, uid: Uuid) -> Result<u64, VolumeFilesError> {
-        let _ = uid;
-        Ok(0)
+    pub fn allocated_bytes(&self, uid: Uuid) -> Result<u64, FileError> {
+        files::allocated_bytes(&self.inner.volume_dir(uid))
     }
 
-    /// Reads an image in: chunks in order, gaps are zero, `expected_bytes` in all. Synced when it returns,
-    /// nothing at `dest` on failure. Closing the channel early breaks off.
+    /// Reads an image in: chunks in order, gaps are zero. The whole has `expected_bytes`: a sender whose image ends
+    /// in zeros says so by a last chunk `(expected_bytes, empty)`; a channel that closes before that has broken off.
+    /// Synced when it returns, nothing at `dest` on failure.
     ///
     /// # Errors
     /// [`JobError`].
@@ -142,8 +282,9 @@ impl Supervisor {
         expected_bytes: u64,
         data: mpsc::Receiver<(u64, Bytes)>,
     ) -> Result<ImportedImage, JobError> {
-        let _ = (dest, format, expected_bytes, data);
-        Err(JobError::Ending)
+        let inner = Arc::clone(&self.inner);
+        let job = jobs::import_image(inner, dest.to_owned(), format.to_owned(), expected_bytes, data);
+        tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 
     /// Seals the head of a volume that no process has open.
@@ -151,8 +292,8 @@ impl Supervisor {
     /// # Errors
     /// [`JobError`].
     pub async fn snapshot_stopped(&self, volume: Uuid, name: &str) -> Result<(), JobError> {
-        let _ = (volume, name);
-        Err(JobError::Ending)
+        let job = jobs::snapshot_stopped(Arc::clone(&self.inner), volume, name.to_owned());
+        tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 
     /// What a volume's headers say; also while it is open elsewhere.
@@ -160,8 +301,7 @@ impl Supervisor {
     /// # Errors
     /// [`JobError`].
     pub async fn volume_info(&self, volume: Uuid) -> Result<VolumeInfo, JobError> {
-        let _ = volume;
-        Err(JobError::Ending)
+        self.inner.inspect(volume).await
     }
 
     /// Serves a volume over NBD on `RUN/exports/<id>.sock`; returns when clients may connect.
@@ -169,8 +309,8 @@ impl Supervisor {
     /// # Errors
     /// [`JobError`].
     pub async fn start_export(&self, plan: ExportPlan) -> Result<ExportHandle, JobError> {
-        let _ = plan;
-        Err(JobError::Ending)
+        let job = export::start(Arc::clone(&self.inner), plan);
+        tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 
     /// Takes over an export that an earlier seriod started; `None` when it is gone (its files are removed then).
@@ -178,8 +318,7 @@ impl Supervisor {
     /// # Errors
     /// [`AdoptError`].
     pub async fn adopt_export(&self, id: &str) -> Result<Option<ExportHandle>, AdoptError> {
-        let _ = id;
-        Ok(None)
+        export::adopt(&self.inner, id).await
     }
 
     /// The exports that have files below RUN.
@@ -187,127 +326,35 @@ impl Supervisor {
     /// # Errors
     /// The directory cannot be read.
     pub fn found_exports(&self) -> Result<Vec<String>, FileError> {
-        Ok(Vec::new())
+        let files = names(&self.inner.exports_dir())?;
+        let mut ids: Vec<String> =
+            files.iter().filter_map(|name| Some(name.rsplit_once('.')?.0.to_owned())).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// Ends what may still run of an export and removes its files. Idempotent.
     pub async fn clean_export(&self, id: &str) {
-        let _ = id;
+        export::clean(&self.inner, id).await;
     }
 
     /// A VM's serial log (`STATE/vms/<uuid>/serial.log`).
     #[must_use]
     pub fn log_path(&self, uid: Uuid) -> PathBuf {
-        PathBuf::from(uid.to_string())
+        self.inner.log_path(uid)
     }
 }
 
-/// A running VM. Cheap to clone; dropping it does nothing to the VM.
-#[derive(Debug, Clone)]
-pub struct VmHandle {}
-
-impl VmHandle {
-    /// Its process.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        0
+/// The names in a directory; none when it is not there.
+fn names(dir: &Path) -> Result<Vec<String>, FileError> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(FileError::at("read", dir))?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(FileError::at("read", dir))?.file_name().to_string_lossy().into_owned());
     }
-
-    /// The generation that it was launched with.
-    #[must_use]
-    pub fn generation(&self) -> u64 {
-        0
-    }
-
-    /// Asks the VMM.
-    ///
-    /// # Errors
-    /// [`TalkError`].
-    pub async fn status(&self) -> Result<VmReport, TalkError> {
-        Ok(VmReport { paused: false, resets: 0, uptime: std::time::Duration::ZERO, version: String::new() })
-    }
-
-    /// Presses the ACPI power button.
-    ///
-    /// # Errors
-    /// [`TalkError`].
-    pub async fn power_button(&self) -> Result<(), TalkError> {
-        Ok(())
-    }
-
-    /// Resets the machine.
-    ///
-    /// # Errors
-    /// [`TalkError`].
-    pub async fn reset(&self) -> Result<(), TalkError> {
-        Ok(())
-    }
-
-    /// Pulls the plug: asks the VMM to end, kills it if it does not; returns when it is gone.
-    pub async fn stop(&self) -> EndRecord {
-        EndRecord { kind: EndKind::Stopped, reason: String::new() }
-    }
-
-    /// Seals a volume of the running VM at a point.
-    ///
-    /// # Errors
-    /// [`JobError`].
-    pub async fn snapshot_volume(&self, volume: Uuid, name: &str) -> Result<(), JobError> {
-        let _ = (volume, name);
-        Err(JobError::Ending)
-    }
-
-    /// Resolves when the process is gone (also of an adopted one, and also when it is gone already).
-    pub async fn ended(&self) -> EndRecord {
-        EndRecord { kind: EndKind::Died, reason: String::new() }
-    }
-
-    /// The serial console: bytes both ways.
-    ///
-    /// # Errors
-    /// The VMM does not listen any more.
-    pub async fn attach_console(&self) -> Result<UnixStream, FileError> {
-        let path = PathBuf::new();
-        UnixStream::connect(&path).await.map_err(FileError::at("connect to", path))
-    }
-
-    /// The serial log.
-    #[must_use]
-    pub fn log_path(&self) -> PathBuf {
-        PathBuf::new()
-    }
-}
-
-/// A running export. Cheap to clone; dropping it does nothing to the export.
-#[derive(Debug, Clone)]
-pub struct ExportHandle {}
-
-impl ExportHandle {
-    /// Its process.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        0
-    }
-
-    /// The NBD socket.
-    #[must_use]
-    pub fn socket(&self) -> &Path {
-        Path::new("")
-    }
-
-    /// Asks it.
-    ///
-    /// # Errors
-    /// [`TalkError`].
-    pub async fn report(&self) -> Result<ExportReport, TalkError> {
-        Ok(ExportReport { clients: 0 })
-    }
-
-    /// Ends it and removes its files; its clients are disconnected.
-    pub async fn stop(&self) {}
-
-    /// Resolves when the process is gone; with how.
-    pub async fn ended(&self) -> String {
-        String::new()
-    }
+    Ok(names)
 }

@@ -1,0 +1,187 @@
+//! Starting a VM, and finding one again.
+//!
+//! ```text
+//!  open kernel, initrd, kvm, disks      nothing made yet: a bad path costs nothing
+//!  run dir, sockets, taps               found by its name, removed by `clean`
+//!  spawn, cgroup                        ends by itself without a Launch
+//!  meta (synced)                        from here on it can be adopted
+//!  Launch                               from here on it goes on without us
+//! ```
+
+use std::{io, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
+
+use prost::Message;
+use serio_control::{
+    ChannelError,
+    message::{Body, Disk, Launch, LayerFds, Nic, OnReset, VmState},
+};
+use uuid::Uuid;
+
+use super::{
+    AdoptError, DiskSource, FileError, Inner, LaunchError, LaunchPlan, VmHandle, VolumeFilesError,
+    files::{self, Descriptors},
+    link,
+    process::Process,
+    rundir::{self, Meta, RunDir},
+    spawn::{self, Watched},
+    vm,
+};
+
+/// For `Launch`: the VMM loads the kernel and runs the first vcpu, on a slow disk of a busy host.
+const LAUNCH_WAIT: Duration = Duration::from_secs(90);
+const KVM: &str = "/dev/kvm";
+
+/// Starts a VM. The caller cleans up when this fails.
+pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHandle, LaunchError> {
+    let uid = plan.uid;
+    let run = inner.run_of(uid);
+    let (mut launch, mut descriptors) = describe(inner, &plan)?;
+    let digest = blake3::hash(&launch.encode_to_vec()).to_hex().to_string();
+    let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
+    for nic in &plan.nics {
+        let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
+        launch.nics.push(Nic { mac: nic.mac.to_vec(), tap_fd: descriptors.push(tap), mtu: nic.mtu });
+    }
+    let watched = spawn::spawn(&inner.settings.vmm_path, control, &run.stderr()).await?;
+    let pid = watched.process().pid();
+    inner.cgroups.put(uid, pid, plan.vcpus);
+    let meta = Meta {
+        pid,
+        start_ticks: watched.process().start_ticks(),
+        boot_id: rundir::boot_id(),
+        generation: plan.generation,
+        plan: digest,
+        bridges: plan.nics.iter().map(|nic| nic.bridge.clone()).collect(),
+    };
+    let sent = match rundir::write_meta(&run.meta(), &meta) {
+        Ok(()) => send(&run, &watched, launch, descriptors.as_slice()).await,
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = sent {
+        watched.kill().await;
+        return Err(error);
+    }
+    Ok(VmHandle::new(Arc::clone(inner), uid, plan.generation, watched))
+}
+
+async fn send(run: &RunDir, watched: &Watched, launch: Launch, fds: &[OwnedFd]) -> Result<(), LaunchError> {
+    let control = run.control();
+    let asked =
+        link::ask_with(&control, vm::peer(watched.process().pid()), Body::Launch(launch), fds, LAUNCH_WAIT);
+    let answer = tokio::select! {
+        biased;
+        answer = asked => answer,
+        exit = watched.exit() => return Err(LaunchError::Died { reason: vm::end_record(run, exit).reason }),
+    };
+    match answer {
+        Ok(Body::Done(_) | Body::VmStatus(_)) => Ok(()),
+        Ok(_) => Err(LaunchError::Talk(ChannelError::Unexpected.into())),
+        // It hung up: its death says more than the closed socket does.
+        Err(error) if error.refusal().is_none() => match watched.exit_within(Duration::from_secs(1)).await {
+            Some(exit) => Err(LaunchError::Died { reason: vm::end_record(run, exit).reason }),
+            None => Err(LaunchError::Talk(error)),
+        },
+        Err(error) => Err(LaunchError::Talk(error)),
+    }
+}
+
+/// Opens everything that is there already.
+fn describe(inner: &Inner, plan: &LaunchPlan) -> Result<(Launch, Descriptors), LaunchError> {
+    let mut descriptors = Descriptors::default();
+    let kernel_fd = descriptors.push(files::open(&plan.kernel, true).map_err(LaunchError::Kernel)?);
+    let initrd_fd = match &plan.initrd {
+        Some(path) => Some(descriptors.push(files::open(path, true).map_err(LaunchError::Initrd)?)),
+        None => None,
+    };
+    let kvm_fd = descriptors.push(open_kvm().map_err(LaunchError::Kvm)?);
+    let mut disks = Vec::new();
+    for (index, disk) in plan.disks.iter().enumerate() {
+        let opened = open_disk(inner, &disk.source, disk.read_only, &mut descriptors);
+        let (volume_id, layers) = opened.map_err(|source| LaunchError::Disk { index, source })?;
+        disks.push(Disk { volume_id, layers, read_only: disk.read_only });
+    }
+    let log = inner.log_path(plan.uid);
+    if let Some(dir) = log.parent() {
+        rundir::make_dir(dir)?;
+    }
+    let log_fd = descriptors.push(rundir::open_log(&log)?);
+    let launch = Launch {
+        vm_id: plan.uid.to_string(),
+        name: plan.name.to_string(),
+        vcpus: plan.vcpus,
+        memory_bytes: plan.memory_bytes,
+        kvm_fd,
+        kernel_fd,
+        initrd_fd,
+        cmdline: plan.cmdline.clone(),
+        disks,
+        nics: Vec::new(),
+        log_fd,
+        console_fd: 0,
+        exit_fd: 0,
+        uid: 0,
+        on_reset: OnReset::Reboot.into(),
+    };
+    Ok((launch, descriptors))
+}
+
+fn open_disk(
+    inner: &Inner,
+    source: &DiskSource,
+    read_only: bool,
+    descriptors: &mut Descriptors,
+) -> Result<(String, Vec<LayerFds>), VolumeFilesError> {
+    match source {
+        DiskSource::Volume(volume) => {
+            let layers = descriptors.push_volume(&inner.volume_dir(*volume), *volume, read_only)?;
+            Ok((volume.to_string(), layers))
+        }
+        DiskSource::File { name, path } => {
+            let data_fd = descriptors.push(files::open(path, read_only)?);
+            Ok((name.clone(), vec![LayerFds { data_fd, map_fd: None }]))
+        }
+    }
+}
+
+fn open_kvm() -> Result<std::fs::File, FileError> {
+    std::fs::OpenOptions::new().read(true).write(true).open(KVM).map_err(FileError::at("open", KVM))
+}
+
+/// Makes the run directory; gives the listening control socket.
+fn make_run_dir(
+    run: &RunDir,
+    launch: &mut Launch,
+    descriptors: &mut Descriptors,
+) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+    rundir::make_dir(run.path())?;
+    let control = rundir::listen(&run.control())?;
+    launch.console_fd = descriptors.push(rundir::listen(&run.console())?);
+    launch.exit_fd = descriptors.push(rundir::create_new(&run.exit())?);
+    Ok(control)
+}
+
+/// The process that a run directory speaks of, if it lives.
+pub(super) fn living(meta_path: &Path, program: &Path) -> Result<Option<(Meta, Process)>, FileError> {
+    let Some(meta) = rundir::read_meta(meta_path) else { return Ok(None) };
+    let found = Process::find(meta.pid, meta.start_ticks, program)
+        .map_err(|e: io::Error| FileError::at("look for the process of", meta_path)(e))?;
+    Ok(found.map(|process| (meta, process)))
+}
+
+/// Finds a VM again.
+pub(super) async fn adopt(inner: &Arc<Inner>, uid: Uuid) -> Result<Option<VmHandle>, AdoptError> {
+    let run = inner.run_of(uid);
+    let Some((meta, process)) = living(&run.meta(), &inner.settings.vmm_path)? else { return Ok(None) };
+    let pid = process.pid();
+    let watched = Watched::new(process, run.stderr());
+    match vm::ask_status(&run, pid).await {
+        // It had no Launch: nothing runs in it, and nobody is left who would send one.
+        Ok(status) if matches!(status.state(), VmState::Waiting | VmState::Ended) => {
+            watched.kill().await;
+            Ok(None)
+        }
+        Ok(_) => Ok(Some(VmHandle::new(Arc::clone(inner), uid, meta.generation, watched))),
+        Err(_) if watched.exit_now().is_some() => Ok(None),
+        Err(source) => Err(AdoptError::Silent { pid, source }),
+    }
+}

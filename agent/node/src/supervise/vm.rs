@@ -1,0 +1,237 @@
+//! A running VM, from the outside.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use serio_control::{
+    ChannelError,
+    message::{Body, Empty, SnapshotVolume, VmState, VmStatus},
+};
+use tokio::net::UnixStream;
+use uuid::Uuid;
+
+use super::{
+    EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
+    files::{self, Descriptors},
+    link,
+    process::Exit,
+    rundir::{self, RunDir},
+    spawn::Watched,
+};
+
+/// For a question that is answered from memory.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+/// For sealing a volume: it drains what is in flight and syncs.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
+/// How long a VMM may take to end after `Stop` before it is killed.
+const STOP_GRACE: Duration = Duration::from_secs(3);
+
+/// A running VM. Cheap to clone; dropping it does nothing to the VM.
+#[derive(Debug, Clone)]
+pub struct VmHandle {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inner: Arc<Inner>,
+    uid: Uuid,
+    generation: u64,
+    run: RunDir,
+    watched: Watched,
+    /// We asked it to end: a silent death is then no failure.
+    stopping: AtomicBool,
+}
+
+impl VmHandle {
+    pub(super) fn new(inner: Arc<Inner>, uid: Uuid, generation: u64, watched: Watched) -> Self {
+        let run = inner.run_of(uid);
+        Self {
+            shared: Arc::new(Shared {
+                inner,
+                uid,
+                generation,
+                run,
+                watched,
+                stopping: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.shared.watched.process().pid()
+    }
+
+    /// The generation that it was launched with.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.shared.generation
+    }
+
+    /// Asks the VMM.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn status(&self) -> Result<VmReport, TalkError> {
+        let status = ask_status(&self.shared.run, self.pid()).await?;
+        Ok(VmReport {
+            paused: status.state() == VmState::Paused,
+            resets: status.resets,
+            uptime: Duration::from_nanos(status.uptime_ns),
+            version: status.version,
+        })
+    }
+
+    async fn order(&self, body: Body) -> Result<(), TalkError> {
+        match link::ask(&self.shared.run.control(), peer(self.pid()), body, ANSWER_WAIT).await? {
+            Body::Done(_) => Ok(()),
+            _ => Err(ChannelError::Unexpected.into()),
+        }
+    }
+
+    /// Presses the ACPI power button.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn power_button(&self) -> Result<(), TalkError> {
+        self.order(Body::PowerButton(Empty {})).await
+    }
+
+    /// Resets the machine.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn reset(&self) -> Result<(), TalkError> {
+        self.order(Body::Reset(Empty {})).await
+    }
+
+    /// Pulls the plug: asks the VMM to end, kills it if it does not; returns when it is gone.
+    pub async fn stop(&self) -> EndRecord {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        let asked = self.order(Body::Stop(Empty {}));
+        let gone = async {
+            tokio::select! {
+                _ = self.shared.watched.exit() => true,
+                answer = asked => answer.is_ok() && self.shared.watched.exit_within(STOP_GRACE).await.is_some(),
+            }
+        };
+        if !gone.await {
+            self.shared.watched.kill().await;
+        }
+        self.ended().await
+    }
+
+    /// Resolves when the process is gone (also of an adopted one, and also when it is gone already).
+    pub async fn ended(&self) -> EndRecord {
+        let exit = self.shared.watched.exit().await;
+        let record = end_record(&self.shared.run, exit);
+        if record.kind == EndKind::Died && self.shared.stopping.load(Ordering::Relaxed) {
+            return EndRecord {
+                kind: EndKind::Stopped,
+                reason: "stopped; it did not answer and was killed".to_owned(),
+            };
+        }
+        record
+    }
+
+    /// Seals a volume of the running VM at a point.
+    ///
+    /// # Errors
+    /// [`JobError`].
+    pub async fn snapshot_volume(&self, volume: Uuid, name: &str) -> Result<(), JobError> {
+        let this = self.clone();
+        let name = name.to_owned();
+        // A task: the new layer's files and the answer belong together even when the caller goes.
+        tokio::spawn(async move { this.seal(volume, name).await }).await.unwrap_or(Err(JobError::Ending))
+    }
+
+    async fn seal(&self, volume: Uuid, name: String) -> Result<(), JobError> {
+        let shared = &self.shared;
+        let gate = shared.inner.volume_gate(volume);
+        let mut gate = gate.lock().await;
+        if gate.in_doubt.as_ref().is_some_and(|vmm| vmm.exit_now().is_none()) {
+            return Err(JobError::InDoubt(volume));
+        }
+        gate.in_doubt = None;
+        let layers = shared.inner.inspect(volume).await?.layers;
+        let dir = shared.inner.volume_dir(volume);
+        let (data, map) = files::new_layer(&dir, layers)?;
+        let mut descriptors = Descriptors::default();
+        let body = Body::SnapshotVolume(SnapshotVolume {
+            volume_id: volume.to_string(),
+            snapshot: name,
+            data_fd: descriptors.push(data),
+            map_fd: descriptors.push(map),
+        });
+        let control = shared.run.control();
+        let asked =
+            link::ask_with(&control, peer(self.pid()), body, descriptors.as_slice(), SNAPSHOT_WAIT).await;
+        match asked {
+            Ok(Body::Done(_)) => Ok(()),
+            Err(error) if error.refusal().is_some() => {
+                shared.inner.drop_unused_layer(volume, layers).await;
+                Err(error.into())
+            }
+            // It may still be at it: the new layer's files must not be touched while it lives.
+            other => {
+                gate.in_doubt = Some(shared.watched.clone());
+                match other {
+                    Err(error) => Err(error.into()),
+                    Ok(_) => Err(TalkError::from(ChannelError::Unexpected).into()),
+                }
+            }
+        }
+    }
+
+    /// The serial console: bytes both ways.
+    ///
+    /// # Errors
+    /// The VMM does not listen any more.
+    pub async fn attach_console(&self) -> Result<UnixStream, FileError> {
+        let path = self.shared.run.console();
+        UnixStream::connect(&path).await.map_err(FileError::at("connect to", path))
+    }
+
+    /// The serial log.
+    #[must_use]
+    pub fn log_path(&self) -> PathBuf {
+        self.shared.inner.log_path(self.shared.uid)
+    }
+}
+
+/// A VMM's name in messages.
+pub(super) fn peer(pid: u32) -> String {
+    format!("serio-vmm (process {pid})")
+}
+
+/// Asks a VMM how it is.
+pub(super) async fn ask_status(run: &RunDir, pid: u32) -> Result<VmStatus, TalkError> {
+    match link::ask(&run.control(), peer(pid), Body::Status(Empty {}), ANSWER_WAIT).await? {
+        Body::VmStatus(status) => Ok(status),
+        _ => Err(ChannelError::Unexpected.into()),
+    }
+}
+
+/// How a run ended: its last words, or what the kernel said, with the end of its standard error.
+pub(super) fn end_record(run: &RunDir, exit: Exit) -> EndRecord {
+    run.last_words().unwrap_or_else(|| EndRecord {
+        kind: EndKind::Died,
+        reason: with_tail(&format!("serio-vmm {exit}"), &run.stderr()),
+    })
+}
+
+/// A message with the end of a log, when there is any.
+pub(super) fn with_tail(text: &str, log: &Path) -> String {
+    match rundir::log_tail(log).as_str() {
+        "" => text.to_owned(),
+        tail => format!("{text}; its last words: {tail}"),
+    }
+}

@@ -35,23 +35,15 @@ kernel_fetch() {
 
 # kernel_download PACKAGE: into the cache, unless it is there.
 kernel_download() {
-	local package=$1 dir=$CACHE/kernels/$1 deb kver=${1#linux-image-}
+	local package=$1 dir=$CACHE/kernels/$1 kver=${1#linux-image-}
 	[ -e "$dir/complete" ] && return 0
 	rm -rf "$dir" "$dir.new"
 	mkdir -p "$dir.new"
-	(
-		cd "$dir.new" || exit 1
-		apt-get download -q "$package" || exit 1
-		deb=$(echo ./*.deb)
-		dpkg-deb -x "$deb" .
-		rm "$deb"
-		# Debian 13 has /usr/lib/modules.
-		[ -d lib ] || ln -s usr/lib lib
-		mv "boot/vmlinuz-$kver" boot/vmlinuz
-		kernel_unpack boot/vmlinuz boot/vmlinux
-		depmod -b . "$kver"
-		touch complete
-	) || return 1
+	# Debian 13 has /usr/lib/modules.
+	(cd "$dir.new" && apt-get download -q "$package" && dpkg-deb -x ./*.deb . && rm ./*.deb &&
+		{ [ -d lib ] || ln -s usr/lib lib; } &&
+		mv "boot/vmlinuz-$kver" boot/vmlinuz && kernel_unpack boot/vmlinuz boot/vmlinux && depmod -b . "$kver" &&
+		touch complete) || return 1
 	mv "$dir.new" "$dir"
 }
 

@@ -14,3 +14,6 @@ pub mod console;
 pub mod net;
 pub mod rng;
 mod worker;
+
+#[cfg(test)]
+mod small_test;

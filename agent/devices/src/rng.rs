@@ -111,7 +111,7 @@ fn fill(ring: &ActiveQueue, chain: &Chain, bytes: &mut [u8]) -> u32 {
     for segment in chain.writable() {
         let n = rest.len().min(usize::try_from(segment.len).unwrap_or(usize::MAX));
         let Some((part, left)) = rest.split_at_checked(n) else { break };
-        if part.is_empty() || ring.queue.memory().write_slice(part, segment.address).is_err() {
+        if ring.queue.memory().write_slice(part, segment.address).is_err() {
             break;
         }
         written = written.saturating_add(u32::try_from(n).unwrap_or(0));

@@ -1,0 +1,166 @@
+//! The small devices: randomness, and the console's two directions.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use serio_hv::GuestMemory;
+use serio_virtio::testing::{Buffer, DriverQueue, Rig, memory};
+use serio_virtio::{ActivateError, VirtioDevice};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::console::{Console, ConsoleEnds};
+use crate::rng::{REQUEST_BYTES_MAX, Rng};
+
+const DATA: u64 = 0x10_0000;
+
+#[test]
+fn randomness_is_bounded_and_fills_what_it_says() {
+    let memory = memory(4 << 20);
+    let mut driver = DriverQueue::new(&memory, 0x1000, 8);
+    let (rig, activation) = Rig::activation(&memory, vec![driver.queue(true)], 0);
+    let mut rng = Rng::new();
+    rng.activate(activation).unwrap();
+    for (count, (asked, want)) in
+        (0u16..).zip([(64u32, 64u32), (1, 1), (1 << 20, u32::try_from(REQUEST_BYTES_MAX).unwrap()), (0, 0)])
+    {
+        driver.set_used_event(count);
+        driver.offer(&[
+            Buffer::writable(DATA, asked / 2),
+            Buffer::writable(DATA + 0x10_0000, asked - asked / 2),
+        ]);
+        rig.kicks[0].write(1).unwrap();
+        rig.wait();
+        assert_eq!(driver.used().unwrap().1, want);
+    }
+    let mut bytes = [0; 1024];
+    memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+    assert!(bytes.iter().filter(|byte| **byte == 0).count() < 64, "not random at all");
+    // Buffers outside of memory get nothing; a broken ring costs the device.
+    driver.set_used_event(4);
+    driver.offer(&[Buffer::writable(1 << 40, 8)]);
+    rig.kicks[0].write(1).unwrap();
+    rig.wait();
+    assert_eq!(driver.used().unwrap().1, 0);
+    assert!(!rig.needs_reset());
+    driver.offer_head(99);
+    rig.kicks[0].write(1).unwrap();
+    rig.wait();
+    assert!(rig.needs_reset());
+    rng.reset();
+}
+
+#[test]
+fn a_device_without_its_queue_does_not_start() {
+    let memory = memory(1 << 20);
+    let (_rig, activation) = Rig::activation(&memory, Vec::new(), 0);
+    assert!(matches!(Rng::new().activate(activation), Err(ActivateError::QueueNotEnabled { index: 0 })));
+}
+
+struct Port {
+    console: Console,
+    rig: Rig,
+    rx: DriverQueue,
+    tx: DriverQueue,
+    memory: GuestMemory,
+}
+
+fn port(input: OwnedFd, output: OwnedFd) -> Port {
+    let memory = memory(8 << 20);
+    let (rx, tx) = (DriverQueue::new(&memory, 0x1000, 8), DriverQueue::new(&memory, 0x1_0000, 8));
+    let (rig, activation) = Rig::activation(&memory, vec![rx.queue(false), tx.queue(false)], 0);
+    let mut console = Console::new(Arc::new(ConsoleEnds { input, output }));
+    console.activate(activation).unwrap();
+    Port { console, rig, rx, tx, memory }
+}
+
+impl Port {
+    fn post(&mut self, len: u32) {
+        self.rx.offer(&[Buffer::writable(DATA, len)]).unwrap();
+        self.rig.kicks[0].write(1).unwrap();
+    }
+
+    fn typed(&mut self) -> Vec<u8> {
+        loop {
+            if let Some((_, len)) = self.rx.used() {
+                let mut bytes = vec![0; usize::try_from(len).unwrap()];
+                self.memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+                return bytes;
+            }
+            self.rig.wait();
+        }
+    }
+}
+
+#[test]
+fn a_console_carries_bytes_both_ways() {
+    let (input, mut keyboard) = std::io::pipe().unwrap();
+    let (mut screen, output) = std::io::pipe().unwrap();
+    let mut port = port(input.into(), output.into());
+    keyboard.write_all(b"before any buffer").unwrap();
+    port.post(6);
+    assert_eq!(port.typed(), b"before");
+    port.post(100);
+    assert_eq!(port.typed(), b" any buffer");
+    port.post(100);
+    keyboard.write_all(b"later").unwrap();
+    assert_eq!(port.typed(), b"later");
+
+    // More than a pipe holds: it comes out as it is read, and nothing is lost.
+    let long: Vec<u8> = (0..300_000u32).map(|at| u8::try_from(at % 253).unwrap()).collect();
+    port.memory.write_slice(&long, GuestAddress(DATA)).unwrap();
+    port.tx.offer(&[Buffer::readable(DATA, 100_000), Buffer::readable(DATA + 100_000, 200_000)]).unwrap();
+    port.rig.kicks[1].write(1).unwrap();
+    let mut got = vec![0; long.len()];
+    screen.read_exact(&mut got).unwrap();
+    assert!(got == long);
+    while port.tx.used().is_none() {
+        port.rig.wait();
+    }
+    assert!(!port.rig.needs_reset());
+}
+
+#[test]
+fn a_console_whose_ends_are_gone_goes_on() {
+    let (input, keyboard) = std::io::pipe().unwrap();
+    let (screen, output) = std::io::pipe().unwrap();
+    let mut port = port(input.into(), output.into());
+    drop((keyboard, screen));
+    port.post(10);
+    for _ in 0..20 {
+        port.tx.offer(&[Buffer::readable(DATA, 10_000)]).unwrap();
+        port.rig.kicks[1].write(1).unwrap();
+        while port.tx.used().is_none() {
+            port.rig.wait();
+        }
+    }
+    assert!(!port.rig.needs_reset());
+}
+
+#[test]
+fn a_console_that_nobody_reads_can_be_reset() {
+    let (input, _keyboard) = std::io::pipe().unwrap();
+    let (_screen, output) = std::io::pipe().unwrap();
+    let mut port = port(input.into(), output.into());
+    for _ in 0..8 {
+        port.tx.offer(&[Buffer::readable(DATA, 1_000_000)]).unwrap();
+    }
+    port.rig.kicks[1].write(1).unwrap();
+    port.console.reset();
+    assert!(port.tx.used().is_none());
+}
+
+#[test]
+fn a_file_is_an_end_too() {
+    let mut file = tempfile::tempfile().unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let mut port = port(null.into(), file.try_clone().unwrap().into());
+    port.memory.write_slice(b"to a file", GuestAddress(DATA)).unwrap();
+    port.tx.offer(&[Buffer::readable(DATA, 9)]).unwrap();
+    port.rig.kicks[1].write(1).unwrap();
+    port.rig.wait();
+    std::io::Seek::rewind(&mut file).unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "to a file");
+}

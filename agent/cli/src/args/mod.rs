@@ -26,7 +26,7 @@ const CONNECTION: &str = "Connection";
     version,
     propagate_version = true,
     disable_help_subcommand = true,
-    max_term_width = 100
+    max_term_width = 120
 )]
 #[command(after_help = "Examples:
   serio doctor

@@ -1,2 +1,30 @@
-//! NBD: codec, session, server.
+//! NBD as Serio speaks it: a pure codec, the handshake as a state machine, and a server over threads.
+//!
+//! The protocol is that of `doc/proto.md` of the NetworkBlockDevice project; its names and section titles are
+//! used here, in quotes.
+//!
+//! | module | what | I/O |
+//! |---|---|---|
+//! | [`wire`] | constants, headers, replies of "Transmission phase" | none |
+//! | [`handshake`] | options and their replies, the server's side of "Newstyle negotiation" | none |
+//! | [`front`] | what stands between TLS and a Unix socket: forced STARTTLS, names as tokens | none |
+//! | [`backend`] | the seam to whatever holds the bytes | none |
+//! | [`server`] | accepts, bounds, one thread a connection | sockets |
+//!
+//! Owns: bytes on an NBD socket. Never: files, volumes, TLS itself. A client's bytes are hostile: each length is
+//! bounded before anything is allocated, and an error ends that connection only.
 #![forbid(unsafe_code)]
+
+pub mod backend;
+mod connection;
+pub mod front;
+pub mod handshake;
+mod pool;
+pub mod server;
+pub mod wire;
+
+pub use backend::{Backend, Command, ExportInfo, Payload, Queue};
+pub use connection::ConnectionError;
+pub use front::{Front, FrontStep};
+pub use handshake::{Handshake, HandshakeError, Negotiated};
+pub use server::{Event, Limits, Server, ServerError, Stop};

@@ -28,6 +28,8 @@ pub enum Key {
     Export(Name),
     /// A request, because what it made was undone.
     Request(Uuid),
+    /// All requests about a resource, because its making was undone.
+    RequestsOf(String),
 }
 
 /// A row that is written (new, or in place of the one with its id), or goes.
@@ -240,5 +242,6 @@ fn delete(tx: &Transaction<'_>, key: &Key) -> Result<(), rusqlite::Error> {
             .map(drop),
         Key::Export(id) => one("DELETE FROM exports WHERE id = ?1", id.as_str().to_owned()),
         Key::Request(id) => one("DELETE FROM requests WHERE id = ?1", id.to_string()),
+        Key::RequestsOf(resource) => one("DELETE FROM requests WHERE resource = ?1", resource.clone()),
     }
 }

@@ -1,1 +1,269 @@
-//! Being built.
+//! The one owner of the node's state: what is promised, what should run, what does.
+//!
+//! ```text
+//!   Input ──▶ State::step ──▶ Vec<Effect>        one input at a time, no waiting inside
+//!                │   ▲                            Executor does the effects; their results are inputs again
+//!         commit ▼   │ contents at start
+//!              Store (SQLite)
+//! ```
+//!
+//! Owns: the rows ([`model`]), and for each VM the phase it is in ([`phase`]). Every change is committed *before* its
+//! effects are handed out, together with the wish (`desired`), so that a `seriod` that dies anywhere is continued by
+//! the next one ([`recover`]):
+//!
+//! ```text
+//!   row says            found at start          what the next seriod does
+//!   creating            anything                undo: remove files, then the row (its client got no answer)
+//!   starting            no process              start it
+//!   running             process                 adopt it;  none: record its end, policy decides
+//!   stopping            process                 adopt it, press the button again;  none: record its end
+//!   killing             process                 pull the plug;  none: record its end
+//!   deleting            anything                go on deleting
+//!   off, failed         run files               remove them
+//!   (no row)            process or run files    end it, remove them
+//! ```
+//!
+//! Never: I/O but the store's, clocks, randomness that matters to decisions.
+//! Invariants: at most one operation a VM and a volume at a time; a VM has at most one process; quotas are never
+//! exceeded; each accepted command is answered exactly once.
+//! Threads: one, which may block on the disk; see [`owner`].
+
+pub mod command;
+pub mod effect;
+mod exports;
+mod executor;
+mod images;
+pub mod model;
+pub mod owner;
+mod phase;
+mod recover;
+mod run;
+mod vdcs;
+mod views;
+mod vms;
+mod volumes;
+
+
+use std::collections::BTreeMap;
+
+use serio_store::{
+    Change, Store,
+    record::{EventRecord, Millis},
+};
+use serio_types::{Name, Quota};
+use uuid::Uuid;
+
+pub use executor::{Executor, Handles};
+use command::{Answer, Command, Mutation, Reply, Request};
+use effect::{Effect, Input, Timer};
+use model::Model;
+use phase::{Op, Phase, VolumeOp};
+
+use crate::error::Error;
+
+/// The state of a node.
+pub struct State {
+    store: Store,
+    model: Model,
+    /// What the node may promise in all.
+    capacity: Quota,
+    /// Of each VM that has a row.
+    phases: BTreeMap<Uuid, Phase>,
+    /// How often in a row a VM ended by failure soon after its start.
+    failures: BTreeMap<Uuid, u32>,
+    /// Volumes with an operation.
+    volume_ops: BTreeMap<Uuid, VolumeOp>,
+    /// VMs being reset.
+    resets: BTreeMap<Uuid, Op>,
+    /// Exports being started or ended.
+    export_ops: BTreeMap<Name, Op>,
+    /// Images being removed.
+    image_ops: BTreeMap<Uuid, Op>,
+    /// Files of VMs that no row knows, being removed.
+    strangers: u32,
+    ticket: u64,
+    now: Millis,
+    out: Vec<Effect>,
+}
+
+impl State {
+    /// Takes over what the store has. Call [`State::recover`] next.
+    #[must_use]
+    pub fn new(store: Store, model: Model, capacity: Quota) -> Self {
+        Self {
+            store,
+            model,
+            capacity,
+            phases: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            volume_ops: BTreeMap::new(),
+            resets: BTreeMap::new(),
+            export_ops: BTreeMap::new(),
+            image_ops: BTreeMap::new(),
+            strangers: 0,
+            ticket: 0,
+            now: Millis::default(),
+            out: Vec::new(),
+        }
+    }
+
+    /// The rows, to read.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Takes one input; returns what is to be done now.
+    pub fn step(&mut self, now: Millis, input: Input) -> Vec<Effect> {
+        self.now = now;
+        match input {
+            Input::Command(command, reply) => self.command(command, reply),
+            Input::VolumeCreated { volume, result } => self.volume_created(volume, result),
+            Input::VolumeDeleted { volume, result } => self.volume_deleted(volume, result),
+            Input::Launched { vm, result } => self.launched(vm, result),
+            Input::Adopted { vm, found } => self.adopted(vm, found),
+            Input::Ended { vm, pid, end } => self.ended(vm, pid, end),
+            Input::Reset { vm, result } => self.reset_done(vm, result),
+            Input::Cleaned { vm } => self.cleaned(vm),
+            Input::VmRemoved { vm, result } => self.vm_removed(vm, result),
+            Input::Snapshotted { volume, result } => self.snapshotted(volume, result),
+            Input::Inspected { volume, result } => self.inspected(volume, result),
+            Input::ExportStarted { id, result } => self.export_started(id, result),
+            Input::ExportAdopted { id, runs } => self.export_adopted(&id, runs),
+            Input::ExportEnded { id } => self.export_ended(&id),
+            Input::ImageRemoved { image, result } => self.image_removed(image, result),
+            Input::Timer(timer) => self.timer(timer),
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    fn command(&mut self, command: Command, reply: Reply) {
+        match command {
+            Command::Query(query) => answer(reply, self.query(&query)),
+            Command::FinishImport(files) => answer(reply, self.finish_import(files)),
+            Command::AbortImport(uid) => {
+                self.abort_import(uid);
+                answer(reply, Ok(Answer::Nothing));
+            }
+            Command::Mutate(mutation, request) => {
+                let op = Op { replies: vec![reply], request };
+                match self.replay(op) {
+                    Ok(Some(op)) => self.mutate(mutation, op),
+                    Ok(None) => {}
+                    Err((op, error)) => op.finish(Err(error)),
+                }
+            }
+        }
+    }
+
+    /// Starts a change. What is refused is answered here, at once; the rest answers when it is done.
+    fn mutate(&mut self, mutation: Mutation, op: Op) {
+        let refused = match mutation {
+            Mutation::CreateVdc { name, quota } => self.create_vdc(name, quota, op),
+            Mutation::UpdateVdc { name, quota, expected_generation } => {
+                self.update_vdc(&name, quota, expected_generation, op)
+            }
+            Mutation::DeleteVdc { name } => self.delete_vdc(&name, op),
+            Mutation::CreateVm { name, spec, start } => self.create_vm(name, *spec, start, op),
+            Mutation::StartVm { name } => self.start_vm(&name, op),
+            Mutation::StopVm { name, force, timeout } => self.stop_vm(&name, force, timeout, op),
+            Mutation::RebootVm { name } => self.reboot_vm(&name, op),
+            Mutation::DeleteVm { name, keep_root_volume, force } => self.delete_vm(&name, keep_root_volume, force, op),
+            Mutation::CreateVolume { name, size, image } => self.create_volume(name, size, image, op),
+            Mutation::DeleteVolume { name } => self.delete_volume(&name, op),
+            Mutation::CreateSnapshot { name } => self.create_snapshot(&name, op),
+            Mutation::CreateExport { volume, snapshot, writable, ttl } => {
+                self.create_export(&volume, snapshot, writable, ttl, op)
+            }
+            Mutation::DeleteExport { id } => self.delete_export(&id, op),
+            Mutation::BeginImport { name, cmdline } => self.begin_import(name, &cmdline, op),
+            Mutation::DeleteImage { name } => self.delete_image(&name, op),
+        };
+        if let Err((op, error)) = refused {
+            op.finish(Err(error));
+        }
+    }
+
+    fn timer(&mut self, timer: Timer) {
+        match timer {
+            Timer::Restart { vm, ticket } => self.restart_due(vm, ticket),
+            Timer::StopDeadline { vm, ticket } => self.stop_deadline(vm, ticket),
+            Timer::AdoptAgain { vm } => self.adopt_again(vm),
+            Timer::ExportExpired { id } => self.export_expired(&id),
+        }
+    }
+
+    fn next_ticket(&mut self) -> u64 {
+        self.ticket += 1;
+        self.ticket
+    }
+
+    /// An event for [`State::commit`], which numbers it.
+    fn event(&self, resource: String, kind: &str, message: impl Into<String>) -> Change {
+        let message = message.into();
+        tracing::info!(resource, kind, "{message}");
+        Change::Event(EventRecord { number: 0, time: self.now, resource, kind: kind.to_owned(), message })
+    }
+
+    fn number_events(&self, changes: &mut [Change]) {
+        let mut number = self.model.last_event;
+        for change in changes {
+            if let Change::Event(event) = change {
+                number += 1;
+                event.number = number;
+            }
+        }
+    }
+
+    /// Writes changes, then follows them. On an error nothing has changed.
+    fn commit(&mut self, mut changes: Vec<Change>) -> Result<(), Error> {
+        self.number_events(&mut changes);
+        self.store.commit(&changes)?;
+        changes.into_iter().for_each(|change| self.model.apply(change));
+        Ok(())
+    }
+
+    /// Writes what has *happened*: memory follows even if the disk does not take it. The next start then finds the
+    /// older row and reconciles it with what is.
+    fn record(&mut self, mut changes: Vec<Change>) {
+        self.number_events(&mut changes);
+        let stored = self.store.commit(&changes);
+        if let Err(error) = &stored {
+            tracing::error!("{}; what happened is kept in memory only", crate::error::chain(error));
+        }
+        for change in changes {
+            if stored.is_ok() || !matches!(change, Change::Event(_)) {
+                self.model.apply(change);
+            }
+        }
+    }
+
+    /// The row that remembers a request, if the client gave an id.
+    fn remember(&self, op: &Op, resource: String) -> Option<Change> {
+        op.request.as_ref().map(|request| Change::Request(request.record(resource, self.now)))
+    }
+
+    /// The change that forgets a request whose work was undone, so that it may be tried again.
+    fn forget(request: Option<&Request>) -> Option<Change> {
+        request.map(|r| Change::Delete(serio_store::Key::Request(r.id)))
+    }
+}
+
+/// Sends an answer; a client that is gone does not matter.
+fn answer(reply: Reply, result: Result<Answer, Error>) {
+    let _ = reply.send(result);
+}
+
+/// A refusal gives the operation back, so that no reply is lost.
+type Refused = (Op, Error);
+
+/// Runs a fallible piece; on an error returns it with the operation.
+macro_rules! check {
+    ($op:ident, $result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(error) => return Err(($op, error)),
+        }
+    };
+}
+use check;

@@ -1,0 +1,225 @@
+//! What clients ask of the state, and what it answers. Valid by type: the gRPC border parsed it.
+
+use std::time::Duration;
+
+use serio_store::record::{
+    EventRecord, ExportRecord, ImageRecord, RequestRecord, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord,
+};
+use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSize};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use crate::error::Error;
+
+/// A client's request id, with what tells one request from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Chosen by the client.
+    pub id: Uuid,
+    /// `CreateVm`.
+    pub method: &'static str,
+    /// Of its content.
+    pub digest: String,
+}
+
+/// A change that a client asks for. Each is idempotent by its request id.
+#[derive(Debug, Clone)]
+pub enum Mutation {
+    /// → [`Answer::Vdc`].
+    CreateVdc { name: Name, quota: Quota },
+    /// → [`Answer::Vdc`].
+    UpdateVdc { name: Name, quota: Quota, expected_generation: u64 },
+    /// → [`Answer::Nothing`].
+    DeleteVdc { name: Name },
+    /// → [`Answer::Vm`].
+    CreateVm { name: VdcName, spec: Box<VmSpec>, start: bool },
+    /// → [`Answer::Vm`].
+    StartVm { name: VdcName },
+    /// → [`Answer::Vm`].
+    StopVm { name: VdcName, force: bool, timeout: Duration },
+    /// → [`Answer::Vm`].
+    RebootVm { name: VdcName },
+    /// → [`Answer::Nothing`].
+    DeleteVm { name: VdcName, keep_root_volume: bool, force: bool },
+    /// → [`Answer::Volume`].
+    CreateVolume { name: VdcName, size: Option<VolumeSize>, image: Option<Name> },
+    /// → [`Answer::Nothing`].
+    DeleteVolume { name: VdcName },
+    /// → [`Answer::Snapshot`].
+    CreateSnapshot { name: SnapshotName },
+    /// → [`Answer::Export`].
+    CreateExport { volume: VdcName, snapshot: Option<Name>, writable: bool, ttl: Duration },
+    /// → [`Answer::Nothing`].
+    DeleteExport { id: Name },
+    /// → [`Answer::Import`], or [`Answer::Image`] if the request was done before.
+    BeginImport { name: Name, cmdline: Cmdline },
+    /// → [`Answer::Nothing`].
+    DeleteImage { name: Name },
+}
+
+/// A question.
+#[derive(Debug, Clone)]
+pub enum Query {
+    /// → [`Answer::Vdcs`]: one, or all.
+    Vdcs(Option<Name>),
+    /// → [`Answer::Vms`]: one.
+    Vm(VdcName),
+    /// → [`Answer::Vms`]: of a vdc, or all.
+    Vms(Option<Name>),
+    /// → [`Answer::Volumes`]: one.
+    Volume(VdcName),
+    /// → [`Answer::Volumes`]: of a vdc, or all.
+    Volumes(Option<Name>),
+    /// → [`Answer::Snapshots`].
+    Snapshots(VdcName),
+    /// → [`Answer::Exports`].
+    Exports,
+    /// → [`Answer::Images`]: one, or all.
+    Images(Option<Name>),
+    /// → [`Answer::Events`].
+    Events { from: u64, limit: u32 },
+}
+
+/// What is asked of the state.
+#[derive(Debug)]
+pub enum Command {
+    /// A change.
+    Mutate(Mutation, Option<Request>),
+    /// A question.
+    Query(Query),
+    /// An image's files are whole and synced → [`Answer::Image`].
+    FinishImport(ImportedFiles),
+    /// An import broke off → [`Answer::Nothing`].
+    AbortImport(Uuid),
+}
+
+/// What an import brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportedFiles {
+    /// The image.
+    pub uid: Uuid,
+    /// Of the disk, 0 if there is none.
+    pub size_bytes: u64,
+    /// Of the disk.
+    pub blake3: String,
+    /// A kernel came.
+    pub has_kernel: bool,
+    /// An initrd came.
+    pub has_initrd: bool,
+}
+
+/// What the state answers.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// Done, nothing to say.
+    Nothing,
+    /// A vdc.
+    Vdc(VdcView),
+    /// Vdcs by name.
+    Vdcs(Vec<VdcView>),
+    /// A VM.
+    Vm(Box<VmView>),
+    /// VMs by name.
+    Vms(Vec<VmView>),
+    /// A volume.
+    Volume(VolumeView),
+    /// Volumes by name.
+    Volumes(Vec<VolumeView>),
+    /// A snapshot.
+    Snapshot(SnapshotView),
+    /// Snapshots, oldest first.
+    Snapshots(Vec<SnapshotView>),
+    /// An export.
+    Export(ExportView),
+    /// Exports.
+    Exports(Vec<ExportView>),
+    /// An image.
+    Image(ImageRecord),
+    /// Images by name.
+    Images(Vec<ImageRecord>),
+    /// Events in order.
+    Events(Vec<EventRecord>),
+    /// The files of this image may be written now.
+    Import(Uuid),
+}
+
+/// Where an answer goes. Dropped unanswered (which only the end of the daemon does), the caller reads [`Error::Ending`].
+pub type Reply = oneshot::Sender<Result<Answer, Error>>;
+
+/// A vdc with what it uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VdcView {
+    /// Its row.
+    pub record: VdcRecord,
+    /// What its VMs and volumes are promised.
+    pub used: Quota,
+}
+
+/// The states of a VM, as the API shows them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmState {
+    /// No process.
+    Stopped,
+    /// Being made or started, or waiting to be started again.
+    Starting,
+    /// Its guest runs.
+    Running,
+    /// Ending.
+    Stopping,
+    /// Ended by failure, for good.
+    Failed,
+}
+
+/// A VM with what is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmView {
+    /// Its row.
+    pub record: VmRecord,
+    /// `VDC/NAME`.
+    pub name: VdcName,
+    /// Its root volume's name; none while it is being deleted.
+    pub root_volume: Option<VdcName>,
+    /// What is.
+    pub state: VmState,
+    /// Its process.
+    pub pid: Option<u32>,
+}
+
+/// A volume with what belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeView {
+    /// Its row.
+    pub record: VolumeRecord,
+    /// `VDC/NAME`.
+    pub name: VdcName,
+    /// The VM that has it.
+    pub attached_to: Option<VdcName>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<Name>,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotView {
+    /// Its row.
+    pub record: SnapshotRecord,
+    /// Its volume.
+    pub volume: VdcName,
+}
+
+/// An export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportView {
+    /// Its row.
+    pub record: ExportRecord,
+    /// Its volume.
+    pub volume: VdcName,
+}
+
+impl Request {
+    /// The row that remembers it.
+    #[must_use]
+    pub fn record(&self, resource: String, time: serio_store::record::Millis) -> RequestRecord {
+        RequestRecord { id: self.id, method: self.method.to_owned(), digest: self.digest.clone(), resource, time }
+    }
+}

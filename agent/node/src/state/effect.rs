@@ -1,0 +1,154 @@
+//! What the state wants done outside ([`Effect`]), and what it hears back ([`Input`]). Each effect but a timer is
+//! answered by exactly one input, however it goes.
+
+use std::{net::IpAddr, time::Duration};
+
+use serio_types::{Cidr, MacAddr, Name, VdcName};
+use uuid::Uuid;
+
+use super::command::{Command, Reply};
+use crate::{
+    error::Error,
+    supervise::{EndRecord, VolumeInfo},
+};
+
+/// Something to be done, by the executor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// → [`Input::VolumeCreated`].
+    CreateVolume { volume: Uuid, size_bytes: u64, image: Option<Uuid> },
+    /// → [`Input::VolumeDeleted`].
+    DeleteVolume { volume: Uuid },
+    /// → [`Input::Launched`], and later, if that was well, [`Input::Ended`].
+    Launch(Box<Launch>),
+    /// → [`Input::Adopted`], and later, if it runs, [`Input::Ended`].
+    Adopt { vm: Uuid },
+    /// Its answer is the VM's end, or a timer.
+    PowerButton { vm: Uuid },
+    /// Its answer is the VM's end.
+    Stop { vm: Uuid },
+    /// → [`Input::Reset`].
+    Reset { vm: Uuid },
+    /// Ends what may still run, removes run files → [`Input::Cleaned`].
+    Clean { vm: Uuid },
+    /// Removes a VM's kept files (log, seed) and its root volume's → [`Input::VmRemoved`].
+    RemoveVm { vm: Uuid, volume: Option<Uuid> },
+    /// Seals a point, through the VM if one runs → [`Input::Snapshotted`].
+    Snapshot { volume: Uuid, name: Name, vm: Option<Uuid> },
+    /// → [`Input::Inspected`].
+    Inspect { volume: Uuid },
+    /// → [`Input::ExportStarted`].
+    StartExport { id: Name, volume: Uuid, snapshot: Option<Name>, writable: bool },
+    /// → [`Input::ExportAdopted`].
+    AdoptExport { id: Name },
+    /// → [`Input::ExportEnded`].
+    EndExport { id: Name },
+    /// → [`Input::ImageRemoved`].
+    RemoveImage { image: Uuid },
+    /// → [`Input::Timer`] then.
+    Timer { after: Duration, timer: Timer },
+}
+
+/// A VM to be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// The VM.
+    pub vm: Uuid,
+    /// For messages, and the guest's host name.
+    pub name: VdcName,
+    /// At this start.
+    pub generation: u64,
+    /// 1 to 64.
+    pub vcpus: u32,
+    /// A multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// Gives kernel and initrd.
+    pub image: Uuid,
+    /// It has an initrd.
+    pub has_initrd: bool,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Root first.
+    pub volumes: Vec<Uuid>,
+    /// The vdc, for the bridge's name.
+    pub vdc: Uuid,
+    /// The cards.
+    pub nics: Vec<LaunchNic>,
+    /// A seed disk, last.
+    pub seed: Option<serio_types::CloudInit>,
+}
+
+/// A card of a VM to be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchNic {
+    /// Its address.
+    pub mac: MacAddr,
+    /// For the seed.
+    pub address: Option<Cidr>,
+    /// For the seed.
+    pub gateway: Option<IpAddr>,
+}
+
+/// Why the state wants to be woken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Timer {
+    /// The pause before starting again is over.
+    Restart { vm: Uuid, ticket: u64 },
+    /// The guest had its time to power off.
+    StopDeadline { vm: Uuid, ticket: u64 },
+    /// A VMM that did not answer is asked again.
+    AdoptAgain { vm: Uuid },
+    /// An export's time is over.
+    ExportExpired { id: Name },
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Input {
+    /// A client asks.
+    Command(Command, Reply),
+    /// A volume's files are there and synced, or nothing of them is.
+    VolumeCreated { volume: Uuid, result: Result<(), Error> },
+    /// A volume's files are gone, or some are not.
+    VolumeDeleted { volume: Uuid, result: Result<(), Error> },
+    /// A guest runs (its process), or nothing of it is there.
+    Launched { vm: Uuid, result: Result<u32, Error> },
+    /// An earlier VMM runs, is gone, or cannot be asked.
+    Adopted { vm: Uuid, found: Adopted },
+    /// A VMM's process is gone.
+    Ended { vm: Uuid, pid: u32, end: EndRecord },
+    /// A machine was reset, or not.
+    Reset { vm: Uuid, result: Result<(), Error> },
+    /// No process and no run files any more.
+    Cleaned { vm: Uuid },
+    /// A VM's kept files are gone, or some are not.
+    VmRemoved { vm: Uuid, result: Result<(), Error> },
+    /// A point is sealed, or not.
+    Snapshotted { volume: Uuid, result: Result<(), Error> },
+    /// What a volume's headers say.
+    Inspected { volume: Uuid, result: Result<VolumeInfo, Error> },
+    /// An export takes clients, or nothing of it is there.
+    ExportStarted { id: Name, result: Result<(), Error> },
+    /// Whether an earlier export still runs.
+    ExportAdopted { id: Name, runs: bool },
+    /// An export's process and files are gone (also when it ended by itself).
+    ExportEnded { id: Name },
+    /// An image's files are gone, or some are not.
+    ImageRemoved { image: Uuid, result: Result<(), Error> },
+    /// A timer.
+    Timer(Timer),
+}
+
+/// What became of an earlier VMM.
+#[derive(Debug)]
+pub enum Adopted {
+    /// It runs.
+    Runs {
+        /// Its process.
+        pid: u32,
+    },
+    /// It is gone, with what it said.
+    Gone(Option<EndRecord>),
+    /// It runs but does not answer.
+    Silent(String),
+}

@@ -1,0 +1,352 @@
+//! Does the state's effects: asks the supervisor, and sends what came of it back as inputs.
+//!
+//! Owns: the handles of running VMs and exports. Never: decisions.
+//! Threads: a tokio task per effect; each ends in exactly one input (timers too).
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serio_types::Name;
+use tokio::{runtime, sync::mpsc};
+use uuid::Uuid;
+
+use super::effect::{Adopted, Effect, Input, Launch};
+use crate::{
+    error::{Error, chain},
+    net,
+    seed::{self, SeedNic, SeedSpec},
+    supervise::{DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle},
+};
+
+/// Bytes of a guest's frames: what every network takes.
+const MTU: u32 = 1500;
+
+/// What runs now; shared with the gRPC side, which talks to consoles and counts clients.
+#[derive(Debug, Clone, Default)]
+pub struct Handles(Arc<Mutex<Running>>);
+
+#[derive(Debug, Default)]
+struct Running {
+    vms: BTreeMap<Uuid, VmHandle>,
+    exports: BTreeMap<Name, ExportHandle>,
+}
+
+impl Handles {
+    fn with<T>(&self, act: impl FnOnce(&mut Running) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A running VM.
+    #[must_use]
+    pub fn vm(&self, uid: Uuid) -> Option<VmHandle> {
+        self.with(|r| r.vms.get(&uid).cloned())
+    }
+
+    /// A running export.
+    #[must_use]
+    pub fn export(&self, id: &Name) -> Option<ExportHandle> {
+        self.with(|r| r.exports.get(id).cloned())
+    }
+}
+
+/// Does effects. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Executor {
+    supervisor: Supervisor,
+    handles: Handles,
+    state_dir: PathBuf,
+    inputs: mpsc::Sender<Input>,
+    runtime: runtime::Handle,
+}
+
+/// A directory that is gone afterwards, durably. No error when it was not there.
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    let failed = |e: io::Error| Error::Failed { doing: "removing files", why: format!("{}: {e}", dir.display()) };
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
+        _ => {}
+    }
+    // The parent is synced so that a power cut does not bring back what the rows forgot.
+    match dir.parent().map(std::fs::File::open) {
+        Some(Ok(parent)) => parent.sync_all().map_err(failed),
+        _ => Ok(()),
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Ending))
+}
+
+impl Executor {
+    /// One that reports to `inputs`. Call it inside the runtime that shall do the work.
+    #[must_use]
+    pub fn new(supervisor: Supervisor, handles: Handles, state_dir: PathBuf, inputs: mpsc::Sender<Input>) -> Self {
+        Self { supervisor, handles, state_dir, inputs, runtime: runtime::Handle::current() }
+    }
+
+    /// Begins an effect; does not wait for it.
+    pub fn begin(&self, effect: Effect) {
+        let this = self.clone();
+        self.runtime.spawn(async move { this.perform(effect).await });
+    }
+
+    async fn send(&self, input: Input) {
+        // Only fails while the daemon ends: the next one reconciles.
+        let _ = self.inputs.send(input).await;
+    }
+
+    fn image_dir(&self, image: Uuid) -> PathBuf {
+        self.state_dir.join("images").join(image.to_string())
+    }
+
+    fn vm_dir(&self, vm: Uuid) -> PathBuf {
+        self.state_dir.join("vms").join(vm.to_string())
+    }
+
+    async fn perform(&self, effect: Effect) {
+        match effect {
+            Effect::CreateVolume { volume, size_bytes, image } => {
+                let from = image.map(|image| self.image_dir(image).join("disk.raw"));
+                let result = self.supervisor.create_volume(volume, size_bytes, from).await;
+                let result = result.map_err(|e| Error::from_job("creating the volume", &e));
+                self.send(Input::VolumeCreated { volume, result }).await;
+            }
+            Effect::DeleteVolume { volume } => {
+                let result = self.delete_volume(volume).await;
+                self.send(Input::VolumeDeleted { volume, result }).await;
+            }
+            Effect::Launch(launch) => self.launch(*launch).await,
+            Effect::Adopt { vm } => self.adopt(vm).await,
+            Effect::PowerButton { vm } => self.power_button(vm).await,
+            Effect::Stop { vm } => {
+                // No handle: it ended just now, and the state will hear.
+                if let Some(handle) = self.handles.vm(vm) {
+                    handle.stop().await;
+                }
+            }
+            Effect::Reset { vm } => {
+                let result = self.reset(vm).await;
+                self.send(Input::Reset { vm, result }).await;
+            }
+            Effect::Clean { vm } => {
+                self.supervisor.clean(vm).await;
+                self.send(Input::Cleaned { vm }).await;
+            }
+            Effect::RemoveVm { vm, volume } => {
+                let result = self.remove_vm(vm, volume).await;
+                self.send(Input::VmRemoved { vm, result }).await;
+            }
+            Effect::Snapshot { volume, name, vm } => {
+                let result = self.snapshot(volume, &name, vm).await;
+                self.send(Input::Snapshotted { volume, result }).await;
+            }
+            Effect::Inspect { volume } => {
+                let result = self.supervisor.volume_info(volume).await;
+                let result = result.map_err(|e| Error::from_job("reading the volume's headers", &e));
+                self.send(Input::Inspected { volume, result }).await;
+            }
+            Effect::RemoveImage { image } => {
+                let dir = self.image_dir(image);
+                let result = blocking(move || remove_dir(&dir)).await;
+                self.send(Input::ImageRemoved { image, result }).await;
+            }
+            Effect::Timer { after, timer } => {
+                tokio::time::sleep(after).await;
+                self.send(Input::Timer(timer)).await;
+            }
+            Effect::StartExport { .. } | Effect::AdoptExport { .. } | Effect::EndExport { .. } => {
+                self.export(effect).await;
+            }
+        }
+    }
+
+    async fn delete_volume(&self, volume: Uuid) -> Result<(), Error> {
+        self.supervisor.delete_volume(volume).await.map_err(|e| Error::from_job("deleting the volume", &e))
+    }
+
+    async fn launch(&self, launch: Launch) {
+        let vm = launch.vm;
+        let result = match self.plan(launch).await {
+            Ok(plan) => self.supervisor.launch(plan).await.map_err(|e| Error::from_launch(&e)),
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(handle) => {
+                self.handles.with(|r| r.vms.insert(vm, handle.clone()));
+                self.send(Input::Launched { vm, result: Ok(handle.pid()) }).await;
+                self.watch(vm, handle).await;
+            }
+            Err(error) => self.send(Input::Launched { vm, result: Err(error) }).await,
+        }
+    }
+
+    /// Waits for the end of a VM.
+    async fn watch(&self, vm: Uuid, handle: VmHandle) {
+        let end = handle.ended().await;
+        self.handles.with(|r| r.vms.remove(&vm));
+        self.send(Input::Ended { vm, pid: handle.pid(), end }).await;
+    }
+
+    async fn plan(&self, launch: Launch) -> Result<LaunchPlan, Error> {
+        let image = self.image_dir(launch.image);
+        let mut disks: Vec<DiskPlan> = launch
+            .volumes
+            .iter()
+            .map(|volume| DiskPlan { source: DiskSource::Volume(*volume), read_only: false })
+            .collect();
+        if let Some(path) = self.seed(&launch).await? {
+            disks.push(DiskPlan { source: DiskSource::File { name: "seed".to_owned(), path }, read_only: true });
+        }
+        let nic = |(index, nic): (usize, &super::effect::LaunchNic)| NicPlan {
+            mac: nic.mac.bytes(),
+            bridge: net::bridge_name(launch.vdc),
+            tap: net::tap_name(launch.vm, index),
+            mtu: MTU,
+        };
+        Ok(LaunchPlan {
+            uid: launch.vm,
+            generation: launch.generation,
+            vcpus: launch.vcpus,
+            memory_bytes: launch.memory_bytes,
+            kernel: image.join("kernel"),
+            initrd: launch.has_initrd.then(|| image.join("initrd")),
+            disks,
+            nics: launch.nics.iter().enumerate().map(nic).collect(),
+            name: launch.name,
+            cmdline: launch.cmdline,
+        })
+    }
+
+    /// Makes the seed disk of a VM that asks for one.
+    async fn seed(&self, launch: &Launch) -> Result<Option<PathBuf>, Error> {
+        let Some(init) = &launch.seed else { return Ok(None) };
+        let nic = |nic: &super::effect::LaunchNic| SeedNic {
+            mac: nic.mac.bytes(),
+            address: nic.address.map(|a| a.to_string()),
+            gateway: nic.gateway.map(|g| g.to_string()),
+        };
+        let spec = SeedSpec {
+            instance_id: launch.vm.to_string(),
+            hostname: init.hostname.clone().unwrap_or_else(|| launch.name.name.as_str().to_owned()),
+            ssh_keys: init.ssh_keys.clone(),
+            user_data: init.user_data.clone().unwrap_or_default(),
+            nics: launch.nics.iter().map(nic).collect(),
+        };
+        let dir = self.vm_dir(launch.vm);
+        blocking(move || {
+            let bytes = seed::build(&spec).map_err(|e| Error::invalid("spec.cloud_init", chain(&e)))?;
+            let path = dir.join("seed.img");
+            std::fs::create_dir_all(&dir).and_then(|()| std::fs::write(&path, bytes)).map_err(|e| Error::Failed {
+                doing: "writing the seed",
+                why: format!("{}: {e}", path.display()),
+            })?;
+            Ok(Some(path))
+        })
+        .await
+    }
+
+    async fn adopt(&self, vm: Uuid) {
+        let found = match self.supervisor.adopt(vm).await {
+            Ok(Some(handle)) => {
+                self.handles.with(|r| r.vms.insert(vm, handle.clone()));
+                self.send(Input::Adopted { vm, found: Adopted::Runs { pid: handle.pid() } }).await;
+                return self.watch(vm, handle).await;
+            }
+            Ok(None) => Adopted::Gone(self.supervisor.end_record(vm)),
+            Err(error) => Adopted::Silent(chain(&error)),
+        };
+        self.send(Input::Adopted { vm, found }).await;
+    }
+
+    async fn power_button(&self, vm: Uuid) {
+        let Some(handle) = self.handles.vm(vm) else { return };
+        if let Err(error) = handle.power_button().await {
+            // The timer tells the client; a VM that ended meanwhile tells by its end.
+            tracing::warn!(%vm, "the power button could not be pressed: {}", chain(&error));
+        }
+    }
+
+    async fn reset(&self, vm: Uuid) -> Result<(), Error> {
+        let gone = || Error::precondition(format!("vms/{vm}"), "ended just now");
+        let handle = self.handles.vm(vm).ok_or_else(gone)?;
+        handle.reset().await.map_err(|e| Error::Failed { doing: "resetting the VM", why: chain(&e) })
+    }
+
+    async fn remove_vm(&self, vm: Uuid, volume: Option<Uuid>) -> Result<(), Error> {
+        if let Some(volume) = volume {
+            self.delete_volume(volume).await?;
+        }
+        let dir = self.vm_dir(vm);
+        blocking(move || remove_dir(&dir)).await
+    }
+
+    async fn snapshot(&self, volume: Uuid, name: &Name, vm: Option<Uuid>) -> Result<(), Error> {
+        let result = match vm {
+            None => self.supervisor.snapshot_stopped(volume, name.as_str()).await,
+            Some(vm) => match self.handles.vm(vm) {
+                Some(handle) => handle.snapshot_volume(volume, name.as_str()).await,
+                None => return Err(Error::precondition(format!("vms/{vm}"), "ended just now: try again")),
+            },
+        };
+        result.map_err(|e| Error::from_job("sealing the point", &e))
+    }
+
+    async fn export(&self, effect: Effect) {
+        match effect {
+            Effect::StartExport { id, volume, snapshot, writable } => {
+                let plan = ExportPlan {
+                    id: id.to_string(),
+                    volume,
+                    export_name: id.to_string(),
+                    snapshot: snapshot.map(String::from),
+                    writable,
+                };
+                match self.supervisor.start_export(plan).await {
+                    Ok(handle) => {
+                        self.handles.with(|r| r.exports.insert(id.clone(), handle.clone()));
+                        self.send(Input::ExportStarted { id: id.clone(), result: Ok(()) }).await;
+                        self.watch_export(id, handle).await;
+                    }
+                    Err(error) => {
+                        let result = Err(Error::from_job("starting the export", &error));
+                        self.send(Input::ExportStarted { id, result }).await;
+                    }
+                }
+            }
+            Effect::AdoptExport { id } => match self.supervisor.adopt_export(id.as_str()).await {
+                Ok(Some(handle)) => {
+                    self.handles.with(|r| r.exports.insert(id.clone(), handle.clone()));
+                    self.send(Input::ExportAdopted { id: id.clone(), runs: true }).await;
+                    self.watch_export(id, handle).await;
+                }
+                Ok(None) => self.send(Input::ExportAdopted { id, runs: false }).await,
+                Err(error) => {
+                    tracing::warn!("exports/{id} of an earlier seriod is ended: {}", chain(&error));
+                    self.supervisor.clean_export(id.as_str()).await;
+                    self.send(Input::ExportAdopted { id, runs: false }).await;
+                }
+            },
+            Effect::EndExport { id } => match self.handles.export(&id) {
+                // Its watcher reports the end.
+                Some(handle) => handle.stop().await,
+                None => {
+                    self.supervisor.clean_export(id.as_str()).await;
+                    self.send(Input::ExportEnded { id }).await;
+                }
+            },
+            _ => {}
+        }
+    }
+
+    async fn watch_export(&self, id: Name, handle: ExportHandle) {
+        let how = handle.ended().await;
+        tracing::debug!("exports/{id} ended: {how}");
+        self.handles.with(|r| r.exports.remove(&id));
+        self.supervisor.clean_export(id.as_str()).await;
+        self.send(Input::ExportEnded { id }).await;
+    }
+}

@@ -1,0 +1,130 @@
+//! The thread that owns the state, and the handle by which others ask it.
+//!
+//! ```text
+//!   gRPC ──Client::ask──▶ inputs (bounded) ──▶ owner thread: step, commit ──▶ Executor::begin
+//!   executor ────────────▶                            └──▶ watch: last event, snapshot for the capacity report
+//! ```
+//!
+//! A thread of its own, because a commit waits for the disk: the runtime's workers never do.
+
+use std::{io, thread};
+
+use serio_api::v1::{Allocation, AllocationClass, AllocationState};
+use serio_store::record::Made;
+use serio_types::resource;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{
+    State,
+    command::{Answer, Command, VmState},
+    effect::{Effect, Input},
+    model,
+};
+use crate::{capacity::Snapshot, error::Error};
+
+/// Inputs that may wait; more callers wait for their turn.
+pub const INPUTS_MAX: usize = 256;
+
+/// What others may watch.
+#[derive(Debug, Clone)]
+pub struct Watches {
+    /// The newest event's number.
+    pub last_event: watch::Receiver<u64>,
+    /// What is promised.
+    pub snapshot: watch::Receiver<Snapshot>,
+    /// All that ran before the start is known again.
+    pub recovered: watch::Receiver<bool>,
+}
+
+/// Asks the owner. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Client {
+    inputs: mpsc::Sender<Input>,
+    last_event: watch::Receiver<u64>,
+}
+
+impl Client {
+    /// One that asks over `inputs`.
+    #[must_use]
+    pub fn new(inputs: mpsc::Sender<Input>, watches: &Watches) -> Self {
+        Self { inputs, last_event: watches.last_event.clone() }
+    }
+
+    /// Asks, and waits for the answer. The operation goes on if the caller does not wait.
+    ///
+    /// # Errors
+    /// What the state says, or [`Error::Ending`].
+    pub async fn ask(&self, command: Command) -> Result<Answer, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.inputs.send(Input::Command(command, reply)).await.map_err(|_| Error::Ending)?;
+        answer.await.map_err(|_| Error::Ending)?
+    }
+
+    /// Changes with each event.
+    #[must_use]
+    pub fn last_event(&self) -> watch::Receiver<u64> {
+        self.last_event.clone()
+    }
+}
+
+/// Starts the owner; `first` are the effects of the recovery. It ends when all senders of `inputs` are gone.
+///
+/// # Errors
+/// The thread cannot be made.
+pub fn spawn(
+    mut state: State,
+    first: Vec<Effect>,
+    mut inputs: mpsc::Receiver<Input>,
+    begin: impl Fn(Effect) + Send + 'static,
+) -> io::Result<Watches> {
+    let (last_event, watch_event) = watch::channel(state.model().last_event);
+    let (snapshot, watch_snapshot) = watch::channel(state.snapshot());
+    let (recovered, watch_recovered) = watch::channel(state.recovered());
+    thread::Builder::new().name("state".to_owned()).spawn(move || {
+        first.into_iter().for_each(&begin);
+        while let Some(input) = inputs.blocking_recv() {
+            state.step(model::now(), input).into_iter().for_each(&begin);
+            let newest = state.model().last_event;
+            last_event.send_if_modified(|known| std::mem::replace(known, newest) != newest);
+            let promised = state.snapshot();
+            snapshot.send_if_modified(|known| {
+                let changed = *known != promised;
+                *known = promised;
+                changed
+            });
+            let settled = state.recovered();
+            recovered.send_if_modified(|known| std::mem::replace(known, settled) != settled);
+        }
+    })?;
+    Ok(Watches { last_event: watch_event, snapshot: watch_snapshot, recovered: watch_recovered })
+}
+
+impl State {
+    /// What the node promises now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let views: Vec<_> = self.model().vms.values().map(|r| self.vm_view(r)).collect();
+        let allocation = |view: &super::command::VmView| {
+            let state = match view.state {
+                VmState::Stopped | VmState::Failed => AllocationState::Reserved,
+                VmState::Starting | VmState::Running | VmState::Stopping => AllocationState::Active,
+            };
+            Allocation {
+                id: view.record.uid.to_string(),
+                generation: view.record.generation.0,
+                resource: resource::vm(&view.name),
+                state: state.into(),
+                class: AllocationClass::Normal.into(),
+                vcpus: view.record.spec.vcpus.get(),
+                memory_bytes: view.record.spec.memory.bytes(),
+            }
+        };
+        let images = self.model().images.values().filter(|r| r.state == Made::Ready);
+        Snapshot {
+            allocations: views.iter().map(allocation).collect(),
+            images: images.map(|r| r.name.to_string()).collect(),
+            provisioned_bytes: self.model().volumes.values().map(|v| v.size_bytes).sum(),
+            running: views.iter().filter_map(|v| v.pid.map(|pid| (pid, v.record.spec.memory.bytes()))).collect(),
+        }
+    }
+}

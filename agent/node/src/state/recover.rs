@@ -1,0 +1,215 @@
+//! The first thing after a start: what the rows say meets what is on the host.
+
+use std::collections::BTreeSet;
+
+use serio_store::{
+    Change, Key,
+    record::{End, EndWord, Made, Millis, Run},
+};
+use serio_types::{Desired, Name, resource};
+use uuid::Uuid;
+
+use super::{
+    State,
+    effect::{Adopted, Effect, Timer},
+    phase::{After, Op, Phase, VolumeOp},
+};
+use crate::supervise::{EndKind, EndRecord};
+
+/// The time a guest gets whose power button an earlier seriod pressed.
+const STOP_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
+/// Until a VMM that did not answer is asked again.
+const ADOPT_AGAIN: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// What is on the host.
+#[derive(Debug, Clone, Default)]
+pub struct Found {
+    /// VMs with run files.
+    pub vms: Vec<Uuid>,
+    /// Exports with run files.
+    pub exports: Vec<String>,
+}
+
+impl State {
+    /// Compares rows with the host; returns what is to be done. Call it once, first.
+    pub fn recover(&mut self, now: Millis, found: &Found) -> Vec<Effect> {
+        self.now = now;
+        let with_files: BTreeSet<Uuid> = found.vms.iter().copied().collect();
+        let rows: Vec<(Uuid, Run)> = self.model.vms.values().map(|r| (r.uid, r.run)).collect();
+        for (uid, run) in rows {
+            self.recover_vm(uid, run, with_files.contains(&uid));
+        }
+        let strangers: Vec<Uuid> = with_files.into_iter().filter(|uid| !self.model.vms.contains_key(uid)).collect();
+        for uid in strangers {
+            let event = self.event(format!("vms/{uid}"), "orphan", "a VM that no row knows is ended");
+            self.record(vec![event]);
+            self.strangers += 1;
+            self.out.push(Effect::Clean { vm: uid });
+        }
+        self.recover_volumes();
+        self.recover_exports(&found.exports);
+        let images: Vec<_> = self.model.images.values().filter(|r| r.state != Made::Ready).cloned().collect();
+        for mut image in images {
+            if image.state == Made::Creating {
+                self.record(vec![Change::Delete(Key::RequestsOf(resource::image(&image.name)))]);
+            }
+            image.state = Made::Deleting;
+            self.remove_image(image, Op::default());
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    /// Whether everything that [`State::recover`] began is done: what was running before is known again.
+    #[must_use]
+    pub fn recovered(&self) -> bool {
+        self.strangers == 0
+            && !self.phases.values().any(|p| matches!(p, Phase::Adopting))
+            && !self.volume_ops.values().any(|op| matches!(op, VolumeOp::Inspect))
+    }
+
+    fn recover_vm(&mut self, uid: Uuid, run: Run, has_files: bool) {
+        match run {
+            Run::Creating | Run::Deleting => self.finish_delete(uid, run, false, has_files),
+            Run::DeletingKeepRoot => self.finish_delete(uid, run, true, has_files),
+            Run::Off | Run::Failed if has_files => {
+                self.phases.insert(uid, Phase::Cleaning { after: After::Rest(Op::default()) });
+                self.out.push(Effect::Clean { vm: uid });
+            }
+            Run::Off | Run::Failed => drop(self.phases.insert(uid, Phase::Off)),
+            Run::Starting | Run::Running | Run::Stopping | Run::Killing => {
+                self.phases.insert(uid, Phase::Adopting);
+                self.out.push(Effect::Adopt { vm: uid });
+            }
+        }
+    }
+
+    /// Goes on with a deletion, or undoes a creation: the same work.
+    fn finish_delete(&mut self, uid: Uuid, run: Run, keep_root: bool, has_files: bool) {
+        if run == Run::Creating {
+            let resource = self.model.vm_resource(uid);
+            tracing::info!(vm = resource, "its creation was broken off by the end of seriod and is undone");
+            self.record(vec![Change::Delete(Key::RequestsOf(resource))]);
+        }
+        let after = After::Delete { keep_root, op: Op::default() };
+        if has_files {
+            self.phases.insert(uid, Phase::Cleaning { after });
+            self.out.push(Effect::Clean { vm: uid });
+        } else {
+            self.rest(uid, after);
+        }
+    }
+
+    fn recover_volumes(&mut self) {
+        let broken: Vec<Uuid> = self
+            .model
+            .volumes
+            .values()
+            // A VM's root goes with the VM.
+            .filter(|v| v.state != Made::Ready && v.vm.is_none_or(|vm| self.model.vms.get(&vm).is_none_or(|r| r.root_volume != v.uid)))
+            .map(|v| v.uid)
+            .collect();
+        for uid in broken {
+            if self.model.volumes.get(&uid).is_some_and(|v| v.state == Made::Creating) {
+                self.record(vec![Change::Delete(Key::RequestsOf(self.model.volume_resource(uid)))]);
+            }
+            self.volume_ops.insert(uid, VolumeOp::Delete(Op::default()));
+            self.out.push(Effect::DeleteVolume { volume: uid });
+        }
+        let unsure: BTreeSet<Uuid> =
+            self.model.snapshots.values().filter(|s| s.state != Made::Ready).map(|s| s.volume).collect();
+        for uid in unsure {
+            if !self.volume_ops.contains_key(&uid) {
+                self.volume_ops.insert(uid, VolumeOp::Inspect);
+                self.out.push(Effect::Inspect { volume: uid });
+            }
+        }
+    }
+
+    fn recover_exports(&mut self, found: &[String]) {
+        let rows: Vec<(Name, Made)> = self.model.exports.values().map(|r| (r.id.clone(), r.state)).collect();
+        for id in found.iter().filter_map(|id| id.parse::<Name>().ok()) {
+            if !self.model.exports.contains_key(&id) {
+                self.strangers += 1;
+                self.out.push(Effect::EndExport { id });
+            }
+        }
+        for (id, state) in rows {
+            self.export_ops.insert(id.clone(), Op::default());
+            if state == Made::Creating {
+                self.record(vec![Change::Delete(Key::RequestsOf(format!("exports/{id}")))]);
+            }
+            self.out.push(match state {
+                Made::Ready => Effect::AdoptExport { id },
+                Made::Creating | Made::Deleting => Effect::EndExport { id },
+            });
+        }
+    }
+
+    pub(super) fn adopted(&mut self, uid: Uuid, found: Adopted) {
+        let Some(Phase::Adopting) = self.phases.get(&uid) else { return };
+        let Some(run) = self.model.vms.get(&uid).map(|r| r.run) else { return };
+        match found {
+            Adopted::Silent(why) => {
+                tracing::warn!(vm = self.model.vm_resource(uid), "its VMM does not answer, it will be asked again: {why}");
+                self.out.push(Effect::Timer { after: ADOPT_AGAIN, timer: Timer::AdoptAgain { vm: uid } });
+            }
+            Adopted::Runs { pid } => self.found_running(uid, pid, run),
+            Adopted::Gone(end) => self.found_gone(uid, run, end),
+        }
+    }
+
+    pub(super) fn adopt_again(&mut self, uid: Uuid) {
+        if matches!(self.phases.get(&uid), Some(Phase::Adopting)) {
+            self.out.push(Effect::Adopt { vm: uid });
+        }
+    }
+
+    fn found_running(&mut self, uid: Uuid, pid: u32, run: Run) {
+        let event = self.event(self.model.vm_resource(uid), "adopted", format!("it ran on, as process {pid}"));
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        match run {
+            Run::Stopping => {
+                self.record(vec![event]);
+                self.stopping(uid, pid, Some(STOP_AGAIN), After::Rest(Op::default()));
+            }
+            Run::Killing => {
+                self.record(vec![event]);
+                self.stopping(uid, pid, None, After::Rest(Op::default()));
+            }
+            _ => {
+                vm.run = Run::Running;
+                vm.desired = Desired::Running;
+                vm.start_time = vm.start_time.or(Some(self.now));
+                self.record(vec![Change::Vm(Box::new(vm)), event]);
+                self.phases.insert(uid, Phase::Running { pid });
+            }
+        }
+    }
+
+    fn found_gone(&mut self, uid: Uuid, run: Run, end: Option<EndRecord>) {
+        let spoke = end.filter(|end| end.kind != EndKind::Died);
+        let after = match (run, spoke) {
+            // It never ran, or died on the way: its start still stands.
+            (Run::Starting, None) => After::Launch,
+            (Run::Starting, Some(end)) if end.kind == EndKind::LaunchFailed => After::Launch,
+            (Run::Stopping | Run::Killing, end) => {
+                let end = self.end_of(end, "it ended while seriod was away");
+                self.record_stop(uid, end);
+                After::Rest(Op::default())
+            }
+            (_, end) => {
+                let end = self.end_of(end, "its process was gone when seriod started: it was killed, or the host went down");
+                self.record_end(uid, end)
+            }
+        };
+        self.phases.insert(uid, Phase::Cleaning { after });
+        self.out.push(Effect::Clean { vm: uid });
+    }
+
+    fn end_of(&self, end: Option<EndRecord>, without: &str) -> End {
+        let (kind, reason) = end.map_or((EndWord::Died, without.to_owned()), |end| {
+            (end.kind.as_str().parse().unwrap_or(EndWord::Died), end.reason)
+        });
+        End { time: self.now, kind, reason }
+    }
+}

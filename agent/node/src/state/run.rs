@@ -1,0 +1,347 @@
+//! What happens to the processes of VMs: started, ended, cleaned up after, started again by policy, removed.
+
+use serio_store::{
+    Change, Key,
+    record::{End, EndWord, Made, Run, VmRecord},
+};
+use serio_types::{Desired, RestartPolicy};
+use uuid::Uuid;
+
+use super::{
+    Refused, State, check,
+    command::Answer,
+    effect::{Effect, Launch, LaunchNic, Timer},
+    phase::{After, Cause, Op, Phase},
+};
+use crate::{
+    error::Error,
+    supervise::{EndKind, EndRecord},
+};
+
+/// A run that lasted so long was a success: the next failure is the first in a row again.
+const STEADY_MS: i64 = 10 * 60 * 1000;
+/// The pause before the first restart; it doubles with each failure in a row.
+const PAUSE_MS: u64 = 1000;
+/// The longest pause.
+const PAUSE_MS_MAX: u64 = 5 * 60 * 1000;
+
+/// The pause after so many failures in a row.
+fn pause_ms(failures: u32) -> u64 {
+    PAUSE_MS.checked_shl(failures.min(16)).unwrap_or(PAUSE_MS_MAX).min(PAUSE_MS_MAX)
+}
+
+fn word(kind: EndKind) -> EndWord {
+    match kind {
+        EndKind::PowerOff => EndWord::PowerOff,
+        EndKind::Reset => EndWord::Reset,
+        EndKind::Stopped => EndWord::Stopped,
+        EndKind::GuestError => EndWord::GuestError,
+        EndKind::HostError => EndWord::HostError,
+        EndKind::LaunchFailed => EndWord::LaunchFailed,
+        EndKind::Died => EndWord::Died,
+    }
+}
+
+impl State {
+    /// Hands the VM to the supervisor. Its row says `starting` already.
+    pub(super) fn launch(&mut self, uid: Uuid, cause: Cause) {
+        let Some(vm) = self.model.vms.get(&uid) else { return };
+        match self.plan(vm) {
+            Ok(plan) => {
+                self.phases.insert(uid, Phase::Launching { cause });
+                self.out.push(Effect::Launch(Box::new(plan)));
+            }
+            Err(error) => {
+                self.phases.insert(uid, Phase::Launching { cause });
+                self.launched(uid, Err(error));
+            }
+        }
+    }
+
+    fn plan(&self, vm: &VmRecord) -> Result<Launch, Error> {
+        self.volumes_startable(vm)?;
+        let image = self.model.image(&vm.spec.image)?;
+        let cmdline = vm.spec.cmdline.as_ref().map_or(image.cmdline.as_str(), |c| c.as_str());
+        let nic = |nic: &serio_types::NicSpec| {
+            nic.mac.map(|mac| LaunchNic { mac, address: nic.address, gateway: nic.gateway })
+        };
+        Ok(Launch {
+            vm: vm.uid,
+            name: self.model.vm_name(vm),
+            generation: vm.generation.0,
+            vcpus: vm.spec.vcpus.get(),
+            memory_bytes: vm.spec.memory.bytes(),
+            image: image.uid,
+            has_initrd: image.has_initrd,
+            cmdline: cmdline.to_owned(),
+            volumes: self.model.volumes_of(vm).iter().map(|v| v.uid).collect(),
+            vdc: vm.vdc,
+            nics: vm.spec.nics.iter().filter_map(nic).collect(),
+            seed: vm.spec.cloud_init.clone(),
+        })
+    }
+
+    pub(super) fn launched(&mut self, uid: Uuid, result: Result<u32, Error>) {
+        let Some(Phase::Launching { .. }) = self.phases.get(&uid) else { return };
+        let Some(Phase::Launching { cause }) = self.phases.remove(&uid) else { return };
+        match result {
+            Ok(pid) => self.runs(uid, pid, cause),
+            Err(error) => self.launch_failed(uid, error, cause),
+        }
+    }
+
+    fn runs(&mut self, uid: Uuid, pid: u32, cause: Cause) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        vm.run = Run::Running;
+        vm.start_time = Some(self.now);
+        let (kind, message) = match cause {
+            Cause::Again => ("restarted", format!("it was started again, as process {pid}")),
+            _ => ("started", format!("its guest runs, in process {pid}")),
+        };
+        let event = self.event(self.model.vm_resource(uid), kind, message);
+        self.record(vec![Change::Vm(Box::new(vm)), event]);
+        self.phases.insert(uid, Phase::Running { pid });
+        if let Cause::Create(op) | Cause::Start(op) = cause {
+            op.finish(self.answer_vm(uid));
+        }
+    }
+
+    fn launch_failed(&mut self, uid: Uuid, error: Error, cause: Cause) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        let end = End { time: self.now, kind: EndWord::LaunchFailed, reason: crate::error::chain(&error) };
+        match cause {
+            Cause::Create(op) => self.undo_create(uid, error, op),
+            Cause::Start(op) => {
+                vm.desired = Desired::Stopped;
+                vm.run = Run::Failed;
+                let event = self.event(self.model.vm_resource(uid), "failed", format!("it did not start: {}", end.reason));
+                vm.last_end = Some(end);
+                let mut changes = vec![Change::Vm(Box::new(vm)), event];
+                changes.extend(Self::forget(op.request.as_ref()));
+                self.record(changes);
+                self.phases.insert(uid, Phase::Off);
+                op.finish(Err(error));
+            }
+            Cause::Again => {
+                self.phases.insert(uid, Phase::Off);
+                let after = self.record_end(uid, end);
+                self.rest(uid, after);
+            }
+        }
+    }
+
+    /// A creation that failed leaves nothing: its row becomes one of a deletion.
+    pub(super) fn undo_create(&mut self, uid: Uuid, error: Error, op: Op) {
+        let Some(vm) = self.model.vms.get(&uid).cloned() else { return };
+        let mut changes = self.deletion(&vm, false);
+        changes.extend(Self::forget(op.request.as_ref()));
+        self.record(changes);
+        self.out.push(Effect::RemoveVm { vm: uid, volume: Some(vm.root_volume) });
+        self.phases.insert(uid, Phase::Deleting { op, undone: Some(error) });
+    }
+
+    pub(super) fn ended(&mut self, uid: Uuid, gone: u32, end: EndRecord) {
+        let end = End { time: self.now, kind: word(end.kind), reason: end.reason };
+        match self.phases.remove(&uid) {
+            Some(Phase::Running { pid }) if pid == gone => {
+                let after = self.record_end(uid, end);
+                self.clean(uid, after);
+            }
+            Some(Phase::Stopping { pid, after, .. }) if pid == gone => {
+                self.record_stop(uid, end);
+                self.clean(uid, after);
+            }
+            // A stale word about an earlier process.
+            Some(other) => drop(self.phases.insert(uid, other)),
+            None => {}
+        }
+    }
+
+    fn clean(&mut self, uid: Uuid, after: After) {
+        self.phases.insert(uid, Phase::Cleaning { after });
+        self.out.push(Effect::Clean { vm: uid });
+    }
+
+    /// The end that was asked for.
+    pub(super) fn record_stop(&mut self, uid: Uuid, end: End) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        let message = format!("it was stopped ({}): {}", end.kind, end.reason);
+        let event = self.event(self.model.vm_resource(uid), "stopped", message);
+        vm.desired = Desired::Stopped;
+        vm.run = Run::Off;
+        vm.start_time = None;
+        vm.last_end = Some(end);
+        self.record(vec![Change::Vm(Box::new(vm)), event]);
+    }
+
+    /// An end that nobody asked for: the policy says what follows.
+    pub(super) fn record_end(&mut self, uid: Uuid, end: End) -> After {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return After::Rest(Op::default()) };
+        let failure = !matches!(end.kind, EndWord::PowerOff | EndWord::Reset | EndWord::Stopped);
+        let steady = vm.start_time.is_some_and(|start| end.time.0 - start.0 >= STEADY_MS);
+        let again = match vm.spec.restart_policy {
+            RestartPolicy::Never => false,
+            RestartPolicy::OnFailure => failure,
+            RestartPolicy::Always => true,
+        };
+        let resource = self.model.vm_resource(uid);
+        let what = format!("{}: {}", end.kind, end.reason);
+        let (event, after) = if again {
+            let failures = self.failures.entry(uid).or_default();
+            *failures = if steady { 0 } else { failures.saturating_add(1) };
+            let pause_ms = pause_ms(failures.saturating_sub(1));
+            vm.run = Run::Starting;
+            vm.restarts = vm.restarts.saturating_add(1);
+            let message = format!("it ended ({what}) and will be started again in {} s", pause_ms / 1000);
+            (self.event(resource, "failed", message), After::Again { pause_ms })
+        } else {
+            vm.desired = Desired::Stopped;
+            vm.run = if failure { Run::Failed } else { Run::Off };
+            let kind = if failure { "failed" } else { "stopped" };
+            (self.event(resource, kind, format!("it ended by itself ({what})")), After::Rest(Op::default()))
+        };
+        vm.start_time = None;
+        vm.last_end = Some(end);
+        self.record(vec![Change::Vm(Box::new(vm)), event]);
+        after
+    }
+
+    pub(super) fn cleaned(&mut self, uid: Uuid) {
+        match self.phases.remove(&uid) {
+            Some(Phase::Cleaning { after }) => self.rest(uid, after),
+            Some(other) => drop(self.phases.insert(uid, other)),
+            None => self.strangers = self.strangers.saturating_sub(1),
+        }
+    }
+
+    /// No process and no run files: what follows.
+    pub(super) fn rest(&mut self, uid: Uuid, after: After) {
+        self.phases.insert(uid, Phase::Off);
+        match after {
+            After::Rest(op) => op.finish(self.answer_vm(uid)),
+            After::Again { pause_ms } => {
+                let ticket = self.next_ticket();
+                self.phases.insert(uid, Phase::Pausing { ticket });
+                let after = std::time::Duration::from_millis(pause_ms);
+                self.out.push(Effect::Timer { after, timer: Timer::Restart { vm: uid, ticket } });
+            }
+            After::Launch => self.launch(uid, Cause::Again),
+            After::Delete { keep_root, op } => {
+                if let Err((op, error)) = self.begin_delete(uid, keep_root, None, op) {
+                    op.finish(Err(error));
+                }
+            }
+        }
+    }
+
+    pub(super) fn restart_due(&mut self, uid: Uuid, due: u64) {
+        if matches!(self.phases.get(&uid), Some(Phase::Pausing { ticket }) if *ticket == due) {
+            self.launch(uid, Cause::Again);
+        }
+    }
+
+    pub(super) fn stop_deadline(&mut self, uid: Uuid, due: u64) {
+        match self.phases.remove(&uid) {
+            Some(Phase::Stopping { pid, force: false, ticket, after: After::Rest(op) }) if ticket == due => {
+                if let Some(mut vm) = self.model.vms.get(&uid).cloned() {
+                    vm.desired = Desired::Running;
+                    vm.run = Run::Running;
+                    let mut changes = vec![Change::Vm(Box::new(vm))];
+                    changes.extend(Self::forget(op.request.as_ref()));
+                    self.record(changes);
+                }
+                self.phases.insert(uid, Phase::Running { pid });
+                let what = "did not power off in time and still runs: give it longer, or stop it with force".to_owned();
+                op.finish(Err(Error::Deadline { resource: self.model.vm_resource(uid), what }));
+            }
+            Some(other) => drop(self.phases.insert(uid, other)),
+            None => {}
+        }
+    }
+
+    pub(super) fn reset_done(&mut self, uid: Uuid, result: Result<(), Error>) {
+        let Some(op) = self.resets.remove(&uid) else { return };
+        match result {
+            Ok(()) => {
+                let event = self.event(self.model.vm_resource(uid), "reset", "it was reset");
+                self.record(vec![event]);
+                op.finish(self.answer_vm(uid));
+            }
+            Err(error) => {
+                self.record(Self::forget(op.request.as_ref()).into_iter().collect());
+                op.finish(Err(error));
+            }
+        }
+    }
+
+    /// The rows that say that a VM is being deleted.
+    fn deletion(&self, vm: &VmRecord, keep_root: bool) -> Vec<Change> {
+        let mut vm = vm.clone();
+        vm.desired = Desired::Stopped;
+        vm.run = if keep_root { Run::DeletingKeepRoot } else { Run::Deleting };
+        let root = self.model.volumes.get(&vm.root_volume).filter(|_| !keep_root).cloned();
+        let mut changes = vec![Change::Vm(Box::new(vm))];
+        changes.extend(root.map(|mut root| {
+            root.state = Made::Deleting;
+            Change::Volume(root)
+        }));
+        changes
+    }
+
+    pub(super) fn begin_delete(&mut self, uid: Uuid, keep_root: bool, remember: Option<Change>, op: Op) -> Result<(), Refused> {
+        let Some(vm) = self.model.vms.get(&uid).cloned() else {
+            op.finish(Ok(Answer::Nothing));
+            return Ok(());
+        };
+        let mut changes = self.deletion(&vm, keep_root);
+        changes.extend(remember);
+        check!(op, self.commit(changes));
+        self.out.push(Effect::RemoveVm { vm: uid, volume: (!keep_root).then_some(vm.root_volume) });
+        self.phases.insert(uid, Phase::Deleting { op, undone: None });
+        Ok(())
+    }
+
+    pub(super) fn vm_removed(&mut self, uid: Uuid, result: Result<(), Error>) {
+        let Some(Phase::Deleting { op, undone }) = self.phases.remove(&uid) else { return };
+        let Some(vm) = self.model.vms.get(&uid).cloned() else { return };
+        if let Err(error) = result {
+            // The row still says `deleting`: a second delete, or the next start, tries again.
+            self.record(Self::forget(op.request.as_ref()).into_iter().collect());
+            self.phases.insert(uid, Phase::Off);
+            return op.finish(Err(undone.unwrap_or(error)));
+        }
+        let resource = self.model.vm_resource(uid);
+        let mut changes = vec![Change::Delete(Key::Vm(uid))];
+        for volume in self.model.volumes.values().filter(|v| v.vm == Some(uid)) {
+            let mut volume = volume.clone();
+            if volume.uid == vm.root_volume && vm.run != Run::DeletingKeepRoot {
+                changes.push(Change::Delete(Key::Volume(volume.uid)));
+            } else {
+                volume.vm = None;
+                volume.generation = volume.generation.next();
+                changes.push(Change::Volume(volume));
+            }
+        }
+        changes.push(match &undone {
+            None => self.event(resource, "deleted", "the VM was deleted"),
+            Some(error) => {
+                self.event(resource, "undone", format!("its creation failed and was undone: {}", crate::error::chain(error)))
+            }
+        });
+        self.record(changes);
+        self.failures.remove(&uid);
+        op.finish(undone.map_or(Ok(Answer::Nothing), Err));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit() {
+        assert_eq!((0..10).map(pause_ms).collect::<Vec<_>>()[..4], [1000, 2000, 4000, 8000]);
+        assert_eq!(pause_ms(9), PAUSE_MS_MAX);
+        assert_eq!(pause_ms(u32::MAX), PAUSE_MS_MAX);
+    }
+}

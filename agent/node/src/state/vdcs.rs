@@ -1,0 +1,152 @@
+//! Vdcs: made, changed and deleted at once; and the repetition of requests.
+
+use serio_store::{
+    Change, Key,
+    record::{Made, VdcRecord},
+};
+use serio_types::{Generation, Name, Quota, resource};
+use uuid::Uuid;
+
+use super::{
+    Refused, State, check,
+    command::{Answer, Query},
+    phase::Op,
+};
+use crate::error::Error;
+
+impl State {
+    pub(super) fn create_vdc(&mut self, name: Name, quota: Quota, op: Op) -> Result<(), Refused> {
+        if self.model.vdc(&name).is_ok() {
+            return Err((op, Error::Exists { resource: resource::vdc(&name) }));
+        }
+        let record = VdcRecord {
+            uid: Uuid::now_v7(),
+            name: name.clone(),
+            generation: Generation::FIRST,
+            create_time: self.now,
+            quota,
+        };
+        let mut changes = vec![Change::Vdc(record), self.event(resource::vdc(&name), "created", "the vdc was created")];
+        changes.extend(self.remember(&op, resource::vdc(&name)));
+        check!(op, self.commit(changes));
+        op.finish(self.answer_vdc(&name));
+        Ok(())
+    }
+
+    pub(super) fn update_vdc(&mut self, name: &Name, quota: Quota, expected: u64, op: Op) -> Result<(), Refused> {
+        let mut record = check!(op, self.model.vdc(name).cloned());
+        if expected != 0 && expected != record.generation.0 {
+            let error = Error::Generation { resource: resource::vdc(name), expected, found: record.generation.0 };
+            return Err((op, error));
+        }
+        let used = self.model.used(Some(record.uid));
+        if let Err(refusal) = serio_vdc::admit_quota(name.as_str(), &quota, &used) {
+            let why = format!(
+                "uses more than that: {refusal}; delete VMs or volumes first, or give a quota that holds what is in use"
+            );
+            return Err((op, Error::precondition(resource::vdc(name), why)));
+        }
+        record.quota = quota;
+        record.generation = record.generation.next();
+        let mut changes = vec![Change::Vdc(record), self.event(resource::vdc(name), "updated", "the quota was changed")];
+        changes.extend(self.remember(&op, resource::vdc(name)));
+        check!(op, self.commit(changes));
+        op.finish(self.answer_vdc(name));
+        Ok(())
+    }
+
+    pub(super) fn delete_vdc(&mut self, name: &Name, op: Op) -> Result<(), Refused> {
+        let uid = check!(op, self.model.vdc(name)).uid;
+        let vms = self.model.vms.values().filter(|r| r.vdc == uid).count();
+        let volumes = self.model.volumes.values().filter(|r| r.vdc == uid).count();
+        if vms + volumes > 0 {
+            let why = format!("is not empty: it has {vms} VMs and {volumes} volumes; delete them first");
+            return Err((op, Error::precondition(resource::vdc(name), why)));
+        }
+        let mut changes =
+            vec![Change::Delete(Key::Vdc(uid)), self.event(resource::vdc(name), "deleted", "the vdc was deleted")];
+        changes.extend(self.remember(&op, resource::vdc(name)));
+        check!(op, self.commit(changes));
+        op.finish(Ok(Answer::Nothing));
+        Ok(())
+    }
+
+    pub(super) fn answer_vdc(&self, name: &Name) -> Result<Answer, Error> {
+        self.model.vdc(name).map(|r| Answer::Vdc(self.vdc_view(r)))
+    }
+
+    /// Looks whether a request was made before. `Some`: it is new. `None`: it was answered, or joined its twin.
+    pub(super) fn replay(&mut self, mut op: Op) -> Result<Option<Op>, Refused> {
+        let Some(request) = op.request.clone() else { return Ok(Some(op)) };
+        let Some(known) = check!(op, self.store.request(request.id).map_err(Error::from)) else { return Ok(Some(op)) };
+        if known.method != request.method || known.digest != request.digest {
+            let problem = format!("{} was used for another request ({}): use a new UUID for each", request.id, known.method);
+            return Err((op, Error::invalid("request_id", problem)));
+        }
+        if let Some(twin) = self.twin(&known.resource) {
+            // Only the twin itself is joined: another operation on the same resource has its own answer.
+            if twin.request.as_ref().is_some_and(|r| r.id == request.id) {
+                twin.replies.append(&mut op.replies);
+                return Ok(None);
+            }
+        }
+        let result = if known.method.starts_with("Delete") {
+            Ok(Answer::Nothing)
+        } else {
+            self.answer_named(&known.resource)
+        };
+        op.finish(result);
+        Ok(None)
+    }
+
+    /// The operation that is going on with a resource.
+    fn twin(&mut self, name: &str) -> Option<&mut Op> {
+        if let Ok(vm) = resource::parse_vm(name) {
+            let uid = self.model.vm(&vm).ok()?.uid;
+            if self.resets.contains_key(&uid) {
+                return self.resets.get_mut(&uid);
+            }
+            return self.phases.get_mut(&uid)?.op_mut();
+        }
+        if let Ok(export) = resource::parse_export(name) {
+            return self.export_ops.get_mut(&export);
+        }
+        if let Ok(image) = resource::parse_image(name) {
+            let uid = self.model.images.values().find(|r| r.name == image)?.uid;
+            return self.image_ops.get_mut(&uid);
+        }
+        let volume = resource::parse_volume(name).or_else(|_| resource::parse_snapshot(name).map(|s| s.volume)).ok()?;
+        let uid = self.model.volume(&volume).ok()?.uid;
+        self.volume_ops.get_mut(&uid)?.op_mut()
+    }
+
+    /// What a resource is now.
+    fn answer_named(&self, name: &str) -> Result<Answer, Error> {
+        if let Ok(vdc) = resource::parse_vdc(name) {
+            return self.answer_vdc(&vdc);
+        }
+        if let Ok(vm) = resource::parse_vm(name) {
+            return self.model.vm(&vm).map(|r| Answer::Vm(Box::new(self.vm_view(r))));
+        }
+        if let Ok(volume) = resource::parse_volume(name) {
+            return self.model.volume(&volume).map(|r| Answer::Volume(self.volume_view(r)));
+        }
+        if let Ok(image) = resource::parse_image(name) {
+            if self.model.images.values().any(|r| r.name == image && r.state == Made::Creating) {
+                return Err(Error::Busy { resource: name.to_owned(), operation: "its import" });
+            }
+            return self.model.image(&image).cloned().map(Answer::Image);
+        }
+        if let Ok(export) = resource::parse_export(name) {
+            return self.model.export(&export).map(|r| Answer::Export(self.export_view(r)));
+        }
+        let snapshot = resource::parse_snapshot(name).map_err(|_| Error::not_found(name))?;
+        let Answer::Snapshots(all) = self.query(&Query::Snapshots(snapshot.volume))? else {
+            return Err(Error::not_found(name));
+        };
+        all.into_iter()
+            .find(|s| s.record.name == snapshot.snapshot)
+            .map(Answer::Snapshot)
+            .ok_or_else(|| Error::not_found(name))
+    }
+}

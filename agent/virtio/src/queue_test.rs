@@ -45,19 +45,21 @@ fn broken_chains_are_named_and_nothing_else_happens() {
     let indirect = 4u16;
     type Break = fn(&DriverQueue, u16, u16, u16);
     let cases: [(&str, Break); 6] = [
-        ("loop", |d, next, _, _| d.write_descriptor(d.descriptors, 0, 0x8000, 8, next, 0)),
-        ("index", |d, next, _, _| d.write_descriptor(d.descriptors, 0, 0x8000, 8, next, 77)),
-        ("table outside", |d, _, _, indirect| d.write_descriptor(d.descriptors, 0, 1 << 40, 32, indirect, 0)),
+        ("loop", |d, next, _, _| d.write_descriptor(d.descriptors, 0, (0x8000, 8), next, 0)),
+        ("index", |d, next, _, _| d.write_descriptor(d.descriptors, 0, (0x8000, 8), next, 77)),
+        ("table outside", |d, _, _, indirect| {
+            d.write_descriptor(d.descriptors, 0, (1 << 40, 32), indirect, 0)
+        }),
         ("table of odd size", |d, _, _, indirect| {
-            d.write_descriptor(d.descriptors, 0, 0x8000, 17, indirect, 0)
+            d.write_descriptor(d.descriptors, 0, (0x8000, 17), indirect, 0)
         }),
         ("table in a table", |d, _, _, indirect| {
-            d.write_descriptor(0x8000, 0, 0x8000, 32, indirect, 0);
-            d.write_descriptor(d.descriptors, 0, 0x8000, 32, indirect, 0);
+            d.write_descriptor(0x8000, 0, (0x8000, 32), indirect, 0);
+            d.write_descriptor(d.descriptors, 0, (0x8000, 32), indirect, 0);
         }),
         ("order", |d, next, write, _| {
-            d.write_descriptor(d.descriptors, 0, 0x8000, 8, next | write, 1);
-            d.write_descriptor(d.descriptors, 1, 0x8000, 8, 0, 0);
+            d.write_descriptor(d.descriptors, 0, (0x8000, 8), next | write, 1);
+            d.write_descriptor(d.descriptors, 1, (0x8000, 8), 0, 0);
         }),
     ];
     for (name, case) in cases {
@@ -152,7 +154,7 @@ proptest! {
             let at = usize::from(index);
             let address = if small { u64::from(table[at]) * 16 + 0x1000 } else { u64::MAX - u64::from(table[at]) };
             let len = u32::from(table[at]) * 16;
-            driver.write_descriptor(driver.descriptors, index, address, len, flags[at], next[at]);
+            driver.write_descriptor(driver.descriptors, index, (address, len), flags[at], next[at]);
         }
         driver.offer_head(head);
         let mut chain = Chain::default();

@@ -150,7 +150,14 @@ impl DriverQueue {
     }
 
     /// Writes one raw descriptor.
-    pub fn write_descriptor(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+    pub fn write_descriptor(
+        &self,
+        table: u64,
+        index: u16,
+        (address, len): (u64, u32),
+        flags: u16,
+        next: u16,
+    ) {
         let at = table + u64::from(index) * 16;
         self.memory.write_obj(address.to_le(), GuestAddress(at)).unwrap();
         self.memory.write_obj(len.to_le(), GuestAddress(at + 8)).unwrap();
@@ -179,8 +186,7 @@ impl DriverQueue {
             self.write_descriptor(
                 self.descriptors,
                 index,
-                buffer.address,
-                buffer.len,
+                (buffer.address, buffer.len),
                 flags,
                 next.unwrap_or(0),
             );
@@ -198,10 +204,10 @@ impl DriverQueue {
         for (index, buffer) in (0u16..).zip(buffers) {
             let more = if index < last { F_NEXT } else { 0 };
             let flags = more | if buffer.writable { F_WRITE } else { 0 };
-            self.write_descriptor(table, index, buffer.address, buffer.len, flags, index + 1);
+            self.write_descriptor(table, index, (buffer.address, buffer.len), flags, index + 1);
         }
         let len = u32::from(last + 1) * 16;
-        self.write_descriptor(self.descriptors, head, table, len, F_INDIRECT, 0);
+        self.write_descriptor(self.descriptors, head, (table, len), F_INDIRECT, 0);
         self.chains.insert(head, vec![head]);
         self.offer_head(head);
         Some(head)

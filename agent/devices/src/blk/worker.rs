@@ -62,6 +62,8 @@ pub(super) struct QueueWorker {
     chain: Chain,
     rules: Rules,
     failure: DeviceFailure,
+    /// The volume's event was reported and not yet answered with a reap.
+    completions: bool,
     broken: bool,
 }
 
@@ -98,8 +100,16 @@ impl QueueWorker {
             spare: Vec::with_capacity(usize::from(size)),
             answered: 0,
         };
-        let worker =
-            QueueWorker { ring, io, requests, chain: Chain::default(), rules, failure, broken: false };
+        let worker = QueueWorker {
+            ring,
+            io,
+            requests,
+            chain: Chain::default(),
+            rules,
+            failure,
+            completions: false,
+            broken: false,
+        };
         Worker::spawn(name, poller, move |poller| worker.run(&poller))
     }
 
@@ -114,7 +124,11 @@ impl QueueWorker {
             if self.broken {
                 self.discard_completions();
             }
-            let waited = poller.wait(|token, _| stop |= token == STOP);
+            let completions = &mut self.completions;
+            let waited = poller.wait(|token, _| {
+                stop |= token == STOP;
+                *completions |= token == COMPLETIONS;
+            });
             if waited.is_err() {
                 self.failure.mark();
                 break;
@@ -131,7 +145,8 @@ impl QueueWorker {
             if taken {
                 self.io.kick();
             }
-            let reaped = self.reap()?;
+            // Right after a submission much of it may be done already; else the volume's event says when to look.
+            let reaped = (taken || self.completions) && self.reap()?;
             if self.requests.answered > 0 {
                 self.requests.answered = 0;
                 if self.ring.queue.interrupt_wanted()? {
@@ -237,6 +252,7 @@ impl QueueWorker {
 
     /// Answers what the volume has finished. `true`: there was something.
     fn reap(&mut self) -> Result<bool, Broken> {
+        self.completions = false;
         let mut any = false;
         let mut result = Ok(());
         let (ring, requests) = (&mut self.ring, &mut self.requests);

@@ -370,11 +370,14 @@ fn the_window_in_configuration_space_reaches_the_bar() {
     bench.set_config(at + 16, &[3]);
     bench.decode();
     assert_eq!(bench.status(), 3);
-    bench.set_config(at + 8, &0x2001u32.to_le_bytes());
-    bench.set_config(at + 12, &4u32.to_le_bytes());
-    bench.config(at + 16);
-    bench.set_config(at + 8, &u32::MAX.to_le_bytes());
-    bench.config(at + 16);
+    let before = bench.config(at + 16);
+    for (offset, len) in
+        [(0x2001, 4), (0x2003, 2), (0x2000, 3), (0x2000, 0), (0x2000, u32::MAX), (u32::MAX, 1)]
+    {
+        bench.set_config(at + 8, &u32::to_le_bytes(offset));
+        bench.set_config(at + 12, &len.to_le_bytes());
+        assert_eq!(bench.config(at + 16), before, "{offset:#x}+{len:#x} is no access");
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -137,9 +137,13 @@ fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
             .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED)
             .build()
             .map_err(|e| error(e.into()))?;
-        // SAFETY: the range is the mapping just made. The advice only keeps a customer's memory out of core dumps;
-        // its failure changes nothing else, so the result is ignored.
-        unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
+        // SAFETY: the range is the mapping just made. The first advice only keeps a customer's memory out of core
+        // dumps, the second lets the host use 2 MiB pages where its shmem_enabled says `advise`: fewer faults and
+        // shorter page walks for the guest. If one fails nothing else changes, so the results are ignored.
+        unsafe {
+            libc::madvise(region.as_ptr().cast(), size, libc::MADV_DONTDUMP);
+            libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE);
+        }
         let region = GuestRegionMmap::new(region, GuestAddress(start))
             .ok_or_else(|| error("guest range overflows the address space".into()))?;
         regions.push(region);

@@ -142,3 +142,7 @@ fn checked_range(sector: u64, len: u64, limits: &Limits) -> Result<u64, u8> {
     let end = offset.checked_add(len).ok_or(S_IOERR)?;
     if end > limits.size_bytes { Err(S_IOERR) } else { Ok(offset) }
 }
+
+#[cfg(test)]
+#[path = "request_test.rs"]
+mod tests;

@@ -34,7 +34,7 @@ def cargo_release(*packages):
     """Builds binaries as they are shipped; False and a note if that fails."""
     flags = [flag for package in packages for flag in ("-p", package)]
     try:
-        run("cargo", "build", "--quiet", "--release", "--locked", *flags, cwd=ROOT)
+        run("cargo", "build", "--quiet", "--release", *flags, cwd=ROOT)
     except subprocess.CalledProcessError:
         skip(" ".join(packages), "it does not build")
         return False

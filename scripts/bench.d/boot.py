@@ -54,7 +54,8 @@ def first_instruction(subjects, first_output, rounds):
 def resident(subjects, first_output):
     rows = []
     for name, command in subjects.items():
-        keeper = subprocess.Popen([first_output, "", "-k", *command], stdout=subprocess.PIPE, text=True)
+        keeper = subprocess.Popen([first_output, "", "-k", *command], stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True)
         try:
             pid = keeper.stdout.readline().strip()
             if not pid:

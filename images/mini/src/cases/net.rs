@@ -126,12 +126,16 @@ fn echo(machine: &mut Machine) -> Outcome {
     for (number, len) in [60u64, 61, 128, 590, 1500, 1514].into_iter().enumerate() {
         let number = number as u64 + 1000;
         let frame = nic.frame(len, number);
-        // The host's side may still be coming up: send again until the first comes back.
+        // The host's side may still be coming up: send again until the first comes back. Echoes of what was sent
+        // before may still arrive.
         let mut answer = None;
         for _ in 0..20 {
             nic.send(frame)?;
             answer = nic.next(500);
-            if answer.is_some_and(|(got, _)| got == number) {
+            while answer.is_some_and(|(got, _)| got != number) {
+                answer = nic.next(500);
+            }
+            if answer.is_some() {
                 break;
             }
         }

@@ -99,7 +99,7 @@ pub fn memory_from_fd(fd: OwnedFd, bytes: u64) -> Result<GuestMemory, MemoryErro
 
 fn check_size(bytes: u64) -> Result<(), MemoryError> {
     // 1 << 46 is what four-level page tables of a guest can reach at most; the sums below stay far from overflow.
-    if bytes == 0 || bytes % PAGE_SIZE != 0 || bytes > 1 << 46 {
+    if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) || bytes > 1 << 46 {
         return Err(MemoryError::Size { bytes });
     }
     Ok(())

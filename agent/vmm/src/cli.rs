@@ -59,6 +59,9 @@ pub struct RunArgs {
     /// A network card on this tap device, which exists and may be opened; again for more
     #[arg(long = "net", value_name = "TAP[,mac=MAC]")]
     pub nets: Vec<NetArg>,
+    /// A virtio console (hvc0 in Linux) on this pseudo-terminal, pipe or file
+    #[arg(long, value_name = "FILE")]
+    pub console: Option<PathBuf>,
     /// Do not pass standard input to the guest's serial port
     #[arg(long)]
     pub no_serial_input: bool,

@@ -4,16 +4,18 @@
 //! devices of one boot from it. Their order is the order on the bus: disks, network cards, then the rest.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use serio_devices::blk::{Blk, BlkConfig};
+use serio_devices::console::{Console, ConsoleEnds};
+use serio_devices::net::{Net, NetConfig};
 use serio_devices::rng::Rng;
 use serio_hv::Tap;
 use serio_virtio::VirtioDevice;
 use serio_volume::{Access, Volume};
 
-use crate::cli::{DiskArg, NetArg};
+use crate::cli::{DiskArg, NetArg, RunArgs};
 
 /// A disk's queues follow the vcpus up to this many: beyond, threads cost more than they bring.
 const DISK_QUEUES_MAX: u32 = 4;
@@ -50,9 +52,15 @@ pub enum DeviceError {
         #[source]
         source: serio_hv::TapError,
     },
-    /// A descriptor could not be duplicated.
-    #[error("cannot duplicate a descriptor: raise the limit of open files")]
-    Duplicate(#[source] std::io::Error),
+    /// A console's file cannot be opened.
+    #[error("console {path}: cannot open it for reading and writing")]
+    Console {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 impl DeviceError {
@@ -61,7 +69,7 @@ impl DeviceError {
         match self {
             DeviceError::Open { .. } | DeviceError::Volume { .. } => "disks",
             DeviceError::Tap { .. } => "nics",
-            DeviceError::Duplicate(_) => "",
+            DeviceError::Console { .. } => "console",
         }
     }
 
@@ -83,12 +91,12 @@ pub struct Disk {
 /// A network card whose tap stays open.
 #[derive(Debug)]
 pub struct Nic {
-    /// The tap, as `Tap` wants it.
-    pub tap: OwnedFd,
+    /// Its cable.
+    pub tap: Arc<Tap>,
     /// Its address.
     pub mac: [u8; 6],
-    /// Bytes of its largest packet, without the header.
-    pub mtu: u16,
+    /// Bytes of its largest packet, without the header, if the guest shall be told.
+    pub mtu: Option<u16>,
 }
 
 /// All that a VM's devices are made from.
@@ -98,16 +106,19 @@ pub struct Devices {
     pub disks: Vec<Disk>,
     /// In the order that the guest sees them.
     pub nics: Vec<Nic>,
+    /// The two ends of each virtio console.
+    pub consoles: Vec<Arc<ConsoleEnds>>,
     /// Queues of each disk.
     pub disk_queues: u16,
 }
 
 impl Devices {
     /// Opens what the command line names.
-    pub fn open(disks: &[DiskArg], nets: &[NetArg], vcpus: u32) -> Result<Devices, DeviceError> {
-        let disks = disks.iter().map(open_disk).collect::<Result<_, _>>()?;
-        let nics = nets.iter().map(open_nic).collect::<Result<_, _>>()?;
-        Ok(Devices { disks, nics, disk_queues: disk_queues(vcpus) })
+    pub fn open(args: &RunArgs) -> Result<Devices, DeviceError> {
+        let disks = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
+        let nics = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
+        let consoles = args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?;
+        Ok(Devices { disks, nics, consoles, disk_queues: disk_queues(args.cpus) })
     }
 
     /// The devices of one boot.
@@ -117,7 +128,13 @@ impl Devices {
             let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
             devices.push(Box::new(Blk::new(disk.volume.clone(), &config)));
         }
-        for _nic in &self.nics {}
+        for nic in &self.nics {
+            let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
+            devices.push(Box::new(Net::new(nic.tap.clone(), config)));
+        }
+        for console in &self.consoles {
+            devices.push(Box::new(Console::new(console.clone())));
+        }
         devices.push(Box::new(Rng::new()));
         Ok(devices)
     }
@@ -154,6 +171,12 @@ fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
 
 fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {
     let tap = Tap::open(&net.tap).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
-    let tap = tap.as_fd().try_clone_to_owned().map_err(DeviceError::Duplicate)?;
-    Ok(Nic { tap, mac: net.mac, mtu: 1500 })
+    Ok(Nic { tap: Arc::new(tap), mac: net.mac, mtu: None })
+}
+
+fn open_console(path: &Path) -> Result<Arc<ConsoleEnds>, DeviceError> {
+    let failed = |source| DeviceError::Console { path: path.display().to_string(), source };
+    let input = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+    let output = input.try_clone().map_err(failed)?;
+    Ok(Arc::new(ConsoleEnds { input: input.into(), output: output.into() }))
 }

@@ -20,7 +20,7 @@ use crate::cli::{OnReset, RunArgs};
 use crate::console::Output;
 use crate::devices::Devices;
 use crate::end::{End, EndSlot, chain};
-use crate::machine::{Created, MachineConfig, MachineError, Running};
+use crate::machine::{self, Handle, MachineConfig, MachineError};
 use crate::terminal::{Keys, RawTerminal};
 
 /// How often a guest that does not take its input is offered it again.
@@ -55,7 +55,7 @@ enum RunError {
 fn field_prefix(error: &MachineError) -> String {
     match error.field() {
         "" => "the VM could not be started".to_owned(),
-        field => format!("{field} is refused"),
+        field => field.to_owned(),
     }
 }
 
@@ -101,6 +101,7 @@ fn run(args: RunArgs) -> Result<End, RunError> {
         .map_err(RunError::host("receive signals"))?;
 
     check_memory(args.memory.bytes())?;
+    let devices = Devices::open(&args)?;
     let config = MachineConfig {
         vcpus: args.cpus,
         memory_bytes: args.memory.bytes(),
@@ -110,7 +111,6 @@ fn run(args: RunArgs) -> Result<End, RunError> {
             cmdline: args.cmdline,
         },
     };
-    let devices = Devices::open(&args.disks, &args.nets, args.cpus)?;
     let kvm = Kvm::open()?;
     let stdin = std::io::stdin();
     let mut seat = Seat { raw: None, keys: Keys::default(), input_open: !args.no_serial_input, signals };
@@ -153,20 +153,17 @@ impl Seat {
     ) -> Result<End, RunError> {
         let output = Arc::new(Output::new().map_err(RunError::host("make an eventfd"))?);
         let end = Arc::new(EndSlot::new().map_err(RunError::host("make an eventfd"))?);
-        let machine = Created::new(kvm, config, output.clone())
-            .and_then(|created| created.equip(devices.make()?))
-            .and_then(|equipped| equipped.load(kvm, config))
-            .and_then(|loaded| loaded.start(end.clone()))
-            .map_err(RunError::Machine)?;
+        let machine =
+            machine::boot(kvm, config, devices, output.clone(), end.clone()).map_err(RunError::Machine)?;
         // Only now: until here errors are told on a terminal as the user left it.
         if self.input_open && self.raw.is_none() {
             self.raw = RawTerminal::enter(stdin);
         }
-        let waited = self.attend(&machine, &output, &end, stdin);
+        let waited = self.attend(machine.handle(), &output, &end, stdin);
         show(&output.take());
         output.close();
         if waited.is_err() {
-            machine.stop(End::Stopped);
+            machine.handle().stop(End::Stopped);
         }
         let why = machine.join();
         waited?;
@@ -176,7 +173,7 @@ impl Seat {
     /// Passes bytes and signals until the VM is over.
     fn attend(
         &mut self,
-        machine: &Running,
+        machine: &Handle,
         output: &Output,
         end: &EndSlot,
         stdin: &std::io::Stdin,
@@ -214,7 +211,7 @@ impl Seat {
         }
     }
 
-    fn read_keys(&mut self, machine: &Running, room: usize) {
+    fn read_keys(&mut self, machine: &Handle, room: usize) {
         let mut bytes = vec![0u8; room.min(1024)];
         // Not through `Stdin`: its buffer would hide bytes from poll.
         let count = nix::unistd::read(std::io::stdin(), &mut bytes).unwrap_or(0);

@@ -16,7 +16,6 @@ mod vcpu;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use serio_hv::vm_memory::{Bytes, GuestAddress};
 use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, Vcpu, Vm, VmError};
@@ -25,6 +24,7 @@ use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
 use crate::acpi::Tables;
 use crate::boot::{self, BootError, BootSource};
 use crate::console::{Output, SerialPort};
+use crate::devices::Devices;
 use crate::end::{End, EndSlot};
 use crate::layout;
 use bus::Bus;
@@ -126,14 +126,30 @@ pub struct Loaded {
     vcpus: Vec<Vcpu>,
 }
 
-/// A VM whose vcpus run.
+/// A VM whose vcpus run. Ends when dropped.
 pub struct Running {
-    vcpus: Vcpus,
+    handle: Handle,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// What can be done to a running VM, from any thread. Does nothing any more once the VM is over.
+#[derive(Clone)]
+pub struct Handle {
+    vcpus: Vcpus,
     end: Arc<EndSlot>,
     serial: Arc<SerialPort>,
-    button: IrqLine,
-    since: Instant,
+    button: Arc<IrqLine>,
+}
+
+/// Makes a machine and lets it run: all stages in one.
+pub fn boot(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    devices: &Devices,
+    output: Arc<Output>,
+    end: Arc<EndSlot>,
+) -> Result<Running, MachineError> {
+    Created::new(kvm, config, output)?.equip(devices.make()?)?.load(kvm, config)?.start(end)
 }
 
 impl Created {
@@ -193,14 +209,9 @@ impl Loaded {
             Arc::new(Bus { serial: serial.clone(), pci, end: end.clone(), pci_address: AtomicU32::new(0) });
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
         let all = Vcpus { gate: Arc::new(Gate::new()), kicks };
-        let mut running = Running {
-            vcpus: all.clone(),
-            threads: Vec::with_capacity(vcpus.len()),
-            end: end.clone(),
-            serial,
-            button: created.button,
-            since: Instant::now(),
-        };
+        let handle =
+            Handle { vcpus: all.clone(), end: end.clone(), serial, button: Arc::new(created.button) };
+        let mut running = Running { handle, threads: Vec::with_capacity(vcpus.len()) };
         // A thread that cannot be made: dropping `running` ends and joins those before it.
         for vcpu in vcpus {
             let thread = vcpu::spawn(vcpu, bus.clone(), all.clone(), end.clone())
@@ -211,7 +222,7 @@ impl Loaded {
     }
 }
 
-impl Running {
+impl Handle {
     /// Presses the ACPI power button.
     pub fn power_button(&self) -> std::io::Result<()> {
         self.button.trigger()
@@ -227,7 +238,7 @@ impl Running {
         self.serial.input_room()
     }
 
-    /// Stops the vcpus until [`Running::resume`]. Devices finish what was asked of them.
+    /// Stops the vcpus until [`Handle::resume`]. Devices finish what was asked of them.
     pub fn pause(&self) {
         self.vcpus.set(GateState::Paused);
     }
@@ -242,28 +253,31 @@ impl Running {
         self.vcpus.gate.get() == GateState::Paused
     }
 
-    /// When the first vcpu started.
-    pub fn since(&self) -> Instant {
-        self.since
-    }
-
     /// Ends the VM from outside; [`Running::join`] then returns soon.
     pub fn stop(&self, end: End) {
         self.end.set(end);
         self.vcpus.set(GateState::Over);
     }
+}
+
+impl Running {
+    /// For those who talk to it while it runs.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
 
     /// Waits for the vcpus, stops the devices, frees the memory. Returns why it ended.
     pub fn join(mut self) -> End {
         self.wind_up();
-        self.end.get().unwrap_or_else(|| End::HostError("all vcpu threads ended without a reason".to_owned()))
+        let silent = || End::HostError("all vcpu threads ended without a reason".to_owned());
+        self.handle.end.get().unwrap_or_else(silent)
     }
 
     fn wind_up(&mut self) {
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                self.end
-                    .set(End::HostError("a vcpu thread panicked: this is a mistake in serio-vmm".to_owned()));
+                let what = "a vcpu thread panicked: this is a mistake in serio-vmm".to_owned();
+                self.handle.end.set(End::HostError(what));
             }
         }
     }
@@ -272,7 +286,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if !self.threads.is_empty() {
-            self.stop(End::Stopped);
+            self.handle.stop(End::Stopped);
             self.wind_up();
         }
     }

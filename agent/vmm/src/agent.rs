@@ -1,6 +1,0 @@
-//! stub
-use std::process::ExitCode;
-/// stub
-pub fn main(_args: &crate::cli::AgentArgs) -> ExitCode {
-    ExitCode::FAILURE
-}

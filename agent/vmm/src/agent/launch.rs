@@ -1,0 +1,238 @@
+//! From a `Launch` message and its descriptors to a running VM.
+//!
+//! The message is checked here and nowhere later: counts, sizes, and that each index names a descriptor once. What fails
+//! before the VM runs is answered with the field to blame; the process then ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use prost::Message;
+use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset};
+use serio_hv::{Kvm, OpenError, Tap};
+use serio_sandbox::{SandboxError, Seal};
+use serio_volume::{Access, LayerFiles, Volume, VolumeFiles};
+
+use crate::boot::BootSource;
+use crate::console::Output;
+use crate::devices::{DeviceError, Devices, Disk, Nic, disk_queues};
+use crate::end::{End, EndSlot, chain};
+use crate::machine::{self, Handle, MachineConfig, MachineError, Running};
+
+/// What a VM may have open: its devices' files, eventfds and queues, with room to spare.
+const DESCRIPTORS_MAX: u64 = 4096;
+
+/// A VM that was launched, and what it needs to boot again.
+pub(super) struct Launched {
+    pub(super) devices: Arc<Devices>,
+    pub(super) output: Arc<Output>,
+    pub(super) end: Arc<EndSlot>,
+    pub(super) on_reset: OnReset,
+    pub(super) exit: File,
+    /// The console's listener and the log, until the main thread takes them.
+    pub(super) console: Option<UnixListener>,
+    pub(super) log: Option<File>,
+    kvm: Kvm,
+    config: MachineConfig,
+    handle: Handle,
+    running: Option<Running>,
+}
+
+/// Why a VM was not launched.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LaunchError {
+    #[error("{field}: {what}")]
+    Invalid { field: &'static str, what: String },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Kvm(#[from] OpenError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error("the process could not be sealed")]
+    Seal(#[from] SandboxError),
+    #[error("an eventfd could not be made: raise the limit of open files")]
+    Host(#[from] io::Error),
+}
+
+impl LaunchError {
+    fn invalid(field: &'static str, what: impl Into<String>) -> LaunchError {
+        LaunchError::Invalid { field, what: what.into() }
+    }
+
+    /// The answer to the one who asked.
+    pub(super) fn answer(&self) -> Failed {
+        let (code, field) = match self {
+            LaunchError::Invalid { field, .. } => (Code::Invalid, *field),
+            LaunchError::Device(error) if error.is_in_use() => (Code::InUse, error.field()),
+            LaunchError::Device(error) => (Code::Io, error.field()),
+            LaunchError::Machine(error) => (error_code(error), error.field()),
+            LaunchError::Kvm(_) | LaunchError::Seal(_) | LaunchError::Host(_) => (Code::Io, ""),
+        };
+        Failed { code: code.into(), message: chain(self), field: field.to_owned() }
+    }
+
+    pub(super) fn record(&self) -> EndRecord {
+        EndRecord { kind: EndKind::LaunchFailed.into(), reason: chain(self) }
+    }
+}
+
+fn error_code(error: &MachineError) -> Code {
+    match error {
+        MachineError::Backing(_) | MachineError::Host { .. } => Code::Exhausted,
+        MachineError::Vm(_) => Code::Io,
+        _ => Code::Invalid,
+    }
+}
+
+/// The descriptors of a frame; each is taken once.
+pub(super) struct Passed(Vec<Option<OwnedFd>>);
+
+impl Passed {
+    pub(super) fn new(descriptors: Vec<OwnedFd>) -> Passed {
+        Passed(descriptors.into_iter().map(Some).collect())
+    }
+
+    pub(super) fn take(&mut self, field: &'static str, index: u32) -> Result<OwnedFd, LaunchError> {
+        let count = self.0.len();
+        let slot = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
+        slot.and_then(Option::take).ok_or_else(|| {
+            LaunchError::invalid(
+                field,
+                format!("descriptor {index} of {count} is missing or was named twice"),
+            )
+        })
+    }
+}
+
+/// Takes the exit descriptor out first, so that even a failed launch leaves its reason there.
+pub(super) fn take_exit(launch: &Launch, passed: &mut Passed) -> Result<File, LaunchError> {
+    Ok(File::from(passed.take("exit_fd", launch.exit_fd)?))
+}
+
+/// Starts the VM. Consumes the rest of the descriptors.
+pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<Launched, LaunchError> {
+    check(launch)?;
+    let on_reset = OnReset::try_from(launch.on_reset)
+        .map_err(|_| LaunchError::invalid("on_reset", format!("{} is unknown", launch.on_reset)))?;
+    let kvm = Kvm::from_fd(passed.take("kvm_fd", launch.kvm_fd)?)?;
+    let kernel = File::from(passed.take("kernel", launch.kernel_fd)?);
+    let initrd = launch.initrd_fd.map(|index| passed.take("initrd", index)).transpose()?.map(File::from);
+    let log = File::from(passed.take("log_fd", launch.log_fd)?);
+    let console = UnixListener::from(passed.take("console_fd", launch.console_fd)?);
+    console.set_nonblocking(true)?;
+    let devices = Arc::new(open_devices(launch, &mut passed)?);
+    // What was passed and not named is closed here, before the process seals itself.
+    drop(passed);
+    serio_sandbox::seal(&Seal { uid: launch.uid, descriptors_max: DESCRIPTORS_MAX })?;
+
+    let config = MachineConfig {
+        vcpus: launch.vcpus,
+        memory_bytes: launch.memory_bytes,
+        boot: BootSource { kernel, initrd, cmdline: launch.cmdline.clone() },
+    };
+    let output = Arc::new(Output::new()?);
+    let end = Arc::new(EndSlot::new()?);
+    let running = machine::boot(&kvm, &config, &devices, output.clone(), end.clone())?;
+    Ok(Launched {
+        handle: running.handle().clone(),
+        running: Some(running),
+        devices,
+        output,
+        end,
+        on_reset,
+        exit,
+        console: Some(console),
+        log: Some(log),
+        kvm,
+        config,
+    })
+}
+
+fn check(launch: &Launch) -> Result<(), LaunchError> {
+    if let Some(total) = crate::run::host_memory_bytes().filter(|total| launch.memory_bytes > *total) {
+        let what = format!(
+            "{} bytes are more than the {total} bytes that this host has; ask for less",
+            launch.memory_bytes
+        );
+        return Err(LaunchError::invalid("memory", what));
+    }
+    Ok(())
+}
+
+fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchError> {
+    let mut devices = Devices { disk_queues: disk_queues(launch.vcpus), ..Devices::default() };
+    for disk in &launch.disks {
+        let volume = open_volume(disk, passed)?;
+        devices.disks.push(Disk { name: disk.volume_id.clone(), volume });
+    }
+    for nic in &launch.nics {
+        let mac = <[u8; 6]>::try_from(nic.mac.as_slice())
+            .map_err(|_| LaunchError::invalid("nics", "a MAC address has six bytes"))?;
+        let mtu = u16::try_from(nic.mtu)
+            .map_err(|_| LaunchError::invalid("nics", format!("an MTU of {} is too large", nic.mtu)))?;
+        let tap = Tap::from_fd(passed.take("nics", nic.tap_fd)?)
+            .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
+        devices.nics.push(Nic { tap: Arc::new(tap), mac, mtu: (mtu != 0).then_some(mtu) });
+    }
+    Ok(devices)
+}
+
+fn open_volume(disk: &serio_control::message::Disk, passed: &mut Passed) -> Result<Volume, LaunchError> {
+    let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let mut layers = Vec::with_capacity(disk.layers.len());
+    for layer in &disk.layers {
+        let data = File::from(passed.take("disks", layer.data_fd)?);
+        let map = layer.map_fd.map(|index| passed.take("disks", index)).transpose()?.map(File::from);
+        layers.push((data, map));
+    }
+    let failed = |source| DeviceError::Volume { name: disk.volume_id.clone(), source };
+    let raw = matches!(layers.as_slice(), [(_, None)]);
+    if raw {
+        let Some((data, _)) = layers.pop() else { return Err(LaunchError::invalid("disks", "no layer")) };
+        return Ok(Volume::open_raw(data, access).map_err(failed)?);
+    }
+    let layers = layers
+        .into_iter()
+        .map(|(data, map)| Some(LayerFiles { data, map: map? }))
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| LaunchError::invalid("disks", "only a disk of one layer may be without a map"))?;
+    Ok(Volume::open(VolumeFiles { layers }, access).map_err(failed)?)
+}
+
+/// Writes why the VM ended, durably: `seriod` may be away. If that fails there is only the log left to say so.
+pub(super) fn write_exit_record(exit: &File, record: &EndRecord) {
+    let bytes = record.encode_to_vec();
+    let written = exit.set_len(0).and_then(|()| exit.write_all_at(&bytes, 0)).and_then(|()| exit.sync_data());
+    if let Err(error) = written {
+        super::say(format_args!("cannot write the exit record: {error}"));
+    }
+}
+
+impl Launched {
+    pub(super) fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the machine's end, which has been announced, and takes it apart.
+    pub(super) fn join(&mut self) -> End {
+        match self.running.take() {
+            Some(running) => running.join(),
+            None => self.end.get().unwrap_or(End::Stopped),
+        }
+    }
+
+    /// A new machine from the same parts.
+    pub(super) fn boot_again(&mut self) -> Result<Handle, LaunchError> {
+        self.output = Arc::new(Output::new()?);
+        self.end = Arc::new(EndSlot::new()?);
+        let running =
+            machine::boot(&self.kvm, &self.config, &self.devices, self.output.clone(), self.end.clone())?;
+        self.handle = running.handle().clone();
+        self.running = Some(running);
+        Ok(self.handle())
+    }
+}

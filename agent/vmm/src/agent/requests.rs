@@ -1,0 +1,112 @@
+//! What each request does. One request, one answer; none of them waits for the guest.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use serio_control::message::{Body, Code, Empty, Failed, Launch, SnapshotVolume};
+use serio_volume::{LayerFiles, SnapshotError};
+
+use super::launch::{self, Passed};
+use super::state::State;
+use crate::devices::Devices;
+use crate::end::{End, chain};
+use crate::machine::Handle;
+
+fn done() -> Body {
+    Body::Done(Empty {})
+}
+
+fn failed(code: Code, field: &str, message: impl Into<String>) -> Body {
+    Body::Failed(Failed { code: code.into(), message: message.into(), field: field.to_owned() })
+}
+
+/// Does what `body` asks for.
+pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<OwnedFd>) -> Body {
+    match body {
+        Some(Body::Launch(launch)) => start(state, &launch, descriptors),
+        Some(Body::Status(_)) => Body::VmStatus(state.status()),
+        Some(Body::Stop(_)) if state.stop(End::Stopped) => done(),
+        Some(Body::Stop(_)) => failed(Code::Precondition, "", "the VM is being launched: ask again"),
+        Some(Body::PowerButton(_)) => with_vm(state, |vm, _| match vm.power_button() {
+            Ok(()) => done(),
+            Err(error) => failed(Code::Io, "", format!("the power button could not be pressed: {error}")),
+        }),
+        Some(Body::Reset(_)) => with_vm(state, |vm, _| {
+            state.ask_reset();
+            vm.stop(End::Reset);
+            done()
+        }),
+        Some(Body::Pause(_)) => with_vm(state, |vm, _| {
+            vm.pause();
+            state.changed();
+            done()
+        }),
+        Some(Body::Resume(_)) => with_vm(state, |vm, _| {
+            vm.resume();
+            state.changed();
+            done()
+        }),
+        Some(Body::SnapshotVolume(request)) => {
+            with_vm(state, |_, devices| snapshot(devices, &request, descriptors))
+        }
+        _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
+    }
+}
+
+fn with_vm(state: &State, act: impl FnOnce(&Handle, &Devices) -> Body) -> Body {
+    match state.running() {
+        Some((handle, devices)) => act(&handle, &devices),
+        None => failed(Code::Precondition, "", "no VM is running here"),
+    }
+}
+
+fn start(state: &Arc<State>, request: &Launch, descriptors: Vec<OwnedFd>) -> Body {
+    if !state.begin_launch(&request.vm_id) {
+        return failed(Code::Precondition, "", "this process was given its VM already");
+    }
+    let mut passed = Passed::new(descriptors);
+    let exit = launch::take_exit(request, &mut passed);
+    let kept = exit.as_ref().ok().and_then(|exit| exit.try_clone().ok());
+    match exit.and_then(|exit| launch::launch(request, passed, exit)) {
+        Ok(launched) => {
+            state.launched(launched);
+            done()
+        }
+        Err(error) => {
+            let record = error.record();
+            super::say(format_args!("the VM was not launched: {}", record.reason));
+            if let Some(exit) = kept {
+                launch::write_exit_record(&exit, &record);
+            }
+            state.ended(record);
+            Body::Failed(error.answer())
+        }
+    }
+}
+
+fn snapshot(devices: &Devices, request: &SnapshotVolume, descriptors: Vec<OwnedFd>) -> Body {
+    let Some(volume) = devices.volume(&request.volume_id) else {
+        return failed(Code::Invalid, "volume_id", format!("this VM has no volume `{}`", request.volume_id));
+    };
+    let mut passed = Passed::new(descriptors);
+    let data = passed.take("data_fd", request.data_fd);
+    let map = passed.take("map_fd", request.map_fd);
+    let (data, map) = match (data, map) {
+        (Ok(data), Ok(map)) => (File::from(data), File::from(map)),
+        (Err(error), _) | (_, Err(error)) => return Body::Failed(error.answer()),
+    };
+    match volume.snapshot(LayerFiles { data, map }, &request.snapshot) {
+        Ok(_) => done(),
+        Err(error) => {
+            let (code, field) = match &error {
+                SnapshotError::Raw | SnapshotError::ReadOnly => (Code::Precondition, "volume_id"),
+                SnapshotError::Name { .. } => (Code::Invalid, "snapshot"),
+                SnapshotError::TooManyLayers(_) => (Code::Exhausted, "volume_id"),
+                SnapshotError::Poisoned | SnapshotError::NotDrained(_) => (Code::Precondition, ""),
+                SnapshotError::Create(_) | SnapshotError::Io { .. } => (Code::Io, ""),
+            };
+            failed(code, field, chain(&error))
+        }
+    }
+}

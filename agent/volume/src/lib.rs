@@ -49,4 +49,4 @@ pub use op::{Full, Op};
 pub use queue::IoQueue;
 pub use stack::Extent;
 pub use uring::{Buffers, GuestMemory, GuestRangeError};
-pub use volume::{Access, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer};
+pub use volume::{Access, Inspection, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer};

@@ -9,8 +9,8 @@ use crate::{
     media::Media,
 };
 
-/// Layers in one stack. Past it a snapshot is refused until some are merged.
-pub(crate) const LAYERS_MAX: usize = 512;
+/// Layers in one stack: two descriptors each must fit into one control message (253). Past it a snapshot is refused.
+pub(crate) const LAYERS_MAX: usize = 120;
 
 /// A run of bytes of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -196,16 +196,7 @@ impl Volume {
     /// The snapshots, oldest first.
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
         let stack = self.core.stack();
-        let headers = stack.layers.iter().filter_map(|layer| layer.header());
-        headers
-            .filter(|h| h.state != HeaderState::Head && !h.snapshot.is_empty())
-            .map(|h| SnapshotInfo {
-                name: h.snapshot,
-                layer: h.layer,
-                time_s: h.time_s,
-                size_bytes: h.size_bytes,
-            })
-            .collect()
+        stack.layers.iter().filter_map(|layer| snapshot_of(&layer.header()?)).collect()
     }
 
     /// Calls `each` with the extents of a range in order, until it returns false. The range is cut to the volume.
@@ -322,6 +313,51 @@ impl Volume {
         self.core.replace_stack(Stack { layers });
         Ok(SnapshotInfo { name: name.to_owned(), layer: sealed.layer, time_s, size_bytes: sealed.size_bytes })
     }
+}
+
+/// What the headers of a volume say, without opening or locking it: also while another process writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspection {
+    /// Size of the volume at the top of the chain, bytes.
+    pub size_bytes: u64,
+    /// Layers in the chain; further files are leftovers.
+    pub layers: usize,
+    /// The snapshots, oldest first.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// The volume's identity.
+    pub volume: [u8; 16],
+}
+
+impl VolumeFiles {
+    /// Reads the headers only.
+    pub fn inspect(&self) -> Result<Inspection, OpenError> {
+        let clone = |f: &File| {
+            f.try_clone()
+                .map(Media::new)
+                .map_err(|source| OpenError::Io { what: "duplicate a descriptor", source })
+        };
+        let files: Result<Vec<_>, OpenError> =
+            self.layers.iter().map(|l| Ok((clone(&l.data)?, clone(&l.map)?))).collect();
+        let files = files?;
+        if files.is_empty() {
+            return Err(OpenError::Empty);
+        }
+        let chain = walk(&files, Access::ReadWrite, None)?;
+        let (_, top) = chain.last().expect("a walk has at least the bottom");
+        let (size_bytes, volume) = (top.size_bytes, top.volume);
+        let snapshots = chain.iter().filter_map(|(_, header)| snapshot_of(header)).collect();
+        Ok(Inspection { size_bytes, layers: chain.len(), snapshots, volume })
+    }
+}
+
+fn snapshot_of(header: &Header) -> Option<SnapshotInfo> {
+    let named = header.state != HeaderState::Head && !header.snapshot.is_empty();
+    named.then(|| SnapshotInfo {
+        name: header.snapshot.clone(),
+        layer: header.layer,
+        time_s: header.time_s,
+        size_bytes: header.size_bytes,
+    })
 }
 
 /// Makes two files the bottom layer (number 0) of a new volume and syncs them. With `keep_data` the bytes of the

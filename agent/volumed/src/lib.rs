@@ -1,2 +1,19 @@
 //! Volumes without a VM: exports, imports, copies.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`cli`] | `serio-volumed create|import|snapshot|info|serve`, for people |
+//! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
+//! | [`jobs`] | what each request does, on descriptors |
+//! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
+//! | [`export`] | a volume behind the NBD server's seam |
+//!
+//! Threads and io_uring, no async runtime. Owns: the bytes of volumes that no VM has open. Never: opens a path in
+//! agent form; decides who may read what (the socket it is given decides).
 #![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod cli;
+pub mod copy;
+pub mod export;
+pub mod jobs;

@@ -1,3 +1,16 @@
 //! The binary `serio-volumed`.
 #![forbid(unsafe_code)]
-fn main() {}
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match serio_volumed::cli::Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("serio-volumed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! `serio-volumed` for people who want a volume or a disk file served, as qemu-img and qemu-nbd are used.
+
+use std::{
+    fs::File,
+    io::{self, IsTerminal, Read},
+    os::{fd::RawFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::{SigSet, Signal};
+use serio_nbd::{Limits, Server, Stop};
+use serio_types::ByteSize;
+use serio_volume::{Access, Inspection, SIZE_BYTES_MAX, Volume, VolumeDir};
+
+use crate::{
+    agent::{self, Log},
+    copy::{self, Progress},
+    export::VolumeExport,
+};
+
+/// Volumes without a VM: make them, fill them, snapshot them, serve them over NBD.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    about,
+    after_help = "Examples:
+  serio-volumed create vol --size 10GiB
+  serio-volumed import vol disk.raw
+  qemu-img convert -O raw disk.qcow2 disk.raw && serio-volumed import vol disk.raw
+  serio-volumed snapshot vol monday
+  serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday
+  nbdcopy nbd+unix:///?socket=/tmp/vol.sock monday.raw"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make an empty volume in a directory.
+    #[command(after_help = "Example:\n  serio-volumed create vol --size 10GiB")]
+    Create(CreateArgs),
+    /// Make a volume from a raw image: a file, a block device, or - for standard input.
+    #[command(
+        after_help = "Examples:\n  serio-volumed import vol disk.raw\n  zcat disk.raw.gz | serio-volumed import vol - --size 20GiB"
+    )]
+    Import(ImportArgs),
+    /// Seal the volume as it is now under a name; it goes on in a new layer.
+    #[command(after_help = "Example:\n  serio-volumed snapshot vol monday")]
+    Snapshot {
+        /// The volume's directory.
+        volume: PathBuf,
+        /// Name of the snapshot.
+        name: String,
+    },
+    /// Show what a volume is. It may be in use.
+    #[command(after_help = "Example:\n  serio-volumed info vol --json")]
+    Info {
+        /// The volume's directory.
+        volume: PathBuf,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Serve a volume, a point of it, or a raw file over NBD until SIGINT or SIGTERM.
+    #[command(after_help = "Examples:
+  serio-volumed serve vol --socket /tmp/vol.sock
+  serio-volumed serve disk.raw --socket /tmp/disk.sock --read-only
+  serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --export-name monday
+  nbdinfo nbd+unix:///monday?socket=/tmp/vol.sock")]
+    Serve(ServeArgs),
+    /// One job for seriod (not for people).
+    #[command(hide = true)]
+    Agent {
+        /// Descriptor of the listening control socket.
+        #[arg(long)]
+        control_fd: RawFd,
+    },
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// The volume's directory; made if it is not there.
+    volume: PathBuf,
+    /// Size, such as 10GiB.
+    #[arg(long)]
+    size: ByteSize,
+}
+
+#[derive(Debug, Args)]
+struct ImportArgs {
+    /// The volume's directory; made if it is not there.
+    volume: PathBuf,
+    /// The image, or - for standard input.
+    image: PathBuf,
+    /// Format of the image: raw, never guessed.
+    #[arg(long, default_value = "raw")]
+    format: String,
+    /// Size of the volume if larger than the image's.
+    #[arg(long)]
+    size: Option<ByteSize>,
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// A volume's directory, or a raw disk file or device.
+    source: PathBuf,
+    /// Unix socket to listen on; it must not exist yet.
+    #[arg(long)]
+    socket: PathBuf,
+    /// Refuse writes.
+    #[arg(long)]
+    read_only: bool,
+    /// Serve the volume as it was at this snapshot (read-only).
+    #[arg(long)]
+    snapshot: Option<String>,
+    /// Name of the export.
+    #[arg(long, default_value = "")]
+    export_name: String,
+    /// Clients at once.
+    #[arg(long, default_value_t = Limits::default().clients_max)]
+    max_clients: usize,
+}
+
+impl Cli {
+    /// Does what was asked.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Create(args) => Ok(VolumeDir::new(args.volume).create(args.size.bytes())?),
+            Command::Import(args) => import(&args),
+            Command::Snapshot { volume, name } => snapshot(volume, &name),
+            Command::Info { volume, json } => info(&volume, json),
+            Command::Serve(args) => serve(&args),
+            Command::Agent { control_fd } => agent::main(control_fd),
+        }
+    }
+}
+
+fn import(args: &ImportArgs) -> anyhow::Result<()> {
+    if args.format != "raw" {
+        bail!(
+            "--format {}: only raw can be imported yet; convert it first: qemu-img convert -O raw {} disk.raw",
+            args.format,
+            args.image.display()
+        );
+    }
+    let dir = VolumeDir::new(&args.volume);
+    let name = args.image.display();
+    let stream = args.image == Path::new("-");
+    // Before the volume's files are made, so that a wrong name leaves nothing behind.
+    let source = match stream {
+        true => None,
+        false => Some(File::open(&args.image).with_context(|| format!("cannot open the image {name}"))?),
+    };
+    let files = dir.begin()?;
+    let progress = Progress::default();
+    let image_bytes = match &source {
+        Some(file) => copy::clone_file(file, &files.data, &progress),
+        None => {
+            let stdin: Box<dyn Read> = Box::new(io::stdin().lock());
+            copy::import_raw(stdin, &files.data, 0, SIZE_BYTES_MAX, &progress).map(|i| i.size_bytes)
+        }
+    }
+    .with_context(|| format!("cannot import {name}"))?;
+    let size = args.size.map_or(image_bytes, ByteSize::bytes);
+    if size < image_bytes {
+        bail!("--size is smaller than the image, which has {image_bytes} bytes");
+    }
+    Ok(dir.commit(&files, size)?)
+}
+
+fn snapshot(path: PathBuf, name: &str) -> anyhow::Result<()> {
+    let dir = VolumeDir::new(path);
+    let volume = dir.open(Access::ReadWrite)?;
+    dir.snapshot(&volume, name)?;
+    Ok(())
+}
+
+fn info(path: &Path, json: bool) -> anyhow::Result<()> {
+    let Inspection { size_bytes, layers, snapshots, .. } = VolumeDir::new(path)
+        .files(Access::ReadOnly)?
+        .inspect()
+        .with_context(|| format!("cannot read the volume in {}", path.display()))?;
+    if json {
+        let snapshots: Vec<_> = snapshots
+            .iter()
+            .map(|s| serde_json::json!({"name": s.name, "layer": s.layer, "create_time": s.time_s}))
+            .collect();
+        let all = serde_json::json!({"size_bytes": size_bytes, "layers": layers, "snapshots": snapshots});
+        println!("{all:#}");
+        return Ok(());
+    }
+    println!("size       {} ({size_bytes} bytes)", ByteSize::from_bytes(size_bytes));
+    println!("layers     {layers}");
+    for snapshot in snapshots {
+        println!("snapshot   {} (layer {})", snapshot.name, snapshot.layer);
+    }
+    Ok(())
+}
+
+fn open(args: &ServeArgs) -> anyhow::Result<Volume> {
+    let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    if args.source.is_dir() {
+        let dir = VolumeDir::new(&args.source);
+        return Ok(match &args.snapshot {
+            Some(name) => dir.open_snapshot(name)?,
+            None => dir.open(access)?,
+        });
+    }
+    if args.snapshot.is_some() {
+        bail!("{} is not a volume directory, so it has no snapshots", args.source.display());
+    }
+    let name = args.source.display();
+    let file = File::options()
+        .read(true)
+        .write(!args.read_only)
+        .open(&args.source)
+        .with_context(|| format!("cannot open {name}"))?;
+    Volume::open_raw(file, access).with_context(|| format!("cannot serve {name}"))
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    // Before any thread starts, so that all inherit it and only the waiter below gets them.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    signals.thread_block().context("cannot block signals")?;
+    let volume = open(args)?;
+    let socket = args.socket.display();
+    // Only its owner may connect.
+    let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(&args.socket);
+    nix::sys::stat::umask(before);
+    let listener = listener
+        .with_context(|| format!("cannot listen on {socket}: if nothing uses it, remove it first"))?;
+    let stop = Stop::new().context("cannot make an eventfd")?;
+    let stopping = stop.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            // Any answer means that it is time to go.
+            let _ = signals.wait();
+            stopping.stop();
+        })
+        .context("cannot start a thread")?;
+    if io::stderr().is_terminal() {
+        eprintln!("serving nbd+unix:///{}?socket={socket}", args.export_name);
+    }
+    let description = args.source.display().to_string();
+    let export = VolumeExport::new(volume, &args.export_name, &description);
+    let limits = Limits { clients_max: args.max_clients.clamp(1, 1024) };
+    let log = Log::default();
+    let result = Server::new(vec![export], limits).run(&listener, &stop, &|event| log.event(&event));
+    // Another may have taken the name meanwhile, but then the bind had failed: it is ours.
+    let _ = std::fs::remove_file(&args.socket);
+    Ok(result?)
+}

@@ -1,0 +1,218 @@
+//! What each request of `seriod` does, on the descriptors that came with it. One match per request; errors carry the
+//! code and the field that the API shows.
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    sync::atomic::Ordering,
+};
+
+use serio_control::message::{
+    Body, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo, SnapshotStopped,
+    VolumeInfo,
+};
+use serio_volume::{
+    Access, CreateError, LayerFiles, OpenError, SnapshotError, Volume, VolumeFiles, create_layer,
+};
+
+use crate::{
+    copy::{self, CopyError, Progress},
+    export::VolumeExport,
+};
+
+/// A refusal or failure, as the control protocol tells it.
+pub type JobResult = Result<Body, Failed>;
+
+/// Makes a failure with its chain of reasons in one line.
+pub fn failed(code: Code, field: &str, error: &dyn std::error::Error) -> Failed {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(reason) = source {
+        message = format!("{message}: {reason}");
+        source = reason.source();
+    }
+    Failed { code: code.into(), message, field: field.to_owned() }
+}
+
+fn invalid(field: &str, message: &str) -> Failed {
+    Failed { code: Code::Invalid.into(), message: message.to_owned(), field: field.to_owned() }
+}
+
+fn io_code(source: &std::io::Error) -> Code {
+    match source.raw_os_error() {
+        Some(nix::libc::ENOSPC | nix::libc::EDQUOT | nix::libc::ENOMEM | nix::libc::EFBIG) => Code::Exhausted,
+        _ => Code::Io,
+    }
+}
+
+fn open_failed(error: OpenError) -> Failed {
+    let code = match &error {
+        OpenError::InUse { .. } => Code::InUse,
+        OpenError::NoSuchSnapshot(_) => return failed(Code::Precondition, "snapshot", &error),
+        OpenError::Io { source, .. } => io_code(source),
+        OpenError::TooManyLayers(_) => Code::Exhausted,
+        OpenError::Empty | OpenError::NotADisk(_) => Code::Invalid,
+        OpenError::Header { .. } | OpenError::Chain(_) | OpenError::DamagedMap { .. } => Code::Io,
+    };
+    failed(code, "", &error)
+}
+
+fn create_failed(error: CreateError) -> Failed {
+    match &error {
+        CreateError::Size(_) => failed(Code::Invalid, "size_bytes", &error),
+        CreateError::InUse => failed(Code::InUse, "", &error),
+        CreateError::Io { source, .. } => failed(io_code(source), "", &error),
+    }
+}
+
+fn copy_failed(error: CopyError) -> Failed {
+    match &error {
+        CopyError::Length { .. } | CopyError::Empty => failed(Code::Invalid, "data", &error),
+        CopyError::TooLarge(_) => failed(Code::Invalid, "size_bytes", &error),
+        CopyError::Io { source, .. } => failed(io_code(source), "", &error),
+    }
+}
+
+fn snapshot_failed(error: SnapshotError) -> Failed {
+    match &error {
+        SnapshotError::Name { .. } => failed(Code::Precondition, "snapshot", &error),
+        SnapshotError::Raw | SnapshotError::ReadOnly | SnapshotError::Poisoned => {
+            failed(Code::Precondition, "", &error)
+        }
+        SnapshotError::TooManyLayers(_) => failed(Code::Exhausted, "", &error),
+        SnapshotError::NotDrained(_) => failed(Code::Internal, "", &error),
+        SnapshotError::Io { source, .. } => failed(io_code(source), "", &error),
+        SnapshotError::Create(CreateError::Io { source, .. }) => failed(io_code(source), "", &error),
+        SnapshotError::Create(_) => failed(Code::Precondition, "", &error),
+    }
+}
+
+/// Takes exactly `N` descriptors.
+fn exactly<const N: usize>(descriptors: Vec<OwnedFd>) -> Result<[File; N], Failed> {
+    let files: Vec<File> = descriptors.into_iter().map(File::from).collect();
+    let got = files.len();
+    files.try_into().map_err(|_| invalid("descriptors", &format!("{N} descriptors are needed, {got} came")))
+}
+
+/// Pairs of data and map, oldest first.
+fn layers(descriptors: Vec<OwnedFd>) -> Result<VolumeFiles, Failed> {
+    if descriptors.is_empty() || !descriptors.len().is_multiple_of(2) {
+        return Err(invalid("descriptors", "a data and a map descriptor are needed for each layer"));
+    }
+    let mut files = descriptors.into_iter().map(File::from);
+    let mut layers = Vec::new();
+    while let (Some(data), Some(map)) = (files.next(), files.next()) {
+        layers.push(LayerFiles { data, map });
+    }
+    Ok(VolumeFiles { layers })
+}
+
+/// The 16 bytes of a UUID in its text form.
+fn volume_id(text: &str) -> Result<[u8; 16], Failed> {
+    let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or_else(|| invalid("volume_id", &format!("`{text}` is not a UUID")))
+}
+
+/// An empty volume, or one with an image's content.
+pub fn create_volume(ask: &CreateVolume, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
+    let id = volume_id(&ask.volume_id)?;
+    let (files, image) = if ask.from_image {
+        let [data, map, image] = exactly(descriptors)?;
+        (LayerFiles { data, map }, Some(image))
+    } else {
+        let [data, map] = exactly(descriptors)?;
+        (LayerFiles { data, map }, None)
+    };
+    if let Some(image) = &image {
+        let image_bytes = image.metadata().map_err(|e| failed(Code::Io, "image", &e))?.len();
+        if image_bytes > ask.size_bytes {
+            let why = format!(
+                "the image has {image_bytes} bytes, the volume would have {}: ask for a larger size",
+                ask.size_bytes
+            );
+            return Err(invalid("size_bytes", &why));
+        }
+        copy::clone_file(image, &files.data, progress).map_err(copy_failed)?;
+    }
+    create_layer(&files, ask.size_bytes, id, true).map_err(create_failed)?;
+    Ok(Body::Done(Empty {}))
+}
+
+/// A stream or file into an image's data.
+pub fn import_image(ask: &ImportImage, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
+    if ask.format != "raw" {
+        let why = format!(
+            "the format `{}` cannot be imported yet: convert it first, `qemu-img convert -O raw SOURCE disk.raw`, and import that as raw",
+            ask.format
+        );
+        return Err(invalid("format", &why));
+    }
+    let [from, to] = exactly(descriptors)?;
+    let max = if ask.size_bytes_max == 0 { serio_volume::SIZE_BYTES_MAX } else { ask.size_bytes_max };
+    let imported = copy::import_raw(from, &to, ask.expected_bytes, max, progress).map_err(copy_failed)?;
+    Ok(Body::JobStatus(JobStatus {
+        size_bytes: imported.size_bytes,
+        blake3: imported.blake3.to_vec(),
+        ..status(progress)
+    }))
+}
+
+/// Seals the head of a stopped volume.
+pub fn snapshot_stopped(ask: &SnapshotStopped, descriptors: Vec<OwnedFd>) -> JobResult {
+    let mut files = layers(descriptors)?;
+    let new_head = match files.layers.pop() {
+        Some(layer) if !files.layers.is_empty() => layer,
+        _ => return Err(invalid("descriptors", "the new head's descriptors are missing")),
+    };
+    let volume = Volume::open(files, Access::ReadWrite).map_err(open_failed)?;
+    volume.snapshot(new_head, &ask.snapshot).map_err(snapshot_failed)?;
+    Ok(Body::Done(Empty {}))
+}
+
+/// What the headers say; also of a volume that is in use.
+pub fn inspect_volume(descriptors: Vec<OwnedFd>) -> JobResult {
+    let found = layers(descriptors)?.inspect().map_err(open_failed)?;
+    let snapshots = found.snapshots.into_iter().map(|s| SnapshotInfo {
+        name: s.name,
+        // At most a few hundred layers exist.
+        layer: u32::try_from(s.layer).unwrap_or(u32::MAX),
+        create_time: s.time_s,
+    });
+    Ok(Body::VolumeInfo(VolumeInfo {
+        size_bytes: found.size_bytes,
+        snapshots: snapshots.collect(),
+        layers: u32::try_from(found.layers).unwrap_or(u32::MAX),
+    }))
+}
+
+/// Opens what an export asks for; the caller serves it.
+pub fn open_export(
+    ask: &Export,
+    mut descriptors: Vec<OwnedFd>,
+) -> Result<(UnixListener, VolumeExport), Failed> {
+    if descriptors.is_empty() {
+        return Err(invalid("descriptors", "the listening socket is missing"));
+    }
+    let listener = UnixListener::from(descriptors.remove(0));
+    let files = layers(descriptors)?;
+    let volume = match (ask.snapshot.as_str(), ask.read_only) {
+        ("", true) => Volume::open(files, Access::ReadOnly),
+        ("", false) => Volume::open(files, Access::ReadWrite),
+        (name, _) => Volume::open_snapshot(files, name),
+    };
+    let volume = volume.map_err(open_failed)?;
+    Ok((listener, VolumeExport::new(volume, &ask.export_name, &ask.volume_id)))
+}
+
+/// How far a job is.
+pub fn status(progress: &Progress) -> JobStatus {
+    JobStatus {
+        done_bytes: progress.done.load(Ordering::Relaxed),
+        total_bytes: progress.total.load(Ordering::Relaxed),
+        ..JobStatus::default()
+    }
+}

@@ -1,1 +1,262 @@
-//! Being built.
+//! Putting the parts together: lock, store, recovery, owner, services; and taking them apart on SIGTERM.
+//!
+//! Order at start: the lock (no second seriod on this state), the store, what is on the host, the recovery; only when
+//! that is done (or ten seconds passed: a hanging VMM must not keep the node unreachable) are the sockets opened.
+//! At the end the processes of VMs are left as they are: the next seriod finds them.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use nix::fcntl::{Flock, FlockArg};
+use serio_store::{Change, Store, StoreError};
+use serio_types::Quota;
+use tokio::{net::TcpListener, sync::mpsc, sync::watch};
+use uuid::Uuid;
+
+use crate::{
+    capacity::{Reporter, ReporterSettings},
+    config::Config,
+    grpc::{self, Context, NodeInfo, server},
+    nbd,
+    state::{
+        Executor, Handles, State,
+        model::{Model, now},
+        owner::{self, Client, INPUTS_MAX, Watches},
+        recover::Found,
+    },
+    supervise::{Supervisor, SupervisorSettings},
+};
+
+/// How long the sockets wait for the recovery.
+const RECOVERY: Duration = Duration::from_secs(10);
+/// How long open calls have at the end.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Why the state directory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody has it.
+    #[error("another seriod uses {dir}: stop it first, or give this one its own state_dir and run_dir")]
+    Taken {
+        /// The state directory.
+        dir: PathBuf,
+    },
+    /// It cannot be made or opened.
+    #[error("cannot use {path}: check that it is on a writable disk, and that seriod runs as root")]
+    Access {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Holds the state directory: the lock goes with the process, however it ends.
+pub fn lock(dir: &Path) -> Result<Flock<File>, LockError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| LockError::Access { path, source }
+    };
+    fs::create_dir_all(dir).map_err(at(dir))?;
+    let path = dir.join("seriod.lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(at(&path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => LockError::Taken { dir: dir.to_owned() },
+        other => at(&path)(other.into()),
+    })
+}
+
+/// What the node may promise in all.
+fn capacity(config: &Config) -> anyhow::Result<Quota> {
+    let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap_or_default();
+    let total_kib: u64 = total.trim().trim_end_matches(" kB").parse().context("/proc/meminfo has no MemTotal")?;
+    let disk = nix::sys::statvfs::statvfs(&config.state_dir).context("cannot ask for the size of state_dir's disk")?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a saturating cast of a small positive number")]
+    let vcpus = (cpus as f64 * config.capacity.overcommit_vcpu) as u64;
+    Ok(Quota {
+        vcpus,
+        memory_bytes: (total_kib << 10).saturating_sub(config.capacity.reserve_memory.bytes()),
+        storage_bytes: disk.blocks().saturating_mul(disk.fragment_size()),
+    })
+}
+
+fn open_store(path: &Path) -> Result<(Store, Model), StoreError> {
+    let (mut store, mut contents) = Store::open(path)?;
+    if contents.node.is_none() {
+        let uid = Uuid::new_v4();
+        store.commit(&[Change::Node(uid)])?;
+        contents.node = Some(uid);
+    }
+    Ok((store, Model::new(contents)))
+}
+
+/// The parts that work without sockets.
+struct Core {
+    watches: Watches,
+    client: Client,
+    handles: Handles,
+    supervisor: Supervisor,
+    node_uid: Uuid,
+}
+
+fn start_core(config: &Config) -> anyhow::Result<Core> {
+    let (store, model) = open_store(&config.state_dir.join("state.db"))?;
+    let node_uid = model.node;
+    let supervisor = Supervisor::new(SupervisorSettings {
+        state_dir: config.state_dir.clone(),
+        run_dir: config.run_dir.clone(),
+        vmm_path: config.vmm_path.clone(),
+        volumed_path: config.volumed_path.clone(),
+        cgroup_root: None,
+    })?;
+    let found = Found { vms: supervisor.found()?, exports: supervisor.found_exports()? };
+    let mut state = State::new(store, model, capacity(config)?);
+    let effects = state.recover(now(), &found);
+    let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
+    let handles = Handles::default();
+    let executor = Executor::new(supervisor.clone(), handles.clone(), config.state_dir.clone(), inputs.clone());
+    let watches = owner::spawn(state, effects, receiver, move |effect| executor.begin(effect))?;
+    let client = Client::new(inputs, &watches);
+    Ok(Core { watches, client, handles, supervisor, node_uid })
+}
+
+fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
+    let optional = |dir: &PathBuf| (!dir.as_os_str().is_empty()).then(|| dir.clone());
+    let settings = ReporterSettings {
+        node_name: node_name.to_owned(),
+        node_uid: core.node_uid.to_string(),
+        site: config.site.clone(),
+        failure_domain: config.failure_domain.clone(),
+        state_dir: config.state_dir.clone(),
+        scheduler_url: (!config.scheduler.url.is_empty()).then(|| config.scheduler.url.clone()),
+        tls_dir: optional(&config.scheduler.tls_dir).or_else(|| optional(&config.grpc.tls_dir)),
+        usage_interval: Duration::from_millis(config.capacity.usage_interval_ms),
+        lease_interval: Duration::from_millis(config.capacity.lease_interval_ms),
+        reserve_memory: config.capacity.reserve_memory.bytes(),
+        overcommit_vcpu: config.capacity.overcommit_vcpu,
+    };
+    Reporter::new(settings, core.watches.snapshot.clone())
+}
+
+/// Listens for NBD clients; what is written into URIs.
+async fn start_nbd(config: &Config, handles: &Handles) -> anyhow::Result<Option<String>> {
+    let Some(address) = config.nbd.listen.0 else { return Ok(None) };
+    let tls = nbd::tls_config(&config.grpc.tls_dir)?;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (nbd.listen)"))?;
+    let bound = listener.local_addr().context("the NBD listener has no address")?;
+    let handles = handles.clone();
+    let lookup: nbd::Lookup = Arc::new(move |token: &str| {
+        let id = token.parse().ok()?;
+        handles.export(&id).map(|export| export.socket().to_owned())
+    });
+    tokio::spawn(nbd::serve(listener, tls, lookup));
+    let advertise = &config.nbd.advertise;
+    Ok(Some(match advertise.as_str() {
+        "" => bound.to_string(),
+        host if host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) => host.to_owned(),
+        host => format!("{host}:{}", bound.port()),
+    }))
+}
+
+/// Says to systemd, if it started us, that the sockets are open.
+fn notify_ready() {
+    if let (Some(path), Ok(socket)) = (std::env::var_os("NOTIFY_SOCKET"), UnixDatagram::unbound()) {
+        // Abstract sockets (`@…`) are not used by systemd for services; others are plain paths.
+        if let Err(error) = socket.send_to(b"READY=1", Path::new(&path)) {
+            tracing::warn!("systemd could not be told that seriod is ready: {error}");
+        }
+    }
+}
+
+async fn signalled() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps the daemon from serving.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let start_time = SystemTime::now();
+    let node_name = config.node_name()?;
+    let _lock = lock(&config.state_dir)?;
+    fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
+    // Before the VMs are touched: a configuration that cannot serve fails early.
+    let tls = config.grpc.listen.0.map(|_| server::tls(&config.grpc.tls_dir)).transpose()?;
+    let core = start_core(&config)?;
+    let reporter = reporter(&config, &core, node_name.as_str());
+    tokio::spawn(reporter.clone().run());
+    let mut recovered = core.watches.recovered.clone();
+    if tokio::time::timeout(RECOVERY, recovered.wait_for(|done| *done)).await.is_err() {
+        tracing::warn!("some VMs of an earlier seriod do not answer yet; they are asked again");
+    }
+    let nbd = start_nbd(&config, &core.handles).await?;
+    let node = Arc::new(NodeInfo {
+        name: node_name,
+        uid: core.node_uid.to_string(),
+        boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
+        site: config.site.clone(),
+        failure_domain: config.failure_domain.clone(),
+        start_time,
+        state_dir: config.state_dir.clone(),
+        nbd,
+    });
+    let Core { client, handles, supervisor, .. } = core;
+    let routes = grpc::routes(&Context { state: client, handles, supervisor, reporter, node }).await?;
+    serve(&config, tls, routes).await
+}
+
+async fn serve(
+    config: &Config,
+    tls: Option<tonic::transport::ServerTlsConfig>,
+    routes: tonic::service::Routes,
+) -> anyhow::Result<()> {
+    let (stop, stopped) = watch::channel(false);
+    let wait = |mut stopped: watch::Receiver<bool>| async move { drop(stopped.wait_for(|stop| *stop).await) };
+    let socket = config.socket();
+    let unix = server::serve_unix(server::bind_unix(&socket)?, routes.clone(), wait(stopped.clone()));
+    let tcp = match (config.grpc.listen.0, tls) {
+        (Some(address), Some(tls)) => {
+            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (grpc.listen)"))?;
+            tracing::info!("serving gRPC on {} with mutual TLS", listener.local_addr()?);
+            Some(server::serve_tcp(listener, tls, &config.grpc.tls_dir, routes, wait(stopped)))
+        }
+        _ => None,
+    };
+    tracing::info!("serving gRPC on {}", socket.display());
+    notify_ready();
+    let serving = async {
+        match tcp {
+            Some(tcp) => tokio::try_join!(unix, tcp).map(drop),
+            None => unix.await,
+        }
+    };
+    tokio::pin!(serving);
+    tokio::select! {
+        ended = &mut serving => return Ok(ended?),
+        () = signalled() => {}
+    }
+    tracing::info!("ending; the VMs run on");
+    stop.send_replace(true);
+    // Streams that follow something would never end by themselves.
+    let _ = tokio::time::timeout(GRACE, serving).await;
+    let _ = fs::remove_file(&socket);
+    Ok(())
+}

@@ -17,7 +17,6 @@ pub mod capacity;
 pub mod config;
 pub mod daemon;
 pub mod error;
-pub mod events;
 pub mod grpc;
 pub mod nbd;
 pub mod net;

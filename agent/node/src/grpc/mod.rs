@@ -1,1 +1,115 @@
-//! Being built.
+//! The gRPC border: protobuf in, checked specs inside, protobuf out.
+//!
+//! Owns: the servers (Unix socket, TCP with mutual TLS), who may call what ([`auth`]), conversion ([`convert`]), and one
+//! file per service. Never: decisions about resources (those are the state's), files other than logs and the parts
+//! of an image in import.
+//!
+//! Limits: a message is at most 4 MiB, an image's chunk 1 MiB; streams per connection, header sizes and the time of a
+//! TLS handshake are bounded; a peer that does not answer keep-alives is dropped.
+
+pub mod auth;
+mod console;
+pub mod convert;
+mod image;
+mod kernel;
+mod node;
+pub mod server;
+mod vdc;
+mod vm;
+mod volume;
+
+use std::{path::PathBuf, sync::Arc, time::SystemTime};
+
+use serio_api::{FILE_DESCRIPTOR_SET, v1};
+use serio_types::Name;
+use tonic::service::Routes;
+
+use crate::{
+    capacity::Reporter,
+    error::Error,
+    state::{
+        Handles,
+        command::{Answer, Command, Mutation, Query, Request},
+        owner::Client,
+    },
+    supervise::Supervisor,
+};
+
+/// What all services need. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Asks the state.
+    pub state: Client,
+    /// What runs.
+    pub handles: Handles,
+    /// Imports images, looks at files.
+    pub supervisor: Supervisor,
+    /// What the node has.
+    pub reporter: Reporter,
+    /// Who the node is.
+    pub node: Arc<NodeInfo>,
+}
+
+/// Who the node is.
+#[derive(Debug, Clone)]
+pub struct NodeInfo {
+    /// "a".
+    pub name: Name,
+    /// Made once.
+    pub uid: String,
+    /// Of the host's boot.
+    pub boot_id: String,
+    /// The data centre.
+    pub site: String,
+    /// What fails together.
+    pub failure_domain: String,
+    /// Of this process.
+    pub start_time: SystemTime,
+    /// The state directory: images are written below it.
+    pub state_dir: PathBuf,
+    /// What is written into NBD URIs; none without an NBD listener.
+    pub nbd: Option<String>,
+}
+
+impl Context {
+    async fn mutate(&self, mutation: Mutation, request: Option<Request>) -> Result<Answer, Error> {
+        self.state.ask(Command::Mutate(mutation, request)).await
+    }
+
+    async fn query(&self, query: Query) -> Result<Answer, Error> {
+        self.state.ask(Command::Query(query)).await
+    }
+}
+
+/// An answer of another kind than the question's: our mistake, told to the caller rather than by a panic.
+fn unexpected(answer: &Answer) -> Error {
+    let kind = format!("{answer:?}");
+    Error::Failed { doing: "answering", why: format!("an unexpected answer: {}", kind.split('(').next().unwrap_or_default()) }
+}
+
+/// All services, with health and reflection.
+///
+/// # Errors
+/// The reflection's descriptors are damaged, which a test would have found.
+pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<v1::node_service_server::NodeServiceServer<node::NodeApi>>().await;
+    health.set_serving::<v1::vdc_service_server::VdcServiceServer<vdc::VdcApi>>().await;
+    health.set_serving::<v1::vm_service_server::VmServiceServer<vm::VmApi>>().await;
+    health.set_serving::<v1::volume_service_server::VolumeServiceServer<volume::VolumeApi>>().await;
+    health.set_serving::<v1::image_service_server::ImageServiceServer<image::ImageApi>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let mut routes = Routes::builder();
+    routes
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(v1::node_service_server::NodeServiceServer::new(node::NodeApi(context.clone())))
+        .add_service(v1::vdc_service_server::VdcServiceServer::new(vdc::VdcApi(context.clone())))
+        .add_service(v1::vm_service_server::VmServiceServer::new(vm::VmApi(context.clone())))
+        .add_service(v1::volume_service_server::VolumeServiceServer::new(volume::VolumeApi(context.clone())))
+        .add_service(v1::image_service_server::ImageServiceServer::new(image::ImageApi(context.clone())));
+    Ok(routes.routes().prepare())
+}

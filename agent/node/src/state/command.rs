@@ -23,6 +23,7 @@ pub struct Request {
 }
 
 /// A change that a client asks for. Each is idempotent by its request id.
+#[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone)]
 pub enum Mutation {
     /// → [`Answer::Vdc`].
@@ -58,6 +59,7 @@ pub enum Mutation {
 }
 
 /// A question.
+#[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone)]
 pub enum Query {
     /// → [`Answer::Vdcs`]: one, or all.

@@ -13,6 +13,7 @@ use crate::{
 };
 
 /// Something to be done, by the executor.
+#[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
     /// → [`Input::VolumeCreated`].
@@ -90,6 +91,7 @@ pub struct LaunchNic {
 }
 
 /// Why the state wants to be woken.
+#[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Timer {
     /// The pause before starting again is over.
@@ -103,6 +105,7 @@ pub enum Timer {
 }
 
 /// What happened.
+#[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug)]
 pub enum Input {
     /// A client asks.

@@ -36,7 +36,7 @@ mod images;
 pub mod model;
 pub mod owner;
 mod phase;
-mod recover;
+pub mod recover;
 mod run;
 mod vdcs;
 mod views;

@@ -1,0 +1,399 @@
+//! Protobuf ⇄ inner types. Requests are checked whole: an answer names every wrong field at once.
+
+use std::{fmt::Display, time::Duration};
+
+use pbjson_types::{Duration as ProtoDuration, Timestamp};
+use prost::Message;
+use serio_api::v1;
+use serio_store::record::{EventRecord, ImageRecord, Millis};
+use serio_types::{CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, FieldError, chain},
+    state::command::{ExportView, Request, SnapshotView, VdcView, VmState, VmView, VolumeView},
+};
+
+/// The most bytes of user data: cloud-init's own limits are far above, the seed disk's are not.
+const USER_DATA_BYTES_MAX: usize = 512 << 10;
+/// The most keys of a VM, and bytes of one.
+const SSH_KEYS_MAX: usize = 64;
+const SSH_KEY_BYTES_MAX: usize = 16 << 10;
+
+/// Collects wrong fields, so that a caller reads them all.
+#[derive(Debug, Default)]
+pub struct Fields(Vec<FieldError>);
+
+impl Fields {
+    /// Takes a value, or notes what is wrong with the field.
+    pub fn take<T, E: std::error::Error>(&mut self, field: impl Display, value: Result<T, E>) -> Option<T> {
+        value.map_err(|e| self.wrong(field, chain(&e))).ok()
+    }
+
+    /// Notes what is wrong with a field.
+    pub fn wrong(&mut self, field: impl Display, problem: impl Into<String>) {
+        self.0.push(FieldError::new(field.to_string(), problem));
+    }
+
+    /// The value if nothing was wrong.
+    ///
+    /// # Errors
+    /// All that was noted.
+    pub fn done<T>(self, value: Option<T>) -> Result<T, Error> {
+        match value {
+            Some(value) if self.0.is_empty() => Ok(value),
+            _ => Err(Error::Invalid(self.0)),
+        }
+    }
+}
+
+/// One field.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn field<T, E: std::error::Error>(name: &str, value: Result<T, E>) -> Result<T, Error> {
+    value.map_err(|e| Error::invalid(name, chain(&e)))
+}
+
+/// The request's id, if the client gave one. `clear` empties it in the message, so that the digest is of the rest.
+///
+/// # Errors
+/// It is not a UUID.
+pub fn request<M: Message + Clone>(
+    method: &'static str,
+    message: &M,
+    clear: impl FnOnce(&mut M) -> String,
+) -> Result<Option<Request>, Error> {
+    let mut rest = message.clone();
+    let id = clear(&mut rest);
+    if id.is_empty() {
+        return Ok(None);
+    }
+    let id = Uuid::parse_str(&id)
+        .map_err(|_| Error::invalid("request_id", format!("`{id}` is not a UUID: use a new one for each request, or leave it empty")))?;
+    let digest = blake3::hash(&rest.encode_to_vec()).to_hex().to_string();
+    Ok(Some(Request { id, method, digest }))
+}
+
+/// `[T]` of a message: its request id, taken out.
+macro_rules! request_of {
+    ($method:literal, $message:expr) => {
+        crate::grpc::convert::request($method, $message, |m| std::mem::take(&mut m.request_id))
+    };
+}
+pub(super) use request_of;
+
+/// A quota; all of it must be given.
+///
+/// # Errors
+/// It is missing, or a part is zero.
+pub fn quota(quota: Option<v1::Quota>) -> Result<Quota, Error> {
+    let quota = quota.ok_or_else(|| Error::invalid("quota", "is missing: give vcpus, memory_bytes and storage_bytes"))?;
+    let mut fields = Fields::default();
+    for (field, amount) in [
+        ("quota.vcpus", u64::from(quota.vcpus)),
+        ("quota.memory_bytes", quota.memory_bytes),
+        ("quota.storage_bytes", quota.storage_bytes),
+    ] {
+        if amount == 0 {
+            fields.wrong(field, "0: a vdc needs some of each resource");
+        }
+        if amount > i64::MAX.unsigned_abs() {
+            fields.wrong(field, "more than this node can count");
+        }
+    }
+    fields.done(Some(Quota {
+        vcpus: u64::from(quota.vcpus),
+        memory_bytes: quota.memory_bytes,
+        storage_bytes: quota.storage_bytes,
+    }))
+}
+
+/// `parent` and an id make a name in a vdc.
+///
+/// # Errors
+/// Either is wrong.
+pub fn in_vdc(parent: &str, id_field: &str, id: &str) -> Result<VdcName, Error> {
+    let mut fields = Fields::default();
+    let vdc = fields.take("parent", resource::parse_vdc(parent));
+    let name = fields.take(id_field, id.parse::<Name>());
+    fields.done(vdc.zip(name).map(|(vdc, name)| VdcName { vdc, name }))
+}
+
+/// A volume's size; none when 0.
+pub fn volume_size(fields: &mut Fields, field: &str, bytes: u64) -> Option<VolumeSize> {
+    if bytes == 0 { None } else { fields.take(field, VolumeSize::try_from(bytes)) }
+}
+
+fn nic(fields: &mut Fields, index: usize, nic: &v1::NicSpec) -> NicSpec {
+    let field = |name: &str| format!("spec.nics[{index}].{name}");
+    let mut spec = NicSpec::default();
+    if !nic.mac.is_empty() {
+        spec.mac = fields.take(field("mac"), nic.mac.parse());
+    }
+    if !nic.address.is_empty() {
+        spec.address = fields.take(field("address"), nic.address.parse());
+    }
+    if !nic.gateway.is_empty() {
+        spec.gateway = match nic.gateway.parse() {
+            Ok(gateway) => Some(gateway),
+            Err(_) => {
+                fields.wrong(field("gateway"), format!("`{}` is not an address: write for example 192.168.7.1", nic.gateway));
+                None
+            }
+        };
+    }
+    spec
+}
+
+fn cloud_init(fields: &mut Fields, init: v1::CloudInit) -> CloudInit {
+    let hostname = (!init.hostname.is_empty()).then_some(init.hostname);
+    if let Some(Err(error)) = hostname.as_ref().map(|name| name.parse::<Name>()) {
+        fields.wrong("spec.cloud_init.hostname", chain(&error));
+    }
+    if init.ssh_keys.len() > SSH_KEYS_MAX {
+        fields.wrong("spec.cloud_init.ssh_keys", format!("{} keys: at most {SSH_KEYS_MAX}", init.ssh_keys.len()));
+    }
+    for (index, key) in init.ssh_keys.iter().enumerate() {
+        if key.len() > SSH_KEY_BYTES_MAX || key.chars().any(char::is_control) || key.trim().is_empty() {
+            fields.wrong(format!("spec.cloud_init.ssh_keys[{index}]"), "is not a line of authorized_keys");
+        }
+    }
+    if init.user_data.len() > USER_DATA_BYTES_MAX {
+        let problem = format!("{} bytes: at most {USER_DATA_BYTES_MAX}", init.user_data.len());
+        fields.wrong("spec.cloud_init.user_data", problem);
+    }
+    CloudInit {
+        hostname,
+        ssh_keys: init.ssh_keys,
+        user_data: (!init.user_data.is_empty()).then_some(init.user_data),
+    }
+}
+
+/// What is wanted of a VM.
+///
+/// # Errors
+/// All wrong fields.
+pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
+    let spec = spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
+    let mut fields = Fields::default();
+    let policy = v1::RestartPolicy::try_from(spec.restart_policy);
+    let restart_policy = match policy {
+        Ok(v1::RestartPolicy::Unspecified | v1::RestartPolicy::OnFailure) => RestartPolicy::OnFailure,
+        Ok(v1::RestartPolicy::Never) => RestartPolicy::Never,
+        Ok(v1::RestartPolicy::Always) => RestartPolicy::Always,
+        Err(_) => {
+            fields.wrong("spec.restart_policy", format!("{} is unknown", spec.restart_policy));
+            RestartPolicy::Never
+        }
+    };
+    let vcpus = fields.take("spec.vcpus", spec.vcpus.try_into());
+    let memory = fields.take("spec.memory_bytes", spec.memory_bytes.try_into());
+    let image = fields.take("spec.image", resource::parse_image(&spec.image));
+    let root_disk = volume_size(&mut fields, "spec.root_disk_bytes", spec.root_disk_bytes);
+    let volumes = spec.volumes.iter().enumerate().filter_map(|(index, name)| {
+        let volume = fields.take(format!("spec.volumes[{index}]"), resource::parse_volume(name))?;
+        if volume.vdc != *vdc {
+            fields.wrong(format!("spec.volumes[{index}]"), format!("is of vdc {}: a VM has volumes of its own vdc only", volume.vdc));
+        }
+        Some(volume.name)
+    });
+    let volumes = volumes.collect();
+    let nics = spec.nics.iter().enumerate().map(|(index, one)| nic(&mut fields, index, one)).collect();
+    let cmdline = if spec.cmdline.is_empty() { None } else { fields.take("spec.cmdline", spec.cmdline.try_into()) };
+    let cloud_init = spec.cloud_init.map(|init| cloud_init(&mut fields, init));
+    let whole = vcpus.zip(memory).zip(image).map(|((vcpus, memory), image)| VmSpec {
+        vcpus,
+        memory,
+        image,
+        root_disk,
+        volumes,
+        nics,
+        cmdline,
+        cloud_init,
+        restart_policy,
+    });
+    fields.done(whole)
+}
+
+/// A duration, or what it is when absent.
+///
+/// # Errors
+/// Negative, or beyond `max`.
+pub fn duration(name: &str, value: Option<&ProtoDuration>, absent: Duration, max: Duration) -> Result<Duration, Error> {
+    let Some(value) = value else { return Ok(absent) };
+    let whole = u64::try_from(value.seconds).ok().zip(u32::try_from(value.nanos).ok());
+    let given = whole.map(|(seconds, nanos)| Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into())));
+    given
+        .filter(|d| *d <= max)
+        .ok_or_else(|| Error::invalid(name, format!("{}s: give 0s to {}s", value.seconds, max.as_secs())))
+}
+
+/// To the wire.
+#[must_use]
+pub fn timestamp(time: Millis) -> Timestamp {
+    let nanos = i32::try_from(time.0.rem_euclid(1000)).unwrap_or(0).saturating_mul(1_000_000);
+    Timestamp { seconds: time.0.div_euclid(1000), nanos }
+}
+
+fn proto_quota(quota: &Quota) -> v1::Quota {
+    v1::Quota {
+        vcpus: u32::try_from(quota.vcpus).unwrap_or(u32::MAX),
+        memory_bytes: quota.memory_bytes,
+        storage_bytes: quota.storage_bytes,
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn vdc(view: &VdcView) -> v1::Vdc {
+    v1::Vdc {
+        name: resource::vdc(&view.record.name),
+        uid: view.record.uid.to_string(),
+        generation: view.record.generation.0,
+        create_time: Some(timestamp(view.record.create_time)),
+        quota: Some(proto_quota(&view.record.quota)),
+        used: Some(proto_quota(&view.used)),
+    }
+}
+
+fn proto_nic(nic: &NicSpec) -> v1::NicSpec {
+    v1::NicSpec {
+        mac: nic.mac.map(|m| m.to_string()).unwrap_or_default(),
+        address: nic.address.map(|a| a.to_string()).unwrap_or_default(),
+        gateway: nic.gateway.map(|g| g.to_string()).unwrap_or_default(),
+    }
+}
+
+fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
+    let policy = match spec.restart_policy {
+        RestartPolicy::Never => v1::RestartPolicy::Never,
+        RestartPolicy::OnFailure => v1::RestartPolicy::OnFailure,
+        RestartPolicy::Always => v1::RestartPolicy::Always,
+    };
+    let volume = |name: &Name| resource::volume(&VdcName { vdc: vdc.clone(), name: name.clone() });
+    v1::VmSpec {
+        vcpus: spec.vcpus.get(),
+        memory_bytes: spec.memory.bytes(),
+        image: resource::image(&spec.image),
+        root_disk_bytes: spec.root_disk.map_or(0, VolumeSize::bytes),
+        volumes: spec.volumes.iter().map(volume).collect(),
+        nics: spec.nics.iter().map(proto_nic).collect(),
+        cmdline: spec.cmdline.clone().map(String::from).unwrap_or_default(),
+        cloud_init: spec.cloud_init.clone().map(|init| v1::CloudInit {
+            hostname: init.hostname.unwrap_or_default(),
+            ssh_keys: init.ssh_keys,
+            user_data: init.user_data.unwrap_or_default(),
+        }),
+        restart_policy: policy.into(),
+    }
+}
+
+/// To the wire; `now` gives the uptime.
+#[must_use]
+pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
+    let record = &view.record;
+    let state = match view.state {
+        VmState::Stopped => v1::VmState::Stopped,
+        VmState::Starting => v1::VmState::Starting,
+        VmState::Running => v1::VmState::Running,
+        VmState::Stopping => v1::VmState::Stopping,
+        VmState::Failed => v1::VmState::Failed,
+    };
+    let up = record.start_time.filter(|_| matches!(view.state, VmState::Running | VmState::Stopping));
+    let uptime = up.map(|start| {
+        let ms = now.0.saturating_sub(start.0).max(0);
+        ProtoDuration { seconds: ms / 1000, nanos: i32::try_from(ms % 1000).unwrap_or(0).saturating_mul(1_000_000) }
+    });
+    let status = v1::VmStatus {
+        state: state.into(),
+        pid: view.pid.unwrap_or(0),
+        start_time: up.map(timestamp),
+        uptime,
+        last_end: record.last_end.as_ref().map(|end| v1::VmEnd {
+            time: Some(timestamp(end.time)),
+            kind: end.kind.as_str().to_owned(),
+            reason: end.reason.clone(),
+        }),
+        restarts: record.restarts,
+        root_volume: view.root_volume.as_ref().map(resource::volume).unwrap_or_default(),
+        nics: record.spec.nics.iter().map(proto_nic).collect(),
+    };
+    v1::Vm {
+        name: resource::vm(&view.name),
+        uid: record.uid.to_string(),
+        generation: record.generation.0,
+        create_time: Some(timestamp(record.create_time)),
+        spec: Some(proto_spec(&view.name.vdc, &record.spec)),
+        status: Some(status),
+    }
+}
+
+/// To the wire; what its files take is looked up by the caller.
+#[must_use]
+pub fn volume(view: &VolumeView, allocated_bytes: u64) -> v1::Volume {
+    v1::Volume {
+        name: resource::volume(&view.name),
+        uid: view.record.uid.to_string(),
+        generation: view.record.generation.0,
+        create_time: Some(timestamp(view.record.create_time)),
+        size_bytes: view.record.size_bytes,
+        allocated_bytes,
+        source_image: view.record.source_image.as_ref().map(resource::image).unwrap_or_default(),
+        attached_to: view.attached_to.as_ref().map(resource::vm).unwrap_or_default(),
+        snapshots: view.snapshots.iter().map(Name::to_string).collect(),
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn snapshot(view: &SnapshotView) -> v1::Snapshot {
+    v1::Snapshot {
+        name: resource::snapshot(&view.volume, &view.record.name),
+        create_time: Some(timestamp(view.record.create_time)),
+        size_bytes: view.record.size_bytes,
+    }
+}
+
+/// To the wire; where it is served is known to the caller.
+#[must_use]
+pub fn export(view: &ExportView, unix_uri: String, tls_uri: String, clients: u32) -> v1::Export {
+    v1::Export {
+        name: format!("exports/{}", view.record.id),
+        volume: resource::volume(&view.volume),
+        snapshot: view.record.snapshot.as_ref().map(Name::to_string).unwrap_or_default(),
+        read_only: !view.record.writable,
+        unix_uri,
+        tls_uri,
+        expire_time: Some(timestamp(view.record.expire_time)),
+        clients,
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn image(record: &ImageRecord) -> v1::Image {
+    v1::Image {
+        name: resource::image(&record.name),
+        uid: record.uid.to_string(),
+        generation: record.generation.0,
+        create_time: Some(timestamp(record.create_time)),
+        size_bytes: record.size_bytes,
+        has_kernel: record.has_kernel,
+        has_initrd: record.has_initrd,
+        cmdline: record.cmdline.clone(),
+        blake3: record.blake3.clone(),
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn event(record: EventRecord) -> v1::Event {
+    v1::Event {
+        number: record.number,
+        time: Some(timestamp(record.time)),
+        resource: record.resource,
+        kind: record.kind,
+        message: record.message,
+    }
+}

@@ -1,0 +1,313 @@
+//! ImageService. An import writes below `STATE/images/<uid>/`: kernel and initrd here, the disk through
+//! `serio-volumed`. It is a task of its own: when the client goes, the stream breaks off, and the task removes what it
+//! wrote.
+
+use std::{io, path::PathBuf};
+
+use bytes::Bytes;
+use serio_api::v1::{
+    DeleteImageRequest, DeleteImageResponse, GetImageRequest, Image, ImageChunk, ImagePart, ImportImageHeader,
+    ImportImageRequest, ListImagesRequest, ListImagesResponse, image_service_server::ImageService,
+    import_image_request::What,
+};
+use serio_types::{Cmdline, Name, VolumeSize, resource};
+use tokio::{
+    fs::{self, File},
+    io::AsyncWriteExt,
+    sync::mpsc,
+    task::JoinHandle,
+};
+use tonic::{Request, Response, Status, Streaming};
+use uuid::Uuid;
+
+use super::{
+    Context,
+    convert::{self, Fields, field, request_of},
+    kernel, unexpected,
+};
+use crate::{
+    error::{Error, chain},
+    state::command::{Answer, Command, ImportedFiles, Mutation, Query},
+    supervise::{ImportedImage, JobError},
+};
+
+/// The largest chunk.
+const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Chunks that wait for the disk; then the client waits.
+const CHUNKS_MAX: usize = 4;
+/// The largest kernel and initrd.
+const PART_BYTES_MAX: u64 = 1 << 30;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(super) struct ImageApi(pub(super) Context);
+
+/// A header that was checked.
+#[derive(Debug, Clone)]
+struct Header {
+    name: Name,
+    format: String,
+    cmdline: Cmdline,
+    disk_bytes: u64,
+    kernel_bytes: u64,
+    initrd_bytes: u64,
+}
+
+fn check(header: &ImportImageHeader) -> Result<Header, Error> {
+    let mut fields = Fields::default();
+    let name = fields.take("image_id", header.image_id.parse::<Name>());
+    let cmdline = fields.take("cmdline", Cmdline::try_from(header.cmdline.clone()));
+    if header.format != "raw" {
+        fields.wrong("format", format!("`{}` is not known: this node imports raw (convert with qemu-img)", header.format));
+    }
+    if header.disk_bytes > 0 {
+        fields.take("disk_bytes", VolumeSize::holding(header.disk_bytes));
+    }
+    for (field, bytes) in [("kernel_bytes", header.kernel_bytes), ("initrd_bytes", header.initrd_bytes)] {
+        if bytes > PART_BYTES_MAX {
+            fields.wrong(field, format!("{bytes} bytes: at most 1GiB"));
+        }
+    }
+    if header.disk_bytes == 0 && header.kernel_bytes == 0 {
+        fields.wrong("disk_bytes", "the image has neither disk nor kernel");
+    }
+    let whole = name.zip(cmdline).map(|(name, cmdline)| Header {
+        name,
+        format: header.format.clone(),
+        cmdline,
+        disk_bytes: header.disk_bytes,
+        kernel_bytes: header.kernel_bytes,
+        initrd_bytes: header.initrd_bytes,
+    });
+    fields.done(whole)
+}
+
+/// Where a part that seriod itself writes is.
+struct PartFile {
+    file: File,
+    field: &'static str,
+    path: PathBuf,
+    expected: u64,
+    received: u64,
+    head: Vec<u8>,
+}
+
+impl PartFile {
+    async fn create(path: PathBuf, field: &'static str, expected: u64) -> Result<Self, Error> {
+        let file = File::create_new(&path).await.map_err(|e| host(&path, &e))?;
+        Ok(Self { file, field, path, expected, received: 0, head: Vec::new() })
+    }
+
+    async fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), Error> {
+        let end = offset.checked_add(u64::try_from(data.len()).unwrap_or(u64::MAX));
+        if offset != self.received || end.is_none_or(|end| end > self.expected) {
+            let problem = format!(
+                "a chunk at {offset} with {} bytes, but {} of {} bytes were received: send them in order",
+                data.len(),
+                self.received,
+                self.expected
+            );
+            return Err(Error::invalid(self.field, problem));
+        }
+        let missing = kernel::HEAD_BYTES.saturating_sub(self.head.len());
+        self.head.extend(data.iter().take(missing));
+        self.file.write_all(data).await.map_err(|e| host(&self.path, &e))?;
+        self.received = end.unwrap_or(self.received);
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<Vec<u8>, Error> {
+        if self.received != self.expected {
+            let problem = format!("broke off after {} of {} bytes", self.received, self.expected);
+            return Err(Error::invalid(self.field, problem));
+        }
+        self.file.shutdown().await.map_err(|e| host(&self.path, &e))?;
+        self.file.sync_all().await.map_err(|e| host(&self.path, &e))?;
+        Ok(self.head)
+    }
+}
+
+fn host(path: &std::path::Path, error: &io::Error) -> Error {
+    let why = format!("{}: {error}", path.display());
+    match error.kind() {
+        io::ErrorKind::StorageFull => {
+            Error::Full { doing: "importing the image", why: format!("{why}; free some space on the disk of state_dir") }
+        }
+        _ => Error::Failed { doing: "importing the image", why },
+    }
+}
+
+type DiskJob = (mpsc::Sender<(u64, Bytes)>, JoinHandle<Result<ImportedImage, JobError>>);
+
+/// An import that goes on. Its files are removed by the state if it does not finish.
+struct Import {
+    context: Context,
+    header: Header,
+    uid: Uuid,
+    dir: PathBuf,
+}
+
+impl Import {
+    fn start_disk(&self) -> DiskJob {
+        let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
+        let (supervisor, dest) = (self.context.supervisor.clone(), self.dir.join("disk.raw"));
+        let (format, bytes) = (self.header.format.clone(), self.header.disk_bytes);
+        let job = tokio::spawn(async move { supervisor.import_image(&dest, &format, bytes, receiver).await });
+        (sender, job)
+    }
+
+    async fn part(&self, name: &'static str, expected: u64) -> Result<Option<PartFile>, Error> {
+        if expected == 0 {
+            return Ok(None);
+        }
+        PartFile::create(self.dir.join(name), name, expected).await.map(Some)
+    }
+
+    /// Receives everything; on an error the caller aborts.
+    async fn receive(&self, mut input: Streaming<ImportImageRequest>) -> Result<ImportedFiles, Error> {
+        fs::create_dir_all(&self.dir).await.map_err(|e| host(&self.dir, &e))?;
+        let mut kernel = self.part("kernel", self.header.kernel_bytes).await?;
+        let mut initrd = self.part("initrd", self.header.initrd_bytes).await?;
+        let mut disk = (self.header.disk_bytes > 0).then(|| self.start_disk());
+        loop {
+            let chunk = match next_chunk(&mut input).await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => break,
+                Err(error) => {
+                    // The disk's job removes its file when its chunks break off.
+                    finish_disk(disk.take()).await.ok();
+                    return Err(error);
+                }
+            };
+            let part = ImagePart::try_from(chunk.part).unwrap_or(ImagePart::Unspecified);
+            let unannounced = || Error::invalid("chunk.part", "a part that the header did not announce");
+            match part {
+                ImagePart::Kernel => kernel.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?,
+                ImagePart::Initrd => initrd.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?,
+                ImagePart::Disk => {
+                    let (sender, _) = disk.as_ref().ok_or_else(unannounced)?;
+                    if sender.send((chunk.offset, Bytes::from(chunk.data))).await.is_err() {
+                        // The job ended early: it says why.
+                        break;
+                    }
+                }
+                ImagePart::Unspecified => return Err(Error::invalid("chunk.part", "is missing or unknown")),
+            }
+        }
+        self.finish(kernel, initrd, disk).await
+    }
+
+    async fn finish(
+        &self,
+        kernel: Option<PartFile>,
+        initrd: Option<PartFile>,
+        disk: Option<DiskJob>,
+    ) -> Result<ImportedFiles, Error> {
+        let disk = finish_disk(disk).await?;
+        let (has_kernel, has_initrd) = (kernel.is_some(), initrd.is_some());
+        if let Some(kernel) = kernel {
+            if !kernel::is_kernel(&kernel.finish().await?) {
+                let problem = "is neither a bzImage nor a 64-bit vmlinux (ELF): give the kernel file of an x86-64 Linux";
+                return Err(Error::invalid("kernel", problem));
+            }
+        }
+        if let Some(initrd) = initrd {
+            initrd.finish().await?;
+        }
+        let dir = File::open(&self.dir).await.map_err(|e| host(&self.dir, &e))?;
+        dir.sync_all().await.map_err(|e| host(&self.dir, &e))?;
+        let (size_bytes, blake3) = disk.map_or((0, String::new()), |d| (d.size_bytes, d.blake3));
+        Ok(ImportedFiles { uid: self.uid, size_bytes, blake3, has_kernel, has_initrd })
+    }
+
+    async fn run(self, input: Streaming<ImportImageRequest>) -> Result<Image, Error> {
+        let result = match self.receive(input).await {
+            Ok(files) => self.context.state.ask(Command::FinishImport(files)).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(Answer::Image(record)) => Ok(convert::image(&record)),
+            Ok(other) => Err(unexpected(&other)),
+            Err(error) => {
+                self.context.state.ask(Command::AbortImport(self.uid)).await.ok();
+                Err(error)
+            }
+        }
+    }
+}
+
+async fn finish_disk(job: Option<DiskJob>) -> Result<Option<ImportedImage>, Error> {
+    let Some((sender, job)) = job else { return Ok(None) };
+    drop(sender);
+    match job.await {
+        Ok(Ok(image)) => Ok(Some(image)),
+        Ok(Err(error)) => Err(Error::from_job("importing the image", &error)),
+        Err(error) => Err(Error::Failed { doing: "importing the image", why: chain(&error) }),
+    }
+}
+
+async fn next_chunk(input: &mut Streaming<ImportImageRequest>) -> Result<Option<ImageChunk>, Error> {
+    let message = input.message().await.map_err(|status| Error::invalid("chunk", format!("the stream broke off: {status}")))?;
+    match message.map(|m| m.what) {
+        None => Ok(None),
+        Some(Some(What::Chunk(chunk))) if chunk.data.len() > CHUNK_BYTES_MAX => {
+            Err(Error::invalid("chunk.data", format!("{} bytes: at most 1 MiB a chunk", chunk.data.len())))
+        }
+        Some(Some(What::Chunk(chunk))) => Ok(Some(chunk)),
+        Some(Some(What::Header(_))) => Err(Error::invalid("header", "came twice")),
+        Some(None) => Err(Error::invalid("what", "is missing: send a chunk")),
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for ImageApi {
+    async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Result<Response<Image>, Status> {
+        let mut input = request.into_inner();
+        let Some(What::Header(header)) = input.message().await?.and_then(|m| m.what) else {
+            return Err(Error::invalid("header", "is missing: the first message is the header").into());
+        };
+        let id = request_of!("ImportImage", &header)?;
+        let header = check(&header)?;
+        let begin = Mutation::BeginImport { name: header.name.clone(), cmdline: header.cmdline.clone() };
+        let uid = match self.0.mutate(begin, id).await? {
+            Answer::Import(uid) => uid,
+            // Done before, by the same request.
+            Answer::Image(record) => return Ok(Response::new(convert::image(&record))),
+            other => return Err(unexpected(&other).into()),
+        };
+        let dir = self.0.node.state_dir.join("images").join(uid.to_string());
+        let import = Import { context: self.0.clone(), header, uid, dir };
+        // A task: it cleans up also when this call is dropped because the client went.
+        match tokio::spawn(import.run(input)).await {
+            Ok(result) => Ok(Response::new(result?)),
+            Err(error) => Err(Error::Failed { doing: "importing the image", why: chain(&error) }.into()),
+        }
+    }
+
+    async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<Image>, Status> {
+        let name = field("name", resource::parse_image(&request.get_ref().name))?;
+        match self.0.query(Query::Images(Some(name))).await? {
+            Answer::Images(images) if images.len() == 1 => {
+                Ok(Response::new(images.first().map(convert::image).unwrap_or_default()))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn list_images(&self, _: Request<ListImagesRequest>) -> Result<Response<ListImagesResponse>, Status> {
+        match self.0.query(Query::Images(None)).await? {
+            Answer::Images(images) => {
+                Ok(Response::new(ListImagesResponse { images: images.iter().map(convert::image).collect() }))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn delete_image(&self, request: Request<DeleteImageRequest>) -> Result<Response<DeleteImageResponse>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteImage", &message)?;
+        let name = field("name", resource::parse_image(&message.name))?;
+        self.0.mutate(Mutation::DeleteImage { name }, id).await?;
+        Ok(Response::new(DeleteImageResponse {}))
+    }
+}

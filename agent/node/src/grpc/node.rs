@@ -1,0 +1,130 @@
+//! NodeService.
+
+use std::{fs, pin::Pin};
+
+use pbjson_types::Timestamp;
+use serio_api::v1::{
+    Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, WatchEventsRequest, node_service_server::NodeService,
+};
+use serio_store::record::Millis;
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status};
+
+use super::{Context, convert, unexpected};
+use crate::{
+    error::Error,
+    state::command::{Answer, Query, VmState},
+};
+
+/// Events that are read at once.
+const EVENTS: u32 = 128;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(super) struct NodeApi(pub(super) Context);
+
+fn trimmed(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// What KVM is here, by what the kernel shows; nothing is opened for long.
+fn kvm() -> String {
+    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return format!("cannot be used: /dev/kvm: {error}; `serio doctor` says more");
+    }
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpus.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let has = |flag: &str| flags.split_whitespace().any(|f| f == flag);
+    if has("svm") {
+        "svm".to_owned()
+    } else if has("vmx") {
+        "vmx".to_owned()
+    } else {
+        "software (pvm)".to_owned()
+    }
+}
+
+impl NodeApi {
+    async fn events(&self, from: u64) -> Result<Vec<Event>, Error> {
+        match self.0.query(Query::Events { from, limit: EVENTS }).await? {
+            Answer::Events(events) => Ok(events.into_iter().map(convert::event).collect()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends events from a number on; with `follow` until the client goes.
+    async fn send_events(self, mut from: u64, follow: bool, sender: mpsc::Sender<Result<Event, Status>>) {
+        let mut newest = self.0.state.last_event();
+        loop {
+            newest.mark_unchanged();
+            let events = match self.events(from).await {
+                Ok(events) => events,
+                Err(error) => return drop(sender.send(Err(error.into())).await),
+            };
+            let more = !events.is_empty();
+            for event in events {
+                from = event.number.saturating_add(1);
+                if sender.send(Ok(event)).await.is_err() {
+                    return;
+                }
+            }
+            if more {
+                continue;
+            }
+            if !follow {
+                return;
+            }
+            tokio::select! {
+                changed = newest.changed() => if changed.is_err() { return },
+                () = sender.closed() => return,
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for NodeApi {
+    async fn get_node(&self, _: Request<GetNodeRequest>) -> Result<Response<Node>, Status> {
+        let vms = match self.0.query(Query::Vms(None)).await? {
+            Answer::Vms(vms) => vms,
+            other => return Err(unexpected(&other).into()),
+        };
+        let running = vms.iter().filter(|v| matches!(v.state, VmState::Running | VmState::Stopping)).count();
+        let node = &self.0.node;
+        let started = node.start_time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let start_time: Timestamp = convert::timestamp(Millis(i64::try_from(started.as_millis()).unwrap_or(0)));
+        Ok(Response::new(Node {
+            name: format!("nodes/{}", node.name),
+            uid: node.uid.clone(),
+            boot_id: node.boot_id.clone(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            site: node.site.clone(),
+            failure_domain: node.failure_domain.clone(),
+            start_time: Some(start_time),
+            kernel_version: trimmed("/proc/sys/kernel/osrelease"),
+            kvm: kvm(),
+            vms_running: u32::try_from(running).unwrap_or(u32::MAX),
+            vms_total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
+        }))
+    }
+
+    async fn get_capacity(&self, _: Request<GetCapacityRequest>) -> Result<Response<Capacity>, Status> {
+        let report = self.0.reporter.current();
+        Ok(Response::new(Capacity {
+            inventory: Some(report.inventory),
+            usage: Some(report.usage),
+            allocations: Some(report.allocations),
+            scheduler: Some(report.link),
+        }))
+    }
+
+    type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
+
+    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let message = request.into_inner();
+        let (sender, receiver) = mpsc::channel(16);
+        tokio::spawn(self.clone().send_events(message.from, message.follow, sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

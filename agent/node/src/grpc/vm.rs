@@ -1,0 +1,132 @@
+//! VmService; its streams are in [`super::console`].
+
+use std::{pin::Pin, time::Duration};
+
+use serio_api::v1::{
+    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, GetVmRequest, ListVmsRequest,
+    ListVmsResponse, ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm, vm_service_server::VmService,
+};
+use serio_types::resource;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    Context, console,
+    convert::{self, field, request_of},
+    unexpected,
+};
+use crate::{
+    error::Error,
+    state::{
+        command::{Answer, Mutation, Query, VmView},
+        model,
+    },
+};
+
+/// How long a guest may take after the power button, unless said.
+const STOP: Duration = Duration::from_secs(60);
+const STOP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(super) struct VmApi(pub(super) Context);
+
+fn one(answer: Answer) -> Result<Response<Vm>, Error> {
+    match answer {
+        Answer::Vm(view) => Ok(Response::new(convert::vm(&view, model::now()))),
+        other => Err(unexpected(&other)),
+    }
+}
+
+impl VmApi {
+    /// The VM of that name.
+    pub(super) async fn find(&self, name: &str) -> Result<VmView, Error> {
+        let name = field("name", resource::parse_vm(name))?;
+        match self.0.query(Query::Vm(name)).await? {
+            Answer::Vms(mut views) => views.pop().ok_or_else(|| unexpected(&Answer::Vms(Vec::new()))),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl VmService for VmApi {
+    async fn create_vm(&self, request: Request<CreateVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CreateVm", &message)?;
+        let name = convert::in_vdc(&message.parent, "vm_id", &message.vm_id)?;
+        let spec = Box::new(convert::vm_spec(&name.vdc, message.spec)?);
+        Ok(one(self.0.mutate(Mutation::CreateVm { name, spec, start: message.start }, id).await?)?)
+    }
+
+    async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {
+        let view = self.find(&request.get_ref().name).await?;
+        Ok(Response::new(convert::vm(&view, model::now())))
+    }
+
+    async fn list_vms(&self, request: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
+        let parent = request.into_inner().parent;
+        let vdc = if parent.is_empty() { None } else { Some(field("parent", resource::parse_vdc(&parent))?) };
+        match self.0.query(Query::Vms(vdc)).await? {
+            Answer::Vms(views) => {
+                let now = model::now();
+                Ok(Response::new(ListVmsResponse { vms: views.iter().map(|v| convert::vm(v, now)).collect() }))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn start_vm(&self, request: Request<StartVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("StartVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        Ok(one(self.0.mutate(Mutation::StartVm { name }, id).await?)?)
+    }
+
+    async fn stop_vm(&self, request: Request<StopVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("StopVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let timeout = convert::duration("timeout", message.timeout.as_ref(), STOP, STOP_MAX)?;
+        Ok(one(self.0.mutate(Mutation::StopVm { name, force: message.force, timeout }, id).await?)?)
+    }
+
+    async fn reboot_vm(&self, request: Request<RebootVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("RebootVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        Ok(one(self.0.mutate(Mutation::RebootVm { name }, id).await?)?)
+    }
+
+    async fn delete_vm(&self, request: Request<DeleteVmRequest>) -> Result<Response<DeleteVmResponse>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let mutation = Mutation::DeleteVm { name, keep_root_volume: message.keep_root_volume, force: message.force };
+        self.0.mutate(mutation, id).await?;
+        Ok(Response::new(DeleteVmResponse {}))
+    }
+
+    type AttachConsoleStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
+
+    async fn attach_console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input.message().await?;
+        let first = first.ok_or_else(|| Error::invalid("name", "the first message names the VM"))?;
+        let view = self.find(&first.name).await?;
+        let output = console::attach(&self.0, &view, first, input).await?;
+        Ok(Response::new(Box::pin(output)))
+    }
+
+    type ReadLogStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
+
+    async fn read_log(&self, request: Request<ReadLogRequest>) -> Result<Response<Self::ReadLogStream>, Status> {
+        let message = request.into_inner();
+        let view = self.find(&message.name).await?;
+        let path = self.0.supervisor.log_path(view.record.uid);
+        Ok(Response::new(Box::pin(console::read_log(path, message.tail_bytes, message.follow))))
+    }
+}

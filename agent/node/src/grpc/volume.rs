@@ -1,0 +1,173 @@
+//! VolumeService.
+
+use std::time::Duration;
+
+use serio_api::v1::{
+    CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest, DeleteExportResponse,
+    DeleteVolumeRequest, DeleteVolumeResponse, Export, GetVolumeRequest, ListExportsRequest, ListExportsResponse,
+    ListSnapshotsRequest, ListSnapshotsResponse, ListVolumesRequest, ListVolumesResponse, Snapshot, Volume,
+    volume_service_server::VolumeService,
+};
+use serio_types::{Name, SnapshotName, resource};
+use tonic::{Request, Response, Status};
+
+use super::{
+    Context,
+    convert::{self, Fields, field, request_of},
+    unexpected,
+};
+use crate::{
+    error::Error,
+    state::command::{Answer, ExportView, Mutation, Query, VolumeView},
+};
+
+/// How long an export lives, unless said.
+const TTL: Duration = Duration::from_secs(60 * 60);
+const TTL_MAX: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(super) struct VolumeApi(pub(super) Context);
+
+impl VolumeApi {
+    async fn show(&self, view: VolumeView) -> Volume {
+        let (supervisor, uid) = (self.0.supervisor.clone(), view.record.uid);
+        let allocated = tokio::task::spawn_blocking(move || supervisor.allocated_bytes(uid)).await;
+        // Files that are just being made or removed: nothing to count.
+        convert::volume(&view, allocated.ok().and_then(Result::ok).unwrap_or(0))
+    }
+
+    async fn show_export(&self, view: &ExportView) -> Export {
+        let id = &view.record.id;
+        let handle = self.0.handles.export(id);
+        let unix = handle.as_ref().map(|h| format!("nbd+unix:///{id}?socket={}", h.socket().display()));
+        let tls = self.0.node.nbd.as_ref().map(|host| format!("nbds://{host}/{id}"));
+        let clients = match handle {
+            Some(handle) => handle.report().await.map_or(0, |report| report.clients),
+            None => 0,
+        };
+        convert::export(view, unix.unwrap_or_default(), tls.unwrap_or_default(), clients)
+    }
+}
+
+#[tonic::async_trait]
+impl VolumeService for VolumeApi {
+    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CreateVolume", &message)?;
+        let name = convert::in_vdc(&message.parent, "volume_id", &message.volume_id)?;
+        let mut fields = Fields::default();
+        let size = convert::volume_size(&mut fields, "size_bytes", message.size_bytes);
+        let image = if message.source_image.is_empty() {
+            None
+        } else {
+            fields.take("source_image", resource::parse_image(&message.source_image))
+        };
+        fields.done(Some(()))?;
+        match self.0.mutate(Mutation::CreateVolume { name, size, image }, id).await? {
+            Answer::Volume(view) => Ok(Response::new(self.show(view).await)),
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn get_volume(&self, request: Request<GetVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let name = field("name", resource::parse_volume(&request.get_ref().name))?;
+        match self.0.query(Query::Volume(name)).await? {
+            Answer::Volumes(mut views) if views.len() == 1 => {
+                let view = views.pop().ok_or(Error::Ending)?;
+                Ok(Response::new(self.show(view).await))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Result<Response<ListVolumesResponse>, Status> {
+        let parent = request.into_inner().parent;
+        let vdc = if parent.is_empty() { None } else { Some(field("parent", resource::parse_vdc(&parent))?) };
+        match self.0.query(Query::Volumes(vdc)).await? {
+            Answer::Volumes(views) => {
+                let mut volumes = Vec::with_capacity(views.len());
+                for view in views {
+                    volumes.push(self.show(view).await);
+                }
+                Ok(Response::new(ListVolumesResponse { volumes }))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteVolume", &message)?;
+        let name = field("name", resource::parse_volume(&message.name))?;
+        self.0.mutate(Mutation::DeleteVolume { name }, id).await?;
+        Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn create_snapshot(&self, request: Request<CreateSnapshotRequest>) -> Result<Response<Snapshot>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CreateSnapshot", &message)?;
+        let mut fields = Fields::default();
+        let volume = fields.take("volume", resource::parse_volume(&message.volume));
+        let snapshot = fields.take("snapshot_id", message.snapshot_id.parse::<Name>());
+        let name = volume.zip(snapshot).map(|(volume, snapshot)| SnapshotName { volume, snapshot });
+        let name = fields.done(name)?;
+        match self.0.mutate(Mutation::CreateSnapshot { name }, id).await? {
+            Answer::Snapshot(view) => Ok(Response::new(convert::snapshot(&view))),
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let volume = field("volume", resource::parse_volume(&request.get_ref().volume))?;
+        match self.0.query(Query::Snapshots(volume)).await? {
+            Answer::Snapshots(views) => {
+                Ok(Response::new(ListSnapshotsResponse { snapshots: views.iter().map(convert::snapshot).collect() }))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn create_export(&self, request: Request<CreateExportRequest>) -> Result<Response<Export>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CreateExport", &message)?;
+        let mut fields = Fields::default();
+        let volume = fields.take("volume", resource::parse_volume(&message.volume));
+        let snapshot = if message.snapshot.is_empty() {
+            None
+        } else {
+            fields.take("snapshot", message.snapshot.parse::<Name>())
+        };
+        let volume = fields.done(volume)?;
+        let ttl = convert::duration("ttl", message.ttl.as_ref(), TTL, TTL_MAX)?;
+        let mutation = Mutation::CreateExport { volume, snapshot, writable: message.writable, ttl };
+        match self.0.mutate(mutation, id).await? {
+            Answer::Export(view) => Ok(Response::new(self.show_export(&view).await)),
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn list_exports(&self, _: Request<ListExportsRequest>) -> Result<Response<ListExportsResponse>, Status> {
+        match self.0.query(Query::Exports).await? {
+            Answer::Exports(views) => {
+                let mut exports = Vec::with_capacity(views.len());
+                for view in &views {
+                    exports.push(self.show_export(view).await);
+                }
+                Ok(Response::new(ListExportsResponse { exports }))
+            }
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn delete_export(&self, request: Request<DeleteExportRequest>) -> Result<Response<DeleteExportResponse>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteExport", &message)?;
+        let export = field("name", resource::parse_export(&message.name))?;
+        self.0.mutate(Mutation::DeleteExport { id: export }, id).await?;
+        Ok(Response::new(DeleteExportResponse {}))
+    }
+}

@@ -1,9 +1,45 @@
 //! What the host has and how it goes, for `serio capacity` and for the scheduler.
+//!
+//! ```text
+//!   /sys /proc ─▶ host ─▶ inventory ┐
+//!                 usage ────────────┼─▶ Shared ─▶ current()  (gRPC)
+//!   state ──watch::Snapshot─────────┘        └──▶ scheduler  (one stream, reconnecting)
+//! ```
+//!
+//! Owns: the last inventory with its generation, the last usage, the link's state. Never: promises (the state makes
+//! them; here they are only told).
+//!
+//! An inventory's generation starts from the clock and counts up with each change, so that it does not repeat after a
+//! restart. Tasks: one that samples, one that holds the link.
 
-use std::{path::PathBuf, time::Duration};
+mod digest;
+mod host;
+mod inventory;
+mod scheduler;
+mod usage;
 
-use serio_api::v1::{Allocation, Allocations, Inventory, SchedulerLink, Usage};
-use tokio::sync::watch;
+#[cfg(test)]
+mod capacity_test;
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use serio_api::v1::{Allocation, Allocations, Hello, Inventory, SchedulerLink, Usage};
+use tokio::{
+    sync::watch,
+    time::{MissedTickBehavior, interval},
+};
+
+use self::{
+    host::{Disk, Host},
+    inventory::Policy,
+    usage::Sampler,
+};
+
+pub use digest::digest;
 
 /// What the state promises; sent by the state whenever it changes.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -61,37 +97,166 @@ pub struct Report {
 /// Reads the host, and tells the scheduler. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Reporter {
+    shared: Arc<Shared>,
+}
+
+/// What the sampler writes and the others read.
+#[derive(Debug)]
+struct Shared {
+    settings: ReporterSettings,
+    host: Host,
     snapshot: watch::Receiver<Snapshot>,
+    now: Mutex<Now>,
+    /// Told when the inventory or the promises have changed.
+    changes: watch::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Now {
+    sampler: Sampler,
+    inventory: Inventory,
+    usage: Usage,
+    link: SchedulerLink,
+}
+
+impl Shared {
+    fn now(&self) -> MutexGuard<'_, Now> {
+        // Values are replaced whole: a panic elsewhere leaves none half-written.
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn inventory(&self) -> Inventory {
+        self.now().inventory.clone()
+    }
+
+    fn usage(&self) -> Usage {
+        self.now().usage
+    }
+
+    fn allocations(&self) -> Vec<Allocation> {
+        self.snapshot.borrow().allocations.clone()
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            node_id: self.settings.node_name.clone(),
+            node_uid: self.settings.node_uid.clone(),
+            boot_id: self.host.boot_id(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            site: self.settings.site.clone(),
+            failure_domain: self.settings.failure_domain.clone(),
+        }
+    }
+
+    fn link_changed(&self, connected: bool, last_error: String) {
+        let mut now = self.now();
+        if now.link.connected != connected || now.link.since.is_none() {
+            now.link.since = Some(usage::timestamp(SystemTime::now()));
+        }
+        now.link.connected = connected;
+        // The last failure is of use also while the link stands.
+        if !last_error.is_empty() {
+            now.link.last_error = last_error;
+        }
+    }
+
+    /// Reads what the node has; a new generation when it differs.
+    fn read_inventory(&self) {
+        let disk = host::disk(&self.settings.state_dir).unwrap_or_else(|error| {
+            tracing::warn!(path = %self.settings.state_dir.display(), %error, "the state's file system cannot be read");
+            Disk::default()
+        });
+        let policy = Policy {
+            reserve_memory: self.settings.reserve_memory,
+            overcommit_vcpu: self.settings.overcommit_vcpu,
+        };
+        let snapshot = self.snapshot.borrow().clone();
+        let mut inventory = inventory::read(&self.host, disk, policy, &snapshot);
+        let mut now = self.now();
+        inventory.generation = now.inventory.generation;
+        if inventory::differs(&now.inventory, &inventory) {
+            inventory.generation += 1;
+            now.inventory = inventory;
+        }
+    }
+
+    fn read_usage(&self) {
+        let running = u32::try_from(self.snapshot.borrow().running.len()).unwrap_or(u32::MAX);
+        let mut now = self.now();
+        now.usage = now.sampler.sample(&self.host, running, SystemTime::now());
+    }
 }
 
 impl Reporter {
     /// Reads the host once. [`Reporter::run`] keeps it fresh.
     #[must_use]
     pub fn new(settings: ReporterSettings, snapshot: watch::Receiver<Snapshot>) -> Self {
-        let _ = settings;
-        Self { snapshot }
+        Self::with_host(settings, snapshot, Host::new("/"))
+    }
+
+    fn with_host(settings: ReporterSettings, snapshot: watch::Receiver<Snapshot>, host: Host) -> Self {
+        let start =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let link = SchedulerLink {
+            url: settings.scheduler_url.clone().unwrap_or_default(),
+            ..SchedulerLink::default()
+        };
+        let now = Now {
+            sampler: Sampler::default(),
+            inventory: Inventory { generation: start, ..Inventory::default() },
+            usage: Usage::default(),
+            link,
+        };
+        let shared =
+            Shared { settings, host, snapshot, now: Mutex::new(now), changes: watch::Sender::new(()) };
+        shared.read_inventory();
+        shared.read_usage();
+        Self { shared: Arc::new(shared) }
     }
 
     /// Samples, and holds the link to the scheduler, until dropped.
     pub async fn run(self) {
-        let _ = self.snapshot.borrow();
+        let link = async {
+            match self.shared.settings.scheduler_url.clone().filter(|url| !url.is_empty()) {
+                Some(url) => scheduler::run(Arc::clone(&self.shared), url).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::join!(self.sample(), link);
+    }
+
+    async fn sample(&self) {
+        let mut snapshot = self.shared.snapshot.clone();
+        let mut tick = interval(self.shared.settings.usage_interval);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first tick is at once, and was done by `new`.
+        tick.tick().await;
+        loop {
+            let state_lives = tokio::select! {
+                _ = tick.tick() => {
+                    self.shared.read_usage();
+                    true
+                }
+                changed = snapshot.changed() => changed.is_ok(),
+            };
+            if !state_lives {
+                return;
+            }
+            self.shared.read_inventory();
+            self.shared.changes.send_replace(());
+        }
     }
 
     /// What is known now.
     #[must_use]
     pub fn current(&self) -> Report {
+        let allocations = self.shared.allocations();
+        let now = self.shared.now();
         Report {
-            inventory: Inventory::default(),
-            usage: Usage::default(),
-            allocations: Allocations::default(),
-            link: SchedulerLink::default(),
+            inventory: now.inventory.clone(),
+            usage: now.usage,
+            allocations: Allocations { digest: digest(&allocations), allocations, complete: true },
+            link: now.link.clone(),
         }
     }
-}
-
-/// The promises' digest: blake3, lower-case hex.
-#[must_use]
-pub fn digest(allocations: &[Allocation]) -> String {
-    let _ = allocations;
-    String::new()
 }

@@ -1,8 +1,26 @@
 //! The host's side of a VM's network: a bridge per vdc, a tap per card.
+//!
+//! ```text
+//!   serio-vmm ──descriptor── tap srt<8 hex>-<n> ──port of── bridge srv-<8 hex> (one a vdc)
+//! ```
+//!
+//! Owns: bridges named `srv-…`, made with the first card of a vdc on this host and removed with the last; taps,
+//! which are never persistent: the VMM holds the only descriptor, so a tap ends with its VM whatever happens to
+//! seriod. Never: addresses, routes, filters; any other link of the host.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
+use rtnetlink::{Handle, LinkBridge, LinkUnspec, packet_route::link::LinkAttribute};
+use tokio::sync::Mutex;
+use tokio_stream::StreamExt;
 use uuid::Uuid;
+
+use crate::sys;
+
+#[cfg(test)]
+mod net_test;
+
+const BRIDGE_PREFIX: &str = "srv-";
 
 /// Why a bridge or tap could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +50,7 @@ pub enum NetError {
 /// The bridge of a vdc: `srv-` and the last 8 hex digits of its uid.
 #[must_use]
 pub fn bridge_name(vdc: Uuid) -> String {
-    format!("srv-{}", short(vdc))
+    format!("{BRIDGE_PREFIX}{}", short(vdc))
 }
 
 /// The tap of a VM's card: `srt`, 8 hex digits of its uid, `-`, the card's place from 0.
@@ -49,20 +67,131 @@ fn short(uid: Uuid) -> String {
 
 /// The links of this host's VMs.
 #[derive(Debug, Default)]
-pub struct Net {}
+pub struct Net {
+    /// One change at a time: a bridge is not removed between its making and its first tap.
+    change: Mutex<()>,
+}
 
 impl Net {
-    /// Makes a tap on a bridge; both are up when it returns.
+    /// Makes a tap on a bridge (made too when it is not there); both are up when it returns. The tap lives as long
+    /// as its descriptor is open somewhere.
     ///
     /// # Errors
-    /// [`NetError`].
-    pub async fn attach(&self, bridge: &str, tap: &str, mtu: u32) -> Result<std::os::fd::OwnedFd, NetError> {
-        let _ = (bridge, mtu);
-        crate::sys::open_tap(tap).map_err(|source| NetError::Tap { tap: tap.to_owned(), source })
+    /// [`NetError`]; then the tap is gone, and the bridge too if nothing else is on it.
+    pub async fn attach(&self, bridge: &str, tap: &str, mtu: u32) -> Result<OwnedFd, NetError> {
+        let _change = self.change.lock().await;
+        let links = Links::connect()?;
+        let attached = try_attach(&links, bridge, tap, mtu).await;
+        if attached.is_err() {
+            links.remove_if_empty(bridge).await;
+        }
+        attached
     }
 
-    /// Removes bridges that have no tap any more.
+    /// Removes those of our bridges that nothing is on any more.
     pub async fn release(&self, bridges: &[String]) {
-        let _ = bridges;
+        if bridges.is_empty() {
+            return;
+        }
+        let _change = self.change.lock().await;
+        match Links::connect() {
+            Ok(links) => {
+                for bridge in bridges {
+                    links.remove_if_empty(bridge).await;
+                }
+            }
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "bridges are left over"),
+        }
+    }
+}
+
+async fn try_attach(links: &Links, bridge: &str, tap: &str, mtu: u32) -> Result<OwnedFd, NetError> {
+    let bridge_index = match index(bridge) {
+        Some(index) => index,
+        None => links.add_bridge(bridge).await?,
+    };
+    let descriptor = sys::open_tap(tap).map_err(|source| NetError::Tap { tap: tap.to_owned(), source })?;
+    // The host has no business of its own on a tenant's network: no link-local address, no router discovery.
+    silence(tap);
+    let failed = |source| NetError::Link { doing: "set up", link: tap.to_owned(), source };
+    let tap_index = index(tap).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let message = LinkUnspec::new_with_index(tap_index).mtu(mtu).controller(bridge_index).up().build();
+    links.handle.link().set(message).execute().await.map_err(|e| failed(to_io(e)))?;
+    Ok(descriptor)
+}
+
+/// A connection to rtnetlink, for one change.
+struct Links {
+    handle: Handle,
+    /// Ends with the change: it would otherwise live as long as the runtime.
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+impl Links {
+    fn connect() -> Result<Self, NetError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(|source| NetError::Link {
+            doing: "reach",
+            link: "rtnetlink".to_owned(),
+            source,
+        })?;
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    async fn add_bridge(&self, bridge: &str) -> Result<u32, NetError> {
+        let failed = |source| NetError::Link { doing: "make the bridge", link: bridge.to_owned(), source };
+        let made = self.handle.link().add(LinkBridge::new(bridge).build()).execute().await;
+        made.map_err(|e| failed(to_io(e)))?;
+        silence(bridge);
+        index(bridge).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+    }
+
+    /// Removes a bridge of ours that has no port.
+    async fn remove_if_empty(&self, bridge: &str) {
+        let Some(index) = index(bridge).filter(|_| bridge.starts_with(BRIDGE_PREFIX)) else { return };
+        match self.has_ports(index).await {
+            Ok(true) => {}
+            Ok(false) => {
+                if let Err(error) = self.handle.link().del(index).execute().await {
+                    tracing::warn!(bridge, %error, "a bridge cannot be removed");
+                }
+            }
+            Err(error) => tracing::warn!(bridge, %error, "the ports of a bridge cannot be listed"),
+        }
+    }
+
+    async fn has_ports(&self, index: u32) -> Result<bool, rtnetlink::Error> {
+        let links = self.handle.link().get().execute();
+        tokio::pin!(links);
+        let mut found = false;
+        // Read to its end: a dump that is broken off would answer the next question.
+        while let Some(link) = links.next().await {
+            found |= link?.attributes.contains(&LinkAttribute::Controller(index));
+        }
+        Ok(found)
+    }
+}
+
+fn index(link: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(link).ok()
+}
+
+fn silence(link: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6");
+    if let Err(error) = std::fs::write(&path, "1") {
+        // A host without IPv6 has no such file.
+        tracing::debug!(path, %error, "IPv6 stays as it is");
+    }
+}
+
+fn to_io(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other.to_string()),
     }
 }

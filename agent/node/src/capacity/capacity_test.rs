@@ -1,0 +1,304 @@
+//! The readers on a written-out host, and the link against a scheduler in this process.
+
+use std::{fs, path::Path, pin::Pin};
+
+use serio_api::v1::{
+    AgentMessage, DeleteNodeRecordRequest, DeleteNodeRecordResponse, GetNodeRecordRequest, Lease,
+    ListNodesRequest, ListNodesResponse, NodeRecord, SchedulerMessage, SendAllocations, Welcome,
+    agent_message::What,
+    scheduler_message::What as Said,
+    scheduler_service_server::{SchedulerService, SchedulerServiceServer},
+};
+use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use super::*;
+
+fn put(root: &Path, path: &str, text: &str) {
+    let path = root.join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+/// A host with two nodes, one card, a bridge, and no PSI.
+fn recorded() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    for (id, cpus, kib) in [(0, "0-3,8\n", 4_194_304), (1, "4-7\n", 2_097_152)] {
+        let node = format!("sys/devices/system/node/node{id}");
+        put(root, &format!("{node}/cpulist"), cpus);
+        put(
+            root,
+            &format!("{node}/meminfo"),
+            &format!("Node {id} MemTotal:       {kib} kB\nNode {id} MemFree: 1 kB\n"),
+        );
+        put(root, &format!("{node}/hugepages/hugepages-2048kB/nr_hugepages"), "10\n");
+        put(root, &format!("{node}/hugepages/hugepages-2048kB/free_hugepages"), "4\n");
+    }
+    put(root, "sys/class/net/eth0/device/vendor", "0x1af4");
+    put(root, "sys/class/net/eth0/address", "52:54:00:12:34:56\n");
+    put(root, "sys/class/net/eth0/speed", "-1\n");
+    put(root, "sys/class/net/eth0/operstate", "up\n");
+    put(root, "sys/class/net/srv-1/address", "52:54:00:12:34:57\n");
+    let flags = "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe xsave";
+    put(root, "proc/cpuinfo", &format!("processor\t: 0\nmodel name\t: Good CPU\nflags\t\t: fpu {flags}\n"));
+    put(root, "proc/meminfo", "MemTotal: 6291456 kB\nMemAvailable:    2048 kB\n");
+    put(root, "proc/stat", "cpu  100 0 100 700 50 0 0 50 90 0\n");
+    put(
+        root,
+        "proc/77/smaps_rollup",
+        "Rss: 70000 kB\nPss_Anon:  1000 kB\nPss_File:  24 kB\nPss_Shmem: 65000 kB\n",
+    );
+    put(root, "proc/sys/kernel/random/boot_id", "b00t\n");
+    dir
+}
+
+fn settings(dir: &Path, scheduler_url: Option<String>) -> ReporterSettings {
+    ReporterSettings {
+        node_name: "a".into(),
+        node_uid: "u".into(),
+        site: "s".into(),
+        failure_domain: "f".into(),
+        state_dir: dir.to_owned(),
+        scheduler_url,
+        tls_dir: None,
+        usage_interval: Duration::from_millis(20),
+        lease_interval: Duration::from_millis(10),
+        reserve_memory: 3 << 20,
+        overcommit_vcpu: 1.5,
+    }
+}
+
+fn allocation(id: &str) -> Allocation {
+    Allocation { id: id.into(), vcpus: 3, memory_bytes: 6 << 30, ..Default::default() }
+}
+
+#[test]
+fn a_host_is_read() {
+    let root = recorded();
+    let snapshot = Snapshot {
+        allocations: vec![allocation("x")],
+        images: vec!["tiny".into(), "debian".into()],
+        provisioned_bytes: 5,
+        running: vec![(77, 64 << 20), (78, 1)],
+    };
+    let (_sender, receiver) = watch::channel(snapshot);
+    let reporter = Reporter::with_host(settings(root.path(), None), receiver, Host::new(root.path()));
+    let Report { inventory, usage, allocations, link } = reporter.current();
+    let cpus: Vec<_> = inventory.numa_nodes.iter().map(|node| node.cpus.unwrap()).collect();
+    assert_eq!((cpus[0].total, cpus[0].allocatable, cpus[1].total, cpus[1].allocatable), (5, 7, 4, 6));
+    assert_eq!(cpus[0].allocated + cpus[1].allocated, 3);
+    let memory = inventory.numa_nodes[0].memory.unwrap();
+    assert_eq!((memory.total, memory.reserved, memory.allocated), (4 << 30, (2 << 20) + (20 << 20), 4 << 30));
+    let huge = inventory.numa_nodes[1].hugepages.unwrap();
+    assert_eq!((huge.total, huge.allocated), (20 << 20, 12 << 20));
+    assert_eq!(inventory.nics.len(), 1, "a bridge is no card: {:?}", inventory.nics);
+    assert_eq!(
+        (inventory.nics[0].name.as_str(), inventory.nics[0].speed_mbps, inventory.nics[0].up),
+        ("eth0", 0, true)
+    );
+    assert_eq!((inventory.cpu_model.as_str(), inventory.cpu_baseline.as_str()), ("Good CPU", "x86-64-v3"));
+    assert_eq!(
+        (inventory.images, inventory.vm_overhead_bytes),
+        (vec!["debian".into(), "tiny".into()], 1024 << 10)
+    );
+    let pool = &inventory.storage_pools[0];
+    assert!(pool.physical_bytes >= pool.used_bytes && pool.used_bytes > 0 && pool.provisioned_bytes == 5);
+    assert_eq!((usage.cpu_busy, usage.steal, usage.cpu_pressure), (0.2, Some(0.05), None));
+    assert_eq!((usage.memory_available_bytes, usage.vms_running), (2 << 20, 2));
+    assert!(allocations.complete && allocations.digest == digest(&[allocation("x")]));
+    assert_eq!(link, SchedulerLink::default());
+}
+
+#[test]
+fn this_host_and_an_empty_one_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_sender, receiver) = watch::channel(Snapshot::default());
+    let here = Reporter::new(settings(dir.path(), None), receiver.clone()).current();
+    assert!(here.inventory.numa_nodes.iter().any(|node| node.cpus.unwrap().total > 0));
+    assert!(here.usage.memory_available_bytes > 0 && here.usage.cpu_busy > 0.0);
+    let none = Reporter::with_host(settings(dir.path(), None), receiver, Host::new(dir.path())).current();
+    assert_eq!(none.inventory.cpu_baseline, "x86-64-v1");
+    assert_eq!(none.inventory.numa_nodes.len(), 1);
+}
+
+#[test]
+fn only_what_matters_is_a_change() {
+    let root = recorded();
+    let (sender, receiver) = watch::channel(Snapshot::default());
+    let reporter = Reporter::with_host(settings(root.path(), None), receiver, Host::new(root.path()));
+    let generation = || reporter.current().inventory.generation;
+    let first = generation();
+    reporter.shared.read_inventory();
+    assert_eq!(generation(), first);
+    put(root.path(), "sys/class/net/eth0/operstate", "down\n");
+    reporter.shared.read_inventory();
+    assert_eq!(generation(), first + 1);
+    sender.send_replace(Snapshot { allocations: vec![allocation("x")], ..Snapshot::default() });
+    reporter.shared.read_inventory();
+    assert_eq!(generation(), first + 2);
+}
+
+/// Hands each connection's messages to the test, and says what the test tells it to.
+struct FakeScheduler {
+    connections: mpsc::Sender<Connection>,
+}
+
+struct Connection {
+    from_agent: Streaming<AgentMessage>,
+    to_agent: mpsc::Sender<Result<SchedulerMessage, Status>>,
+}
+
+type Out = Pin<Box<dyn Stream<Item = Result<SchedulerMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl SchedulerService for FakeScheduler {
+    type ConnectStream = Out;
+
+    async fn connect(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Out>, Status> {
+        let (to_agent, receiver) = mpsc::channel(8);
+        let connection = Connection { from_agent: request.into_inner(), to_agent };
+        self.connections.send(connection).await.map_err(|_| Status::unavailable("over"))?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Result<Response<ListNodesResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_node_record(
+        &self,
+        _: Request<GetNodeRecordRequest>,
+    ) -> Result<Response<NodeRecord>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn delete_node_record(
+        &self,
+        _: Request<DeleteNodeRecordRequest>,
+    ) -> Result<Response<DeleteNodeRecordResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+impl Connection {
+    async fn next(&mut self) -> What {
+        timeout(Duration::from_secs(20), self.from_agent.next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap()
+            .what
+            .unwrap()
+    }
+
+    /// The next message that the test looks for; others are passed over.
+    async fn next_where<T>(&mut self, pick: impl Fn(What) -> Option<T>) -> T {
+        loop {
+            if let Some(found) = pick(self.next().await) {
+                return found;
+            }
+        }
+    }
+
+    async fn complete_list(&mut self) -> Allocations {
+        self.next_where(|what| match what {
+            What::Allocations(list) if list.complete => Some(list),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn say(&self, what: Said) {
+        self.to_agent.send(Ok(SchedulerMessage { what: Some(what) })).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_scheduler_hears_everything_and_may_come_and_go() {
+    let root = recorded();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (connections, mut accepted) = mpsc::channel(4);
+    let service = SchedulerServiceServer::new(FakeScheduler { connections });
+    let server = Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    let (state, receiver) = watch::channel(Snapshot::default());
+    let reporter =
+        Reporter::with_host(settings(root.path(), Some(url.clone())), receiver, Host::new(root.path()));
+    let running = tokio::spawn(reporter.clone().run());
+
+    let mut first = accepted.recv().await.unwrap();
+    let What::Hello(hello) = first.next().await else { panic!("Hello comes first") };
+    assert_eq!((hello.node_id.as_str(), hello.boot_id.as_str(), hello.site.as_str()), ("a", "b00t", "s"));
+    first.say(Said::Welcome(Welcome::default())).await;
+    let What::Lease(lease) = first.next().await else { panic!("a lease at once") };
+    assert_eq!((lease.sequence, lease.ttl_ms), (1, 30));
+    let inventory = first.next_where(|what| if let What::Inventory(i) = what { Some(i) } else { None }).await;
+    assert_eq!(inventory.cpu_model, "Good CPU");
+    assert_eq!(first.complete_list().await.allocations, []);
+    first.next_where(|what| matches!(what, What::Usage(_)).then_some(())).await;
+    first.next_where(|what| matches!(what, What::Lease(Lease { sequence: 4, .. })).then_some(())).await;
+    let link = reporter.current().link;
+    assert!(link.connected && link.url == url && link.since.is_some());
+
+    // A change is told with the list; the digest alone comes each interval; asked, the list comes again.
+    state.send_replace(Snapshot { allocations: vec![allocation("x")], ..Snapshot::default() });
+    assert_eq!(first.complete_list().await.digest, digest(&[allocation("x")]));
+    let short = first.next_where(|what| match what {
+        What::Allocations(list) if !list.complete => Some(list),
+        _ => None,
+    });
+    assert_eq!(short.await.digest, digest(&[allocation("x")]));
+    first.say(Said::SendAllocations(SendAllocations {})).await;
+    assert_eq!(first.complete_list().await.allocations, [allocation("x")]);
+
+    // It goes; the node comes back, and sends only what the scheduler does not have.
+    drop(first);
+    let mut second = accepted.recv().await.unwrap();
+    let What::Hello(_) = second.next().await else { panic!("Hello comes first") };
+    let Report { inventory, allocations, .. } = reporter.current();
+    let known = Welcome {
+        inventory_generation: inventory.generation,
+        allocations_digest: allocations.digest,
+        ..Default::default()
+    };
+    second.say(Said::Welcome(known)).await;
+    for _ in 0..8 {
+        match second.next().await {
+            What::Inventory(_) => panic!("the scheduler has this inventory"),
+            What::Allocations(list) => assert!(!list.complete, "the scheduler has this list"),
+            _ => {}
+        }
+    }
+    assert!(!reporter.current().link.last_error.is_empty());
+    running.abort();
+    server.abort();
+}
+
+#[tokio::test]
+async fn without_a_scheduler_the_node_goes_on() {
+    let root = recorded();
+    let (state, receiver) = watch::channel(Snapshot::default());
+    // A port that nobody listens on.
+    let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let url = Some(format!("http://127.0.0.1:{port}"));
+    let reporter = Reporter::with_host(settings(root.path(), url), receiver, Host::new(root.path()));
+    let running = tokio::spawn(reporter.clone().run());
+    state.send_replace(Snapshot { provisioned_bytes: 9, ..Snapshot::default() });
+    let fine = async {
+        loop {
+            let report = reporter.current();
+            if report.link.last_error.contains("cannot connect")
+                && report.inventory.storage_pools[0].provisioned_bytes == 9
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), fine).await.unwrap();
+    assert!(!reporter.current().link.connected);
+    running.abort();
+}

@@ -1,0 +1,260 @@
+//! The stream to the scheduler: Hello first, then what changes, as it changes.
+//!
+//! ```text
+//!            connect ──▶ Hello ──▶ (Welcome) ──▶ Inventory, Allocations where the scheduler's differ
+//!   ▲                                              │
+//!   │ pause: full jitter, 0.5 s doubling to 30 s   ▼   Inventory on change · Usage and digest each interval
+//!   └────────────── any failure ─────────────── Lease · Allocations on change or when asked
+//! ```
+//!
+//! Owns: the connection and its pauses. Never: what is said (that is `Shared`). Each send and the Welcome have a
+//! deadline, so a scheduler that stops reading is a failure like any other. Certificates are read anew for each
+//! connection.
+
+use std::{error::Error, fs, path::Path, sync::Arc, time::Duration};
+
+use rand::Rng;
+use serio_api::v1::{
+    AgentMessage, Allocations, Lease, SchedulerMessage, Welcome, agent_message::What,
+    scheduler_message::What as Said, scheduler_service_client::SchedulerServiceClient,
+};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Streaming,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+
+use super::{Shared, digest::digest};
+
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A connection that held for so long was a good one: the next pause is short again.
+const HELD_WELL: Duration = Duration::from_secs(30);
+/// For connecting, for the Welcome, for each send.
+const PEER_WAIT: Duration = Duration::from_secs(10);
+/// HTTP/2 pings, so that a scheduler whose host is gone is noticed.
+const PING: Duration = Duration::from_secs(10);
+/// Messages under way; one that does not fit waits, and past `PEER_WAIT` the connection is given up.
+const QUEUE: usize = 16;
+/// A lease outlives that many intervals: two may be lost.
+const LEASE_INTERVALS: u32 = 3;
+
+/// Why a connection ended or was not made.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the scheduler's address {url} is not a URL")]
+    Url { url: String, source: tonic::transport::Error },
+    #[error("cannot read {path}")]
+    Certificate { path: std::path::PathBuf, source: std::io::Error },
+    #[error("cannot connect to the scheduler at {url}")]
+    Connect { url: String, source: tonic::transport::Error },
+    #[error("the scheduler refused or broke off")]
+    Stream(#[source] Box<tonic::Status>),
+    #[error("the scheduler closed the connection")]
+    Closed,
+    #[error("the scheduler did not answer within {} s", PEER_WAIT.as_secs())]
+    Silent,
+    #[error("the scheduler's first answer was not a Welcome")]
+    NoWelcome,
+}
+
+impl From<tonic::Status> for LinkError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Stream(Box::new(status))
+    }
+}
+
+/// Holds the link for ever.
+pub(super) async fn run(shared: Arc<Shared>, url: String) {
+    let mut attempt: u32 = 0;
+    loop {
+        let start = Instant::now();
+        let error = match session(&shared, &url).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        if start.elapsed() >= HELD_WELL {
+            attempt = 0;
+        }
+        let text = chain(&error);
+        if attempt == 0 {
+            tracing::warn!(url, error = text, "the scheduler is not reached: trying again");
+        }
+        shared.link_changed(false, text);
+        let pause = pause(attempt, &mut rand::rng());
+        attempt = attempt.saturating_add(1);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Full jitter: anything between nothing and a bound that doubles.
+fn pause(attempt: u32, random: &mut impl Rng) -> Duration {
+    let bound = PAUSE_MIN.saturating_mul(1_u32.checked_shl(attempt).unwrap_or(u32::MAX)).min(PAUSE_MAX);
+    bound.mul_f64(random.random::<f64>())
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+async fn connect(shared: &Shared, url: &str) -> Result<Channel, LinkError> {
+    let endpoint = Endpoint::from_shared(url.to_owned())
+        .map_err(|source| LinkError::Url { url: url.to_owned(), source })?
+        .connect_timeout(PEER_WAIT)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .keep_alive_while_idle(true);
+    let connect = |source| LinkError::Connect { url: url.to_owned(), source };
+    let endpoint = match &shared.settings.tls_dir {
+        Some(dir) if url.starts_with("https:") => endpoint.tls_config(tls(dir)?).map_err(connect)?,
+        _ => endpoint,
+    };
+    match timeout(PEER_WAIT, endpoint.connect()).await {
+        Ok(channel) => channel.map_err(connect),
+        Err(_) => Err(LinkError::Silent),
+    }
+}
+
+fn tls(dir: &Path) -> Result<ClientTlsConfig, LinkError> {
+    let read = |name: &str| {
+        let path = dir.join(name);
+        fs::read(&path).map_err(|source| LinkError::Certificate { path, source })
+    };
+    let identity = Identity::from_pem(read("client-cert.pem")?, read("client-key.pem")?);
+    Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("ca-cert.pem")?)).identity(identity))
+}
+
+/// One connection, from Hello to its end, which is always an error.
+async fn session(shared: &Shared, url: &str) -> Result<std::convert::Infallible, LinkError> {
+    let channel = connect(shared, url).await?;
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let mut out = Out { sender, lease: 0, digest: String::new(), inventory_generation: 0 };
+    out.send(What::Hello(shared.hello())).await?;
+    let mut client = SchedulerServiceClient::new(channel);
+    let mut incoming = within(client.connect(ReceiverStream::new(receiver))).await??.into_inner();
+    let welcome = welcome(&mut incoming).await?;
+    tracing::info!(url, scheduler = welcome.scheduler_id, "connected to the scheduler");
+    shared.link_changed(true, String::new());
+    talk(shared, &mut out, &mut incoming, welcome).await
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> Result<T, LinkError> {
+    timeout(PEER_WAIT, future).await.map_err(|_| LinkError::Silent)
+}
+
+async fn welcome(incoming: &mut Streaming<SchedulerMessage>) -> Result<Welcome, LinkError> {
+    match within(incoming.message()).await?? {
+        Some(SchedulerMessage { what: Some(Said::Welcome(welcome)) }) => Ok(welcome),
+        Some(_) => Err(LinkError::NoWelcome),
+        None => Err(LinkError::Closed),
+    }
+}
+
+async fn talk(
+    shared: &Shared,
+    out: &mut Out,
+    incoming: &mut Streaming<SchedulerMessage>,
+    welcome: Welcome,
+) -> Result<std::convert::Infallible, LinkError> {
+    let mut changes = shared.changes.subscribe();
+    let mut usage = interval(shared.settings.usage_interval);
+    let mut lease = interval(shared.settings.lease_interval);
+    // After a pause of the whole host: one message, not one for each interval missed.
+    usage.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    out.inventory_generation = welcome.inventory_generation;
+    out.digest = welcome.allocations_digest;
+    out.lease(shared).await?;
+    out.what_changed(shared).await?;
+    loop {
+        tokio::select! {
+            said = incoming.message() => match said?.ok_or(LinkError::Closed)?.what {
+                Some(Said::SendAllocations(_)) => out.allocations(shared, true).await?,
+                // A second Welcome, or what a newer scheduler says.
+                Some(Said::Welcome(_)) | None => {}
+            },
+            _ = changes.changed() => out.what_changed(shared).await?,
+            _ = lease.tick() => out.lease(shared).await?,
+            _ = usage.tick() => {
+                out.send(What::Usage(shared.usage())).await?;
+                out.allocations(shared, false).await?;
+            }
+        }
+    }
+}
+
+/// The sending side, with what the scheduler has of us.
+struct Out {
+    sender: mpsc::Sender<AgentMessage>,
+    lease: u64,
+    digest: String,
+    inventory_generation: u64,
+}
+
+impl Out {
+    async fn send(&mut self, what: What) -> Result<(), LinkError> {
+        let message = AgentMessage { what: Some(what) };
+        within(self.sender.send(message)).await?.map_err(|_| LinkError::Closed)
+    }
+
+    async fn lease(&mut self, shared: &Shared) -> Result<(), LinkError> {
+        self.lease += 1;
+        let ttl = shared.settings.lease_interval.saturating_mul(LEASE_INTERVALS);
+        let ttl_ms = u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX);
+        self.send(What::Lease(Lease { sequence: self.lease, ttl_ms })).await
+    }
+
+    /// What the scheduler does not have yet.
+    async fn what_changed(&mut self, shared: &Shared) -> Result<(), LinkError> {
+        let inventory = shared.inventory();
+        if inventory.generation != self.inventory_generation {
+            self.inventory_generation = inventory.generation;
+            self.send(What::Inventory(inventory)).await?;
+        }
+        let current = digest(&shared.allocations());
+        if current != self.digest { self.allocations(shared, true).await } else { Ok(()) }
+    }
+
+    /// The list, or its digest alone.
+    async fn allocations(&mut self, shared: &Shared, complete: bool) -> Result<(), LinkError> {
+        let allocations = shared.allocations();
+        self.digest = digest(&allocations);
+        let message = Allocations {
+            digest: self.digest.clone(),
+            allocations: if complete { allocations } else { Vec::new() },
+            complete,
+        };
+        self.send(What::Allocations(message)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_bound_and_are_spread() {
+        let mut random = rand::rng();
+        for attempt in [0, 1, 6, 7, 31, 32, u32::MAX] {
+            let bound =
+                PAUSE_MIN.saturating_mul(1_u32.checked_shl(attempt).unwrap_or(u32::MAX)).min(PAUSE_MAX);
+            let pauses: Vec<Duration> = (0..64).map(|_| pause(attempt, &mut random)).collect();
+            assert!(pauses.iter().all(|pause| *pause <= bound));
+            assert!(
+                pauses.iter().any(|pause| *pause > bound / 2)
+                    && pauses.iter().any(|pause| *pause < bound / 2)
+            );
+        }
+        assert_eq!(PAUSE_MIN.saturating_mul(64).min(PAUSE_MAX), PAUSE_MAX);
+    }
+}

@@ -1,0 +1,149 @@
+//! `scheduler.toml` and the flags over it. Unknown keys are refused.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+/// The default port is the scheduler's; on all addresses, since nodes come from elsewhere.
+const LISTEN: &str = "[::]:7450";
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file says something else.
+    #[error("{path} is not a configuration of the scheduler")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// Nobody could be told from anybody.
+    #[error(
+        "no certificates: name their folder (tls_dir, --tls-dir; `serio pki issue` makes it), or say --insecure on a loopback address"
+    )]
+    NoTls,
+    /// Open to everyone.
+    #[error("--insecure is for loopback only, and {0} is not: listen on 127.0.0.1 or [::1], or use tls_dir")]
+    InsecureAddress(SocketAddr),
+    /// Both at once.
+    #[error("tls_dir and insecure exclude each other: choose one")]
+    Both,
+}
+
+/// Keys as written; all may be left out.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// Where agents and clients connect; [::]:7450.
+    pub listen: Option<SocketAddr>,
+    /// ca-cert.pem, server-cert.pem, server-key.pem.
+    pub tls_dir: Option<PathBuf>,
+    /// The database's folder; /var/lib/serio-scheduler.
+    pub state_dir: Option<PathBuf>,
+    /// No certificates; loopback only.
+    pub insecure: Option<bool>,
+}
+
+impl File {
+    /// Reads one.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
+    }
+
+    /// What the other says goes before.
+    #[must_use]
+    pub fn overridden_by(self, other: Self) -> Self {
+        Self {
+            listen: other.listen.or(self.listen),
+            tls_dir: other.tls_dir.or(self.tls_dir),
+            state_dir: other.state_dir.or(self.state_dir),
+            insecure: other.insecure.or(self.insecure),
+        }
+    }
+}
+
+/// How connections are secured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Security {
+    /// Certificates on both sides, from that folder.
+    Tls(PathBuf),
+    /// None; loopback only.
+    Insecure,
+}
+
+/// A configuration that can work.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// How.
+    pub security: Security,
+    /// The database's folder.
+    pub state_dir: PathBuf,
+}
+
+impl TryFrom<File> for Config {
+    type Error = ConfigError;
+
+    fn try_from(file: File) -> Result<Self, ConfigError> {
+        let listen = file.listen.unwrap_or_else(|| LISTEN.parse().expect("a constant that is an address"));
+        let security = match (file.tls_dir, file.insecure.unwrap_or(false)) {
+            (Some(_), true) => return Err(ConfigError::Both),
+            (Some(folder), false) => Security::Tls(folder),
+            (None, true) if listen.ip().is_loopback() => Security::Insecure,
+            (None, true) => return Err(ConfigError::InsecureAddress(listen)),
+            (None, false) => return Err(ConfigError::NoTls),
+        };
+        Ok(Self {
+            listen,
+            security,
+            state_dir: file.state_dir.unwrap_or_else(|| "/var/lib/serio-scheduler".into()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        toml::from_str::<File>(text).expect("keys").try_into()
+    }
+
+    #[test]
+    fn what_may_be_combined() {
+        assert_eq!(parse("tls_dir = '/etc/x'").unwrap().listen.port(), 7450);
+        assert_eq!(parse("listen = '127.0.0.1:0'\ninsecure = true").unwrap().security, Security::Insecure);
+        assert!(matches!(parse("insecure = true"), Err(ConfigError::InsecureAddress(_))));
+        assert!(matches!(parse(""), Err(ConfigError::NoTls)));
+        assert!(matches!(parse("tls_dir = '/x'\ninsecure = true"), Err(ConfigError::Both)));
+        assert!(toml::from_str::<File>("listn = 1").is_err());
+        assert!(matches!(File::read(Path::new("/nowhere.toml")), Err(ConfigError::Read { .. })));
+    }
+
+    #[test]
+    fn flags_go_before_the_file() {
+        let file: File = toml::from_str("listen = '127.0.0.1:1'\nstate_dir = '/a'").unwrap();
+        let flags = File { listen: "127.0.0.1:2".parse().ok(), insecure: Some(true), ..File::default() };
+        let config: Config = file.overridden_by(flags).try_into().unwrap();
+        assert_eq!((config.listen.port(), config.state_dir.to_str()), (2, Some("/a")));
+    }
+}

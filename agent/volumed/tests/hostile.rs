@@ -1,0 +1,204 @@
+//! Clients that lie, vanish, dawdle or swarm harm only themselves.
+
+mod common;
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    time::Duration,
+};
+
+use common::{Serving, image, noise, volumed};
+use serio_nbd::{
+    handshake::{GREETING_BYTES, OptionHeader},
+    wire::{PAYLOAD_BYTES_MAX, Request, cmd, opt},
+};
+use tempfile::TempDir;
+
+fn connect(serving: &Serving) -> UnixStream {
+    let stream = UnixStream::connect(&serving.socket).expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
+    stream
+}
+
+/// A client that has its place: the server takes a moment to notice that others are gone.
+fn greeted(serving: &Serving) -> UnixStream {
+    let started = std::time::Instant::now();
+    loop {
+        let mut stream = connect(serving);
+        if stream.read_exact(&mut [0; GREETING_BYTES]).is_ok() {
+            return stream;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "gone clients keep their places");
+    }
+}
+
+/// A client in the transmission phase, with simple replies.
+fn ready(serving: &Serving) -> UnixStream {
+    let mut stream = greeted(serving);
+    stream.write_all(&[0, 0, 0, 3]).expect("flags");
+    stream.write_all(&OptionHeader::encode(opt::EXPORT_NAME, b"")).expect("option");
+    let mut answer = [0; 10];
+    stream.read_exact(&mut answer).expect("export");
+    stream
+}
+
+fn request(command: u16, cookie: u64, offset: u64, len: u32) -> [u8; 28] {
+    Request { flags: 0, command, cookie, offset, len }.encode()
+}
+
+/// The error of the next simple reply, whose cookie must be `cookie`.
+fn reply(stream: &mut UnixStream, cookie: u64) -> u32 {
+    let mut bytes = [0; 16];
+    stream.read_exact(&mut bytes).expect("reply");
+    assert_eq!(bytes[8..], cookie.to_be_bytes());
+    u32::from_be_bytes(bytes[4..8].try_into().expect("four"))
+}
+
+fn still_fine(serving: &Serving, expected: &[u8]) {
+    let mut stream = ready(serving);
+    stream.write_all(&request(cmd::READ, 7, 0, expected.len() as u32)).expect("read");
+    assert_eq!(reply(&mut stream, 7), 0);
+    let mut got = vec![0; expected.len()];
+    stream.read_exact(&mut got).expect("data");
+    assert!(got == expected);
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let line = status.lines().find(|l| l.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+}
+
+#[test]
+fn garbage_and_vanishing_clients_harm_nobody() {
+    let temp = TempDir::new().expect("tempdir");
+    let disk = temp.path().join("raw");
+    fs::write(&disk, image()).expect("write");
+    let serving = Serving::start(&disk, &temp.path().join("s"), &["--max-clients", "8"]);
+    let expected = noise(8192, 1);
+    for seed in 0..60 {
+        let mut stream = greeted(&serving);
+        // The server may hang up half way: that is its right.
+        let _ = stream.write_all(&noise(seed as usize * 13, seed));
+        drop(stream);
+        let mut stream = ready(&serving);
+        let _ = match seed % 3 {
+            0 => stream.write_all(&noise(100, seed)),
+            // A write whose payload never comes, and a read that nobody waits for.
+            1 => stream.write_all(&request(cmd::WRITE, 1, 0, 1 << 20)),
+            _ => stream.write_all(&request(cmd::READ, 1, 0, PAYLOAD_BYTES_MAX)),
+        };
+    }
+    still_fine(&serving, &expected);
+}
+
+#[test]
+fn a_client_that_reads_no_replies_holds_bounded_memory() {
+    let temp = TempDir::new().expect("tempdir");
+    let disk = temp.path().join("raw");
+    fs::write(&disk, image()).expect("write");
+    let serving = Serving::start(&disk, &temp.path().join("s"), &[]);
+    let mut greedy = ready(&serving);
+    greedy.set_nonblocking(true).expect("nonblocking");
+    let mut asked: u64 = 0;
+    while greedy.write(&request(cmd::READ, asked, 0, 1 << 20)).is_ok_and(|n| n == 28) {
+        asked += 1;
+    }
+    assert!(asked > 100, "{asked}");
+    still_fine(&serving, &noise(8192, 1));
+    let kib = resident_kib(serving.pid());
+    assert!(kib < 120 << 10, "{kib} KiB");
+    // It is not forgotten either: all it asked for comes when it reads at last.
+    greedy.set_nonblocking(false).expect("blocking");
+    let mut data = vec![0; 1 << 20];
+    for _ in 0..asked {
+        greedy.read_exact(&mut [0; 16]).expect("reply");
+        greedy.read_exact(&mut data).expect("data");
+    }
+    drop(greedy);
+}
+
+#[test]
+fn bad_requests_are_answered_and_the_stream_goes_on() {
+    let temp = TempDir::new().expect("tempdir");
+    let volume = temp.path().join("vol");
+    volumed(&["create", volume.to_str().expect("text"), "--size", "1MiB"]);
+    let serving = Serving::start(&volume, &temp.path().join("s"), &[]);
+    let mut stream = ready(&serving);
+    let end = 1 << 20;
+    for (i, (command, offset, len, error)) in [
+        (cmd::READ, end, 1, 22),
+        (cmd::READ, u64::MAX, 2, 22),
+        (cmd::READ, 0, PAYLOAD_BYTES_MAX + 1, 75),
+        (cmd::TRIM, end - 1, 2, 28),
+        (cmd::WRITE_ZEROES, end, 1, 28),
+        (cmd::BLOCK_STATUS, 0, 1, 22),
+        (99, 0, 0, 22),
+        (cmd::FLUSH, 0, 0, 0),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        stream.write_all(&request(command, i as u64, offset, len)).expect("request");
+        assert_eq!(reply(&mut stream, i as u64), error, "request {i}");
+    }
+    // A write that is refused still has its payload, which must be skipped.
+    stream.write_all(&request(cmd::WRITE, 50, end, 3000)).expect("request");
+    stream.write_all(&noise(3000, 3)).expect("payload");
+    assert_eq!(reply(&mut stream, 50), 28);
+    stream.write_all(&request(cmd::WRITE, 51, 100, 3000)).expect("request");
+    for part in noise(3000, 4).chunks(7) {
+        stream.write_all(part).expect("payload");
+    }
+    assert_eq!(reply(&mut stream, 51), 0);
+    stream.write_all(&request(cmd::DISC, 52, 0, 0)).expect("goodbye");
+    assert_eq!(stream.read(&mut [0; 1]).expect("end"), 0);
+    let mut expected = vec![0; 4000];
+    expected[100..3100].copy_from_slice(&noise(3000, 4));
+    still_fine(&serving, &expected);
+}
+
+#[test]
+fn too_many_clients_are_turned_away() {
+    let temp = TempDir::new().expect("tempdir");
+    let disk = temp.path().join("raw");
+    fs::write(&disk, image()).expect("write");
+    let serving = Serving::start(&disk, &temp.path().join("s"), &["--max-clients", "2"]);
+    let kept = [greeted(&serving), greeted(&serving)];
+    let mut third = connect(&serving);
+    assert_eq!(third.read(&mut [0; 1]).expect("closed at once"), 0);
+    drop(kept);
+    greeted(&serving);
+}
+
+#[test]
+fn the_command_line_says_what_is_wrong() {
+    let temp = TempDir::new().expect("tempdir");
+    let volume = temp.path().join("vol");
+    let path = volume.to_str().expect("text");
+    let fails = |args: &[&str]| {
+        let output = std::process::Command::new(common::BIN).args(args).output().expect("run");
+        assert!(!output.status.success(), "{args:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(fails(&["info", path]).contains("is not a volume directory"));
+    assert!(fails(&["import", path, "/nonexistent"]).contains("cannot open the image"));
+    assert!(!volume.exists(), "nothing half-made");
+    assert!(fails(&["import", path, "x", "--format", "qcow2"]).contains("qemu-img convert"));
+    volumed(&["create", path, "--size", "1MiB"]);
+    assert!(fails(&["create", path, "--size", "1MiB"]).contains("holds a volume already"));
+    let socket = temp.path().join("s");
+    let serving = Serving::start(&volume, &socket, &[]);
+    assert!(fails(&["snapshot", path, "x"]).contains("in use by another process"));
+    assert!(fails(&["serve", path, "--socket", socket.to_str().expect("text")]).contains("in use"));
+    drop(serving);
+    assert!(!socket.exists());
+    volumed(&["snapshot", path, "x"]);
+    assert!(fails(&["snapshot", path, "x"]).contains("has it already"));
+    let output = volumed(&["info", path, "--json"]);
+    let info: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
+    assert_eq!((&info["size_bytes"], &info["layers"]), (&(1 << 20).into(), &2.into()));
+    assert_eq!(info["snapshots"][0]["name"], "x");
+}

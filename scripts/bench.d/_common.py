@@ -32,6 +32,7 @@ def run(*command, **options):
 
 def cargo_release(*packages):
     """Builds binaries as they are shipped; False and a note if that fails."""
+    note(f"building {' '.join(packages)} as released (slow the first time)")
     flags = [flag for package in packages for flag in ("-p", package)]
     try:
         run("cargo", "build", "--quiet", "--release", *flags, cwd=ROOT)

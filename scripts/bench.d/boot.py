@@ -117,7 +117,8 @@ def measure(quick):
     else:
         skip("first instruction, resident", "no usable /dev/kvm")
     rows += [row("binary, stripped", name, stripped_bytes(binary) // 1024, "KiB") for name, binary in binaries.items()]
-    rows += idle_seriod()
+    for found in rows:
+        note(f"{found['case']}: {found['subject']}: {found['value']} {found['unit']}")
     if not quick:
         rows += _testbed.userspace(serio, first_output, TARGET / "images/tiny")
-    return rows
+    return rows + idle_seriod()

@@ -11,6 +11,7 @@ Examples:
   A stock kernel with its initrd, the console on this terminal (ctrl-A x ends it):
     serio-vmm run --kernel vmlinuz --initrd initrd.img --memory 256MiB --cpus 1 \\
                   --cmdline \"console=ttyS0 root=/dev/vda1\" --disk disk.raw --net tap0
+  (On a terminal, ctrl-A p presses the power button.)
   A second disk that the guest cannot write:
     serio-vmm run --kernel vmlinuz --memory 1GiB --cpus 2 --disk disk.raw --disk seed.img,readonly
 

@@ -21,7 +21,7 @@ use crate::console::Output;
 use crate::devices::Devices;
 use crate::end::{End, EndSlot, chain};
 use crate::machine::{self, Handle, MachineConfig, MachineError};
-use crate::terminal::{Keys, RawTerminal};
+use crate::terminal::{Keys, RawTerminal, Wish};
 
 /// How often a guest that does not take its input is offered it again.
 const INPUT_RETRY_MS: u16 = 20;
@@ -224,10 +224,13 @@ impl Seat {
             machine.type_in(&bytes);
             return;
         }
-        let (bytes, quit) = self.keys.typed(&bytes);
+        let (bytes, wish) = self.keys.typed(&bytes);
         machine.type_in(&bytes);
-        if quit {
-            machine.stop(End::Stopped);
+        match wish {
+            Some(Wish::Quit) => machine.stop(End::Stopped),
+            // Its eventfd cannot be full: the kernel empties it at once.
+            Some(Wish::PowerButton) => drop(machine.power_button()),
+            None => {}
         }
     }
 }

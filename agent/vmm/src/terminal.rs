@@ -48,6 +48,15 @@ fn restore() {
     }
 }
 
+/// What the user wants of the VM itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Ctrl-A x: end it.
+    Quit,
+    /// Ctrl-A p: press its power button.
+    PowerButton,
+}
+
 /// What typed bytes mean.
 #[derive(Debug, Default)]
 pub struct Keys {
@@ -58,18 +67,20 @@ pub struct Keys {
 const ESCAPE: u8 = 1;
 
 impl Keys {
-    /// Bytes for the guest, and whether the user asked to quit (ctrl-A x). Ctrl-A twice is one ctrl-A.
-    pub fn typed(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
+    /// Bytes for the guest, and what the user wishes. Ctrl-A twice is one ctrl-A.
+    pub fn typed(&mut self, bytes: &[u8]) -> (Vec<u8>, Option<Wish>) {
         let mut out = Vec::with_capacity(bytes.len());
+        let mut wish = None;
         for &byte in bytes {
             match (std::mem::take(&mut self.escaped), byte) {
                 (false, ESCAPE) => self.escaped = true,
-                (true, b'x' | b'X') => return (out, true),
+                (true, b'x' | b'X') => return (out, Some(Wish::Quit)),
+                (true, b'p' | b'P') => wish = Some(Wish::PowerButton),
                 (true, ESCAPE) | (false, _) => out.push(byte),
                 (true, _) => out.extend([ESCAPE, byte]),
             }
         }
-        (out, false)
+        (out, wish)
     }
 }
 
@@ -78,13 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ctrl_a_x_quits_and_the_rest_goes_through() {
+    fn ctrl_a_is_for_us_and_the_rest_goes_through() {
         let mut keys = Keys::default();
-        assert_eq!(keys.typed(b"ls\r"), (b"ls\r".to_vec(), false));
-        assert_eq!(keys.typed(b"\x01"), (vec![], false));
-        assert_eq!(keys.typed(b"\x01"), (vec![1], false));
-        assert_eq!(keys.typed(b"\x01a"), (vec![1, b'a'], false));
-        assert_eq!(keys.typed(b"b\x01"), (b"b".to_vec(), false));
-        assert_eq!(keys.typed(b"xnot seen"), (vec![], true));
+        assert_eq!(keys.typed(b"ls\r"), (b"ls\r".to_vec(), None));
+        assert_eq!(keys.typed(b"\x01"), (vec![], None));
+        assert_eq!(keys.typed(b"\x01"), (vec![1], None));
+        assert_eq!(keys.typed(b"\x01a"), (vec![1, b'a'], None));
+        assert_eq!(keys.typed(b"b\x01"), (b"b".to_vec(), None));
+        assert_eq!(keys.typed(b"pq"), (b"q".to_vec(), Some(Wish::PowerButton)));
+        assert_eq!(keys.typed(b"\x01xnot seen"), (vec![], Some(Wish::Quit)));
     }
 }

@@ -26,6 +26,7 @@ PATH=$BIN:$PATH
 say() { printf '    %s\n' "$*"; }
 
 build_binaries() {
+	[ -z "${SERIO_NO_BUILD:-}" ] || return 0
 	(cd "$ROOT" && cargo build --locked --bins --profile "$PROFILE" -p serio-node -p serio-vmm -p serio-volumed -p serio-scheduler \
 		-p serio-cli -p serio-tests)
 }

@@ -9,24 +9,24 @@
 //! stops itself and nobody else.
 
 use std::{
-    collections::VecDeque,
-    io::{self, IoSlice, IoSliceMut, Read, Write},
+    io::{IoSliceMut, Read},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
     },
-    time::{Duration, Instant},
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 
 use crate::{
     backend::{Backend, Command, ExportInfo, Payload, Queue},
-    handshake::{Handshake, HandshakeError, Negotiated, context_id, greeting},
+    greet::{ConnectionError, handshake, wait, would_block},
+    handshake::{Negotiated, context_id},
+    outbox::{Body, Outbox},
     pool::Pool,
     wire::{
-        BadMagic, Head, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request, cmd, cmd_flag, data_chunk, errno,
-        error_chunk, error_value, simple_reply, status_chunk,
+        Head, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request, cmd, cmd_flag, data_chunk, errno, error_chunk,
+        error_value, simple_reply, status_chunk,
     },
 };
 
@@ -37,32 +37,8 @@ pub(crate) const DEPTH: u16 = 128;
 const INPUT_BYTES: usize = 64 << 10;
 /// Extents in one answer to BLOCK_STATUS.
 const EXTENTS_MAX: usize = 4096;
-/// Parts of one vectored write.
-const PARTS_MAX: usize = 128;
-/// How long a client may take for its handshake.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(15);
 /// Replies that wait to be sent without holding a slot; past it nothing is read.
 const OUT_MAX: usize = 1024;
-
-/// Why a connection ended other than by the client's wish.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectionError {
-    /// The handshake failed.
-    #[error("handshake failed")]
-    Handshake(#[from] HandshakeError),
-    /// The client is too slow.
-    #[error("the client did not finish its handshake within {} s", HANDSHAKE_MAX.as_secs())]
-    HandshakeTimeout,
-    /// The stream makes no sense any more.
-    #[error("the stream is damaged")]
-    Magic(#[from] BadMagic),
-    /// The socket.
-    #[error("the socket failed")]
-    Socket(#[from] io::Error),
-    /// The export could not be opened once more.
-    #[error("no queue for the connection")]
-    Queue(#[source] io::Error),
-}
 
 /// Serves one client until it leaves, errs, or `stop` becomes readable.
 pub(crate) fn serve<B: Backend>(
@@ -81,83 +57,6 @@ pub(crate) fn serve<B: Backend>(
     Connection::new(queue, info, negotiated, input).run(stream, stop)
 }
 
-/// `Ok(None)`: the client left, or the server stops.
-fn handshake(
-    stream: &UnixStream,
-    infos: &[ExportInfo],
-    input: &mut Vec<u8>,
-    stop: BorrowedFd<'_>,
-) -> Result<Option<Negotiated>, ConnectionError> {
-    let deadline = Instant::now() + HANDSHAKE_MAX;
-    let mut machine = Handshake::new(infos);
-    let mut out = greeting().to_vec();
-    let mut chunk = [0; 4096];
-    loop {
-        let result = machine.advance(input, &mut out);
-        send_all(stream, &mut out, deadline)?;
-        match result {
-            Ok(None) => {}
-            Ok(done) => return Ok(done),
-            Err(HandshakeError::Aborted) => return Ok(None),
-            Err(e) => return Err(e.into()),
-        }
-        if wait(stream.as_fd(), PollFlags::POLLIN, &[stop], Some(deadline))? {
-            return Ok(None);
-        }
-        let mut reader = stream;
-        match reader.read(&mut chunk) {
-            Ok(0) => return Ok(None),
-            Ok(n) => input.extend_from_slice(chunk.get(..n).unwrap_or_default()),
-            Err(e) if would_block(&e) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-}
-
-fn would_block(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-}
-
-/// Sends the handshake's small answers; a client that does not read them runs into the deadline.
-fn send_all(mut stream: &UnixStream, out: &mut Vec<u8>, deadline: Instant) -> Result<(), ConnectionError> {
-    while !out.is_empty() {
-        match stream.write(out) {
-            Ok(n) => drop(out.drain(..n)),
-            Err(e) if would_block(&e) => {
-                wait(stream.as_fd(), PollFlags::POLLOUT, &[], Some(deadline))?;
-            }
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Waits for `flags` on the socket or for one of the events; true when the last event, the stop event, is there.
-fn wait(
-    socket: BorrowedFd<'_>,
-    flags: PollFlags,
-    events: &[BorrowedFd<'_>],
-    deadline: Option<Instant>,
-) -> Result<bool, ConnectionError> {
-    let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
-        None => PollTimeout::NONE,
-        Some(left) if left.is_zero() => return Err(ConnectionError::HandshakeTimeout),
-        Some(left) => PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX),
-    };
-    // At most two events: the queue's and the stop event. A missing one repeats the socket, waiting for nothing.
-    let event = |i: usize| match events.get(i) {
-        Some(event) => PollFd::new(*event, PollFlags::POLLIN),
-        None => PollFd::new(socket, PollFlags::empty()),
-    };
-    let mut fds = [PollFd::new(socket, flags), event(0), event(1)];
-    let used = fds.get_mut(..=events.len()).unwrap_or_default();
-    match poll(used, timeout) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-        Err(e) => return Err(io::Error::from(e).into()),
-    }
-    Ok(!events.is_empty() && used.last().is_some_and(|fd| fd.any() == Some(true)))
-}
-
 /// A request that was submitted.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
@@ -173,31 +72,6 @@ struct Receiving<P> {
     filled: usize,
 }
 
-enum Body<P> {
-    Nothing,
-    Payload(P),
-    Bytes(Vec<u8>),
-}
-
-/// A reply on its way.
-struct Out<P> {
-    head: Head,
-    body: Body<P>,
-}
-
-impl<P: Payload> Out<P> {
-    fn body_bytes(&self) -> &[u8] {
-        match &self.body {
-            Body::Nothing => &[],
-            Body::Payload(payload) => payload.bytes(),
-            Body::Bytes(bytes) => bytes,
-        }
-    }
-    fn len(&self) -> usize {
-        self.head.bytes().len() + self.body_bytes().len()
-    }
-}
-
 struct Connection<'a, Q: Queue> {
     queue: Q,
     info: &'a ExportInfo,
@@ -209,9 +83,7 @@ struct Connection<'a, Q: Queue> {
     skip: usize,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
-    out: VecDeque<Out<Q::Payload>>,
-    /// Bytes of the first reply that are sent.
-    out_sent: usize,
+    out: Outbox<Q::Payload>,
     /// Bytes of payloads in `receiving`, under way and in `out`.
     held: usize,
     pool: Pool<Q::Payload>,
@@ -233,8 +105,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             skip: 0,
             pending: vec![None; usize::from(DEPTH)],
             free: (0..usize::from(DEPTH)).rev().collect(),
-            out: VecDeque::new(),
-            out_sent: 0,
+            out: Outbox::new(),
             held: 0,
             pool: Pool::new(),
             again: Vec::new(),
@@ -250,7 +121,12 @@ impl<'a, Q: Queue> Connection<'a, Q> {
                 self.reap();
             }
             self.reap();
-            self.send(stream)?;
+            let Connection { out, held, pool, .. } = &mut self;
+            out.send(stream, |payload| {
+                let len = payload.bytes().len();
+                *held -= len;
+                pool.give(payload, len);
+            })?;
             if self.leaving && self.free.len() == self.pending.len() && self.out.is_empty() {
                 return Ok(());
             }
@@ -458,7 +334,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
     }
 
     fn push(&mut self, head: Head, body: Body<Q::Payload>) {
-        self.out.push_back(Out { head, body });
+        self.out.push(head, body);
     }
 
     fn block_status(&mut self, request: &Request) {
@@ -518,7 +394,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
                 }
                 None => {}
             }
-            out.push_back(Out { head, body });
+            out.push(head, body);
         });
         for slot in again.drain(..) {
             if let Some(Some(pending)) = self.pending.get_mut(slot) {
@@ -528,44 +404,5 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             self.queue.kick();
         }
         self.again = again;
-    }
-
-    /// Sends replies until the socket is full or nothing is left.
-    fn send(&mut self, mut stream: &UnixStream) -> Result<(), ConnectionError> {
-        while !self.out.is_empty() {
-            let mut parts = [IoSlice::new(&[]); PARTS_MAX];
-            let mut skip = self.out_sent;
-            let both = self.out.iter().flat_map(|out| [out.head.bytes(), out.body_bytes()]);
-            let mut used = 0;
-            for (part, bytes) in parts.iter_mut().zip(both) {
-                let skipped = skip.min(bytes.len());
-                skip -= skipped;
-                *part = IoSlice::new(bytes.get(skipped..).unwrap_or_default());
-                used += 1;
-            }
-            let n = match stream.write_vectored(parts.get(..used).unwrap_or_default()) {
-                Ok(n) => n,
-                Err(e) if would_block(&e) => return Ok(()),
-                Err(e) => return Err(e.into()),
-            };
-            self.sent(n);
-        }
-        Ok(())
-    }
-
-    fn sent(&mut self, n: usize) {
-        self.out_sent += n;
-        while let Some(first) = self.out.front() {
-            let len = first.len();
-            if self.out_sent < len {
-                return;
-            }
-            self.out_sent -= len;
-            if let Some(Out { body: Body::Payload(payload), .. }) = self.out.pop_front() {
-                let len = payload.bytes().len();
-                self.held -= len;
-                self.pool.give(payload, len);
-            }
-        }
     }
 }

@@ -18,13 +18,15 @@
 pub mod backend;
 mod connection;
 pub mod front;
+mod greet;
 pub mod handshake;
+mod outbox;
 mod pool;
 pub mod server;
 pub mod wire;
 
 pub use backend::{Backend, Command, ExportInfo, Payload, Queue};
-pub use connection::ConnectionError;
 pub use front::{Front, FrontStep};
+pub use greet::ConnectionError;
 pub use handshake::{Handshake, HandshakeError, Negotiated};
 pub use server::{Event, Limits, Server, ServerError, Stop};

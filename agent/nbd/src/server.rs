@@ -17,10 +17,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use crate::{
-    backend::Backend,
-    connection::{self, ConnectionError},
-};
+use crate::{backend::Backend, connection, greet::ConnectionError};
 
 /// Bounds of a server.
 #[derive(Debug, Clone, Copy)]

@@ -1,8 +1,10 @@
-//! What an operation becomes: pure decisions, from a stack and a range to primitives.
+//! What an operation becomes: pure decisions, from a stack and a range to primitives, and from the kernel's answers
+//! to what follows.
 
 use nix::fcntl::FallocateFlags;
 
 use crate::{
+    error::IoError,
     header::BLOCK_BYTES,
     map::State,
     shared::Claim,
@@ -117,6 +119,69 @@ fn complete(stack: &Stack, block: u64, which: u8, copy_up: &mut Vec<Io>, fill: &
         let len = (stack.layers[index].size_bytes - offset).min(BLOCK_BYTES) as u32;
         copy_up.push(Io::Read { file: index as u32, offset, span: Span::bounce(which, 0, len) });
     }
+}
+
+/// What an answer of the kernel means.
+pub(crate) enum Verdict {
+    Done,
+    /// Interrupted, short, or to be done another way: issue the primitive, which was changed, again.
+    Again,
+    Failed(IoError),
+}
+
+/// Reads the kernel's answer to a primitive. `excused`: a hole that cannot be made is no failure, since the map
+/// says zero or nothing was promised.
+pub(crate) fn judge(io: &mut Io, result: i32, excused: bool) -> Verdict {
+    if result == -libc::EINTR || result == -libc::EAGAIN {
+        return Verdict::Again;
+    }
+    let failed = |what| Verdict::Failed(IoError::Host { what, errno: -result });
+    match io {
+        Io::Read { .. } if result < 0 => failed("read"),
+        Io::Write { .. } if result < 0 => failed("write"),
+        Io::Read { offset, span, .. } | Io::Write { offset, span, .. } => {
+            span.advance(result as u64);
+            *offset += result as u64;
+            match (span.len(), result) {
+                (0, _) => Verdict::Done,
+                (_, 0) => Verdict::Failed(IoError::Truncated),
+                _ => Verdict::Again,
+            }
+        }
+        Io::SyncData { .. } if result < 0 => failed("sync"),
+        Io::Allocate { .. } if result >= 0 => Verdict::Done,
+        Io::Allocate { .. } if result == -libc::EOPNOTSUPP && excused => Verdict::Done,
+        Io::Allocate { file, offset, len, .. } if result == -libc::EOPNOTSUPP => {
+            let span = Span { body: Body::Zeros { len: *len }, ..Span::buffers(0, 0) };
+            *io = Io::Write { file: *file, offset: *offset, span };
+            Verdict::Again
+        }
+        Io::Allocate { .. } => failed("hole"),
+        Io::SyncData { .. } => Verdict::Done,
+    }
+}
+
+/// The hole that frees the space of whole blocks.
+pub(crate) fn punch_blocks(file: u32, blocks: Claim) -> Option<Io> {
+    (blocks.count > 0).then(|| Io::Allocate {
+        file,
+        mode: punch(),
+        offset: blocks.first * BLOCK_BYTES,
+        len: blocks.count * BLOCK_BYTES,
+    })
+}
+
+/// The parts of a range outside the blocks that it covers, each with the bounce block that it may use.
+pub(crate) fn edges(range: Range, covered: Claim) -> impl Iterator<Item = (Range, u8)> {
+    let parts = if covered.count == 0 {
+        // It may touch two blocks, and then `write` uses both bounce blocks.
+        [range, Range { offset: range.end(), len: 0 }]
+    } else {
+        let (start, end) = (covered.first * BLOCK_BYTES, (covered.first + covered.count) * BLOCK_BYTES);
+        let left = Range { offset: range.offset, len: start - range.offset };
+        [left, Range { offset: end, len: range.end().saturating_sub(end) }]
+    };
+    parts.into_iter().zip(0..).filter(|(part, _)| part.len > 0)
 }
 
 #[cfg(test)]

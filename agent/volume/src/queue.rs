@@ -31,7 +31,7 @@ use crate::{
     keeper::{self, Keeper},
     map::State,
     op::{Full, Op},
-    plan::{self, Fill, Range},
+    plan::{self, Fill, Range, Verdict, edges, judge, punch_blocks},
     shared::{Claim, Core, QueueShared, lock},
     stack::Stack,
     uring::{Answer, Body, Buffers, Driver, Io, Span, event_fd, signal},
@@ -446,7 +446,8 @@ impl IoQueue {
         let slot = &mut self.slots[answer.slot as usize];
         slot.in_flight -= 1;
         let io = &mut slot.ios[answer.token as usize];
-        match judge(io, answer.result, slot.kind, self.stack.head_map().is_some()) {
+        let excused = slot.kind == Kind::Discard || self.stack.head_map().is_some();
+        match judge(io, answer.result, excused) {
             Verdict::Done => {}
             Verdict::Again => {
                 self.driver.issue(answer.slot, answer.token, io);
@@ -482,69 +483,4 @@ impl Drop for IoQueue {
             self.leave(index);
         }
     }
-}
-
-/// What an answer of the kernel means.
-enum Verdict {
-    Done,
-    /// Interrupted, short, or to be done another way: issue the primitive, which was changed, again.
-    Again,
-    Failed(IoError),
-}
-
-fn judge(io: &mut Io, result: i32, kind: Kind, layered: bool) -> Verdict {
-    if result == -libc::EINTR || result == -libc::EAGAIN {
-        return Verdict::Again;
-    }
-    let failed = |what| Verdict::Failed(IoError::Host { what, errno: -result });
-    match io {
-        Io::Read { .. } if result < 0 => failed("read"),
-        Io::Write { .. } if result < 0 => failed("write"),
-        Io::Read { offset, span, .. } | Io::Write { offset, span, .. } => {
-            span.advance(result as u64);
-            *offset += result as u64;
-            match (span.len(), result) {
-                (0, _) => Verdict::Done,
-                (_, 0) => Verdict::Failed(IoError::Truncated),
-                _ => Verdict::Again,
-            }
-        }
-        Io::SyncData { .. } if result < 0 => failed("sync"),
-        Io::Allocate { .. } if result >= 0 => Verdict::Done,
-        // The map says zero, or nothing was promised: the hole would only have saved space.
-        Io::Allocate { .. } if result == -libc::EOPNOTSUPP && (layered || kind == Kind::Discard) => {
-            Verdict::Done
-        }
-        Io::Allocate { file, offset, len, .. } if result == -libc::EOPNOTSUPP => {
-            let span = Span { body: Body::Zeros { len: *len }, ..Span::buffers(0, 0) };
-            *io = Io::Write { file: *file, offset: *offset, span };
-            Verdict::Again
-        }
-        Io::Allocate { .. } => failed("hole"),
-        Io::SyncData { .. } => Verdict::Done,
-    }
-}
-
-fn punch_blocks(file: u32, blocks: Claim) -> Option<Io> {
-    use crate::header::BLOCK_BYTES;
-    (blocks.count > 0).then(|| Io::Allocate {
-        file,
-        mode: plan::punch(),
-        offset: blocks.first * BLOCK_BYTES,
-        len: blocks.count * BLOCK_BYTES,
-    })
-}
-
-/// The parts of a range outside the blocks that it covers, each with the bounce block that it may use.
-fn edges(range: Range, covered: Claim) -> impl Iterator<Item = (Range, u8)> {
-    use crate::header::BLOCK_BYTES;
-    let parts = if covered.count == 0 {
-        // It may touch two blocks, and then `plan::write` uses both bounce blocks.
-        [range, Range { offset: range.end(), len: 0 }]
-    } else {
-        let (start, end) = (covered.first * BLOCK_BYTES, (covered.first + covered.count) * BLOCK_BYTES);
-        let left = Range { offset: range.offset, len: start - range.offset };
-        [left, Range { offset: end, len: range.end().saturating_sub(end) }]
-    };
-    parts.into_iter().zip(0..).filter(|(part, _)| part.len > 0)
 }

@@ -8,6 +8,7 @@
 //!   0x0002_0000   command line                         ┘
 //!   0x0009_fc00   ── end of conventional memory; reserved up to
 //!   0x000e_0000   ACPI tables, RSDP first
+//!   0x000f_fff0   a few instructions that reset the machine, where old ways to reboot jump to
 //!   0x0010_0000   kernel (bzImage: where it prefers), initrd at the end of RAM below 2 GiB
 //!   0xc000_0000   PCI hole: BARs up to 0xec00_0000, then ECAM of bus 0 (1 MiB)
 //!   0xfec0_0000   IO-APIC
@@ -38,6 +39,10 @@ pub const CMDLINE_BYTES_MAX: u64 = 0x1_0000;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// The ACPI tables; the RSDP is at the very start, on a boundary where guests without boot data scan for it.
 pub const ACPI_BASE: u64 = 0xe_0000;
+/// The reset vector as real mode sees it (FFFF:0000). Linux on reduced hardware without EFI reboots by a jump there.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// What lies there: `mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b`. Zeros would be executed for ever.
+pub const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, KEYBOARD_COMMAND_PORT as u8, 0xf4, 0xeb, 0xfd];
 /// Where RAM goes on above the legacy hole, and the lowest place for a kernel.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// The initrd ends below this: every kernel can reach it, and it is what Linux' own header says.

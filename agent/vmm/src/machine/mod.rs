@@ -189,6 +189,9 @@ impl Equipped {
         created
             .memory
             .write_slice(tables.bytes(), GuestAddress(layout::ACPI_BASE))
+            .and_then(|()| {
+                created.memory.write_slice(&layout::RESET_CODE, GuestAddress(layout::RESET_VECTOR))
+            })
             .map_err(|source| BootError::Write { what: "ACPI tables", source })?;
         let registers = boot::load(&created.memory, config.memory_bytes, &config.boot, tables.rsdp())?;
         let vcpus: Vec<Vcpu> =

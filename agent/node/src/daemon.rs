@@ -193,7 +193,21 @@ async fn signalled() {
 ///
 /// # Errors
 /// What keeps the daemon from serving.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config) -> anyhow::Result<()> {
+    // Few threads: an idle daemon stays small, and nothing here computes.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(run_async(config));
+    // Work on the host that is under way is left: the next start reconciles it.
+    runtime.shutdown_background();
+    result
+}
+
+async fn run_async(config: Config) -> anyhow::Result<()> {
     let start_time = SystemTime::now();
     let node_name = config.node_name()?;
     let _lock = lock(&config.state_dir)?;

@@ -1,4 +1,4 @@
-//! The binary `seriod`: arguments, logging, the runtime, and the daemon in it.
+//! The binary `seriod`: arguments, logging, and the daemon.
 #![forbid(unsafe_code)]
 
 use std::{path::PathBuf, process::ExitCode};
@@ -50,17 +50,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.check {
         return Ok(());
     }
-    // Few threads: an idle daemon stays small, and nothing here computes.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(16)
-        .thread_stack_size(1 << 20)
-        .enable_all()
-        .build()?;
-    let result = runtime.block_on(daemon::run(config));
-    // Work on the host that is under way is left: the next start reconciles it.
-    runtime.shutdown_background();
-    result
+    daemon::run(config)
 }
 
 fn main() -> ExitCode {

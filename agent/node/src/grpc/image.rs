@@ -172,7 +172,13 @@ impl Import {
         loop {
             let chunk = match next_chunk(&mut input).await {
                 Ok(Some(chunk)) => chunk,
-                Ok(None) => break,
+                Ok(None) => {
+                    // A clean end: what was not sent at the disk's end is a hole, too.
+                    if let Some((sender, _)) = &disk {
+                        sender.send((self.header.disk_bytes, Bytes::new())).await.ok();
+                    }
+                    break;
+                }
                 Err(error) => {
                     // The disk's job removes its file when its chunks break off.
                     finish_disk(disk.take()).await.ok();

@@ -95,7 +95,7 @@ fn run(core: &Core) {
     }
 }
 
-/// Makes what was written before durable: data, then map. A failure poisons the volume.
+/// Makes what was written before durable: data, then map. A failed sync poisons the volume.
 pub(crate) fn commit(core: &Core) -> Result<(), IoError> {
     let _one_at_a_time = lock(&core.commit);
     if core.is_poisoned() {
@@ -107,18 +107,20 @@ pub(crate) fn commit(core: &Core) -> Result<(), IoError> {
     if let Some(map) = &head.map {
         map.take_dirty(&mut pages);
     }
-    let result = (|| {
-        head.data.sync_data().map_err(|e| IoError::host("sync of the data", &e))?;
-        if let Some(file) = head.map_file.as_ref().filter(|_| !pages.is_empty()) {
-            for (offset, page) in &pages {
-                file.write_all_at(page, *offset).map_err(|e| IoError::host("write of the map", &e))?;
-            }
-            file.sync_data().map_err(|e| IoError::host("sync of the map", &e))?;
+    let synced = |result: std::io::Result<()>, what| {
+        result.map_err(|e| {
+            core.poison();
+            IoError::host(what, &e)
+        })
+    };
+    synced(head.data.sync_data(), "sync of the data")?;
+    let (Some(map), Some(file), false) = (&head.map, &head.map_file, pages.is_empty()) else { return Ok(()) };
+    for (offset, page) in &pages {
+        if let Err(e) = file.write_all_at(page, *offset) {
+            // A full disk, mostly. Nothing is lost: the next flush tries again.
+            pages.iter().for_each(|(offset, _)| map.mark_dirty(*offset));
+            return Err(IoError::host("write of the map", &e));
         }
-        Ok(())
-    })();
-    if result.is_err() {
-        core.poison();
     }
-    result
+    synced(file.sync_data(), "sync of the map")
 }

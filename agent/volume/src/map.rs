@@ -151,7 +151,7 @@ impl BlockMap {
             let skip = at % BLOCKS_PER_WORD;
             let n = (first + count - at).min(BLOCKS_PER_WORD - skip);
             let mask = (u64::MAX >> (64 - 2 * n)) << (2 * skip);
-            let new = state.bits() * LOW & mask;
+            let new = (state.bits() * LOW) & mask;
             let page_index = (at / BLOCKS_PER_PAGE) as usize;
             let word = &self.page(page_index)[(at % BLOCKS_PER_PAGE / BLOCKS_PER_WORD) as usize];
             let old = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
@@ -168,6 +168,12 @@ impl BlockMap {
     /// Whether some page differs from the file.
     pub(crate) fn any_dirty(&self) -> bool {
         self.dirty.iter().any(|word| word.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Counts a page that [`BlockMap::take_dirty`] gave as not written after all.
+    pub(crate) fn mark_dirty(&self, offset: u64) {
+        let index = (offset.saturating_sub(MAP_OFFSET) / PAGE_BYTES as u64) as usize;
+        self.dirty[index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
     }
 
     /// Copies the pages that differ from the file, and counts them as written.

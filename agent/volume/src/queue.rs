@@ -301,6 +301,9 @@ impl IoQueue {
     fn take_claim(&mut self, index: u32) -> bool {
         let Some(map) = self.stack.head_map() else { return true };
         let slot = &mut self.slots[index as usize];
+        if slot.range.len == 0 {
+            return true;
+        }
         let touched = slot.range.touched();
         let claim = match slot.kind {
             Kind::Read | Kind::Flush => return true,

@@ -209,6 +209,25 @@ fn guest_memory_is_read_and_written_in_place() {
 }
 
 #[test]
+fn nothing_written_changes_nothing() {
+    let temp = TempDir::new().expect("tempdir");
+    let dir = VolumeDir::new(temp.path());
+    dir.create(20_000).expect("create");
+    let volume = dir.open(Access::ReadWrite).expect("open");
+    let mut queue = volume.queue(1).expect("queue");
+    let mut buffers = Buffers::owned(20_000);
+    buffers.as_mut_slice().expect("owned").fill(7);
+    queue.run(Op::Write { offset: 0, buffers, fua: false }).0.expect("write");
+    dir.snapshot(&volume, "a").expect("snapshot");
+    for offset in [0, 100, 20_000] {
+        queue.run(Op::Write { offset, buffers: Buffers::owned(0), fua: true }).0.expect("write");
+        queue.run(Op::WriteZeroes { offset, len: 0, unmap: true }).0.expect("zeroes");
+        queue.run(Op::Discard { offset, len: 0 }).0.expect("discard");
+    }
+    assert!(read_all(&volume) == [7; 20_000]);
+}
+
+#[test]
 fn ranges_and_access_are_checked() {
     let temp = TempDir::new().expect("tempdir");
     let dir = VolumeDir::new(temp.path());

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    error::{CreateError, OpenError, SnapshotError},
+    error::{CreateError, IoError, OpenError, SnapshotError},
     header::{Header, HeaderError, HeaderState, NAME_BYTES_MAX},
     keeper::{self, Keeper},
     layer::{self, Layer},
@@ -277,9 +277,12 @@ impl Volume {
         (data, map_file): (Media, Media),
         name: &str,
     ) -> Result<SnapshotInfo, SnapshotError> {
-        let io = |what| move |source| SnapshotError::Io { what, source };
+        let io_error = |what| move |source| SnapshotError::Io { what, source };
         // 1. What the snapshot will promise is on disk.
-        keeper::commit(&self.core).map_err(|_| SnapshotError::Poisoned)?;
+        keeper::commit(&self.core).map_err(|e| match e {
+            IoError::Host { what, errno } => io_error(what)(io::Error::from_raw_os_error(errno)),
+            _ => SnapshotError::Poisoned,
+        })?;
         let _no_commit = lock(&self.core.commit);
         let old = self.core.stack();
         let Some(sealed) = old.head().header() else { return Err(SnapshotError::Raw) };
@@ -304,7 +307,7 @@ impl Volume {
         if let Err(e) = seal {
             // Whether it is on disk is unknown: only a reopening tells.
             self.core.poison();
-            return Err(io("seal the head")(e));
+            return Err(io_error("seal the head")(e));
         }
         // 4. From here on new I/O goes to the new head.
         let map = BlockMap::new(header.blocks());

@@ -161,9 +161,9 @@ impl Buffers {
     /// The bytes of owned memory; `None` for a guest's.
     pub fn as_slice(&self) -> Option<&[u8]> {
         match &self.hold {
-            // SAFETY: `owned` holds at least `len` initialized bytes, and `&self` shares them: an operation
-            // under way has the Buffers inside the driver, so the kernel does not write them now.
             Hold::Owned(owned) => {
+                // SAFETY: `owned` holds at least `len` initialized bytes, and `&self` shares them: an operation
+                // under way has the Buffers inside the driver, so the kernel does not write them now.
                 Some(unsafe { std::slice::from_raw_parts(owned.at.as_ptr(), self.len as usize) })
             }
             Hold::Nothing => Some(&[]),
@@ -174,8 +174,8 @@ impl Buffers {
     /// The bytes of owned memory, to be changed; `None` for a guest's.
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         match &mut self.hold {
-            // SAFETY: as in `as_slice`, and `&mut self` is the only access.
             Hold::Owned(owned) => {
+                // SAFETY: as in `as_slice`, and `&mut self` is the only access.
                 Some(unsafe { std::slice::from_raw_parts_mut(owned.at.as_ptr(), self.len as usize) })
             }
             Hold::Nothing => Some(&mut []),

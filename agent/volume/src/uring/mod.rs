@@ -130,7 +130,7 @@ struct Cargo {
 }
 
 enum Engine {
-    Ring(Ring),
+    Ring(Box<Ring>),
     Inline(Vec<Answer>),
 }
 
@@ -155,7 +155,7 @@ impl Driver {
     pub(crate) fn new(slots: u16, event: Arc<EventFd>, files: &[Media]) -> Driver {
         let real = files.iter().all(|m| matches!(m, Media::File(_)));
         let engine = match real.then(|| Ring::new(u32::from(slots), event.as_fd())) {
-            Some(Ok(ring)) => Engine::Ring(ring),
+            Some(Ok(ring)) => Engine::Ring(Box::new(ring)),
             _ => Engine::Inline(Vec::with_capacity(usize::from(slots))),
         };
         let cargo = (0..slots).map(|_| Cargo { buffers: Buffers::empty(), bounce: None, in_flight: 0 });

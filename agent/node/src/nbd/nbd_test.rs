@@ -1,0 +1,149 @@
+//! The front before a stranger's NBD server, talked to by strangers' clients (nbdkit, nbdinfo, nbdcopy).
+
+use std::{
+    process::{Output, Stdio},
+    sync::Mutex,
+};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tempfile::TempDir;
+use tokio::{process::Command, task::JoinHandle};
+
+use super::*;
+
+/// A CA, a server and a client, named as `serio pki` names them.
+fn certificates_in(dir: &Path) {
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
+    fs::write(dir.join("ca-cert.pem"), authority.pem()).unwrap();
+    for name in ["server", "client"] {
+        let key = KeyPair::generate().unwrap();
+        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
+        fs::write(dir.join(format!("{name}-cert.pem")), certificate.pem()).unwrap();
+        fs::write(dir.join(format!("{name}-key.pem")), key.serialize_pem()).unwrap();
+    }
+}
+
+struct Bench {
+    dir: TempDir,
+    port: u16,
+    front: JoinHandle<()>,
+    _disk: tokio::process::Child,
+    /// Names that were looked up.
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.front.abort();
+    }
+}
+
+/// A disk of 4 MiB behind the front under the name `token`.
+async fn bench() -> Option<Bench> {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("disk.sock");
+    let mut nbdkit = Command::new("nbdkit");
+    nbdkit.args(["--foreground", "--unix"]).arg(&socket).args(["memory", "4M"]).kill_on_drop(true);
+    let disk =
+        match (nbdkit.stderr(Stdio::null()).spawn(), Command::new("nbdinfo").arg("--version").output().await)
+        {
+            (Ok(disk), Ok(_)) => disk,
+            _ => {
+                eprintln!("skipped: nbdkit or nbdinfo (libnbd-bin) is not installed");
+                return None;
+            }
+        };
+    while UnixStream::connect(&socket).await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    certificates_in(dir.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let names = Arc::clone(&asked);
+    let lookup: Lookup = Arc::new(move |name| {
+        names.lock().unwrap().push(name.to_owned());
+        (name == "token").then(|| socket.clone())
+    });
+    let front = tokio::spawn(serve(listener, tls_config(dir.path()).unwrap(), lookup));
+    Some(Bench { dir, port, front, _disk: disk, asked })
+}
+
+impl Bench {
+    fn uri(&self, name: &str, certificates: &Path) -> String {
+        format!("nbds://localhost:{}/{name}?tls-certificates={}", self.port, certificates.display())
+    }
+}
+
+async fn run(program: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
+    timeout(Duration::from_secs(60), output).await.expect("it ended in time").unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_is_copied_through_tls() {
+    let Some(bench) = bench().await else { return };
+    let uri = bench.uri("token", bench.dir.path());
+    let size = run("nbdinfo", &["--size", &uri]).await;
+    assert_eq!(
+        String::from_utf8_lossy(&size.stdout).trim(),
+        "4194304",
+        "{}",
+        String::from_utf8_lossy(&size.stderr)
+    );
+    let (there, back) = (bench.dir.path().join("there"), bench.dir.path().join("back"));
+    let bytes: Vec<u8> = (0..4_u32 << 18).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    fs::write(&there, &bytes).unwrap();
+    for (from, to) in [(there.to_str().unwrap(), uri.as_str()), (&uri, back.to_str().unwrap())] {
+        let copied = run("nbdcopy", &[from, to]).await;
+        assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    }
+    assert_eq!(fs::read(&back).unwrap(), bytes);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_refused() {
+    let Some(bench) = bench().await else { return };
+    let wrong = run("nbdinfo", &[&bench.uri("wrong", bench.dir.path())]).await;
+    let said = String::from_utf8_lossy(&wrong.stderr);
+    assert!(!wrong.status.success() && said.contains("there is no export of that name"), "{said}");
+
+    // Without TLS nothing is even looked up.
+    bench.asked.lock().unwrap().clear();
+    let clear = run("nbdinfo", &[&format!("nbd://localhost:{}/token", bench.port)]).await;
+    let said = String::from_utf8_lossy(&clear.stderr);
+    assert!(!clear.status.success(), "{said}");
+    // Nor with another authority's certificate, even of a client that trusts the server.
+    let other = tempfile::tempdir().unwrap();
+    certificates_in(other.path());
+    fs::copy(bench.dir.path().join("ca-cert.pem"), other.path().join("ca-cert.pem")).unwrap();
+    let stranger = run("nbdinfo", &["--size", &bench.uri("token", other.path())]).await;
+    assert!(!stranger.status.success());
+    assert_eq!(bench.asked.lock().unwrap().as_slice(), [""; 0]);
+
+    // Garbage costs its own connection only.
+    let mut garbage = TcpStream::connect(("127.0.0.1", bench.port)).await.unwrap();
+    garbage.write_all(&[0xff; 64]).await.unwrap();
+    let mut answer = Vec::new();
+    // It ends, by a close or by a reset.
+    let _ = timeout(Duration::from_secs(20), garbage.read_to_end(&mut answer)).await.unwrap();
+    let size = run("nbdinfo", &["--size", &bench.uri("token", bench.dir.path())]).await;
+    assert!(size.status.success());
+}
+
+#[test]
+fn bad_certificates_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(tls_config(dir.path()).unwrap_err().to_string().contains("ca-cert.pem"));
+    certificates_in(dir.path());
+    tls_config(dir.path()).unwrap();
+    fs::write(dir.path().join("server-key.pem"), "nonsense").unwrap();
+    assert!(tls_config(dir.path()).unwrap_err().to_string().contains("server-key.pem"));
+    fs::write(dir.path().join("server-key.pem"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+    assert!(matches!(tls_config(dir.path()), Err(TlsError::Content { .. })), "a key of another certificate");
+    fs::write(dir.path().join("ca-cert.pem"), "").unwrap();
+    assert!(tls_config(dir.path()).unwrap_err().to_string().contains("ca-cert.pem"));
+}

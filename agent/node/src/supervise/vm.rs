@@ -90,8 +90,8 @@ impl VmHandle {
         })
     }
 
-    async fn order(&self, body: Body) -> Result<(), TalkError> {
-        match link::ask(&self.shared.run.control(), peer(self.pid()), body, ANSWER_WAIT).await? {
+    async fn order(&self, body: Body, wait: Duration) -> Result<(), TalkError> {
+        match link::ask(&self.shared.run.control(), peer(self.pid()), body, wait).await? {
             Body::Done(_) => Ok(()),
             _ => Err(ChannelError::Unexpected.into()),
         }
@@ -102,7 +102,7 @@ impl VmHandle {
     /// # Errors
     /// [`TalkError`].
     pub async fn power_button(&self) -> Result<(), TalkError> {
-        self.order(Body::PowerButton(Empty {})).await
+        self.order(Body::PowerButton(Empty {}), ANSWER_WAIT).await
     }
 
     /// Resets the machine.
@@ -110,13 +110,13 @@ impl VmHandle {
     /// # Errors
     /// [`TalkError`].
     pub async fn reset(&self) -> Result<(), TalkError> {
-        self.order(Body::Reset(Empty {})).await
+        self.order(Body::Reset(Empty {}), ANSWER_WAIT).await
     }
 
     /// Pulls the plug: asks the VMM to end, kills it if it does not; returns when it is gone.
     pub async fn stop(&self) -> EndRecord {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        let asked = self.order(Body::Stop(Empty {}));
+        let asked = self.order(Body::Stop(Empty {}), STOP_GRACE);
         let gone = async {
             tokio::select! {
                 _ = self.shared.watched.exit() => true,

@@ -4,8 +4,8 @@
 //! under software emulation sometimes does; that says nothing about Serio and is reported as what it is).
 //! Never: talks to a service except through the binary `serio`, as a user would.
 //!
-//! A host stays up after a test, so that the next one starts at once; `scripts/testbed down` ends it. Each case works in a
-//! vdc of its own, so no case depends on another.
+//! A host stays up after a test, so that the next one starts at once; `scripts/testbed down` ends it. Each case begins on an
+//! empty node and works in a vdc of its own, so no case depends on another; they run one at a time (.config/nextest.toml).
 
 use std::{
     env, fmt,
@@ -224,6 +224,19 @@ impl Host {
         .ok();
     }
 
+    /// Deletes what an earlier case left that was ended in its middle.
+    pub fn clear(&self) {
+        let exports = self.json(&["volume", "exports"]);
+        for name in exports.as_array().into_iter().flatten().filter_map(|export| export["name"].as_str()) {
+            self.serio(&["volume", "unexport", name]).ok();
+        }
+        let listed = self.json(&["vdc", "list"]);
+        for name in listed.as_array().into_iter().flatten().filter_map(|vdc| vdc["name"].as_str()) {
+            let name = name.trim_start_matches("vdcs/").to_owned();
+            drop(Vdc { host: self, name });
+        }
+    }
+
     /// The state of a VM as the API spells it, without `VM_STATE_`.
     #[track_caller]
     pub fn state(&self, vm: &str) -> String {
@@ -332,6 +345,7 @@ pub fn on_host(name: &str, options: &[&str], case: impl Fn(&Host)) {
     let attempt = || {
         catch_unwind(AssertUnwindSafe(|| {
             let host = Host::up(name, options);
+            host.clear();
             host.import_tiny();
             case(&host);
         }))

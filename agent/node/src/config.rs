@@ -15,7 +15,9 @@ use serio_types::{ByteSize, Name};
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: create it from the shipped seriod.toml, or name another with --config")]
+    #[error(
+        "cannot read the configuration {path}: create it from the shipped seriod.toml, or name another with --config"
+    )]
     Read {
         /// The file.
         path: PathBuf,
@@ -131,9 +133,9 @@ impl TryFrom<String> for Addr {
         if text.is_empty() {
             return Ok(Self(None));
         }
-        text.parse()
-            .map(|addr| Self(Some(addr)))
-            .map_err(|_| format!("`{text}` is not an address: write IP:PORT, for example 0.0.0.0:7440 or [::]:7440"))
+        text.parse().map(|addr| Self(Some(addr))).map_err(|_| {
+            format!("`{text}` is not an address: write IP:PORT, for example 0.0.0.0:7440 or [::]:7440")
+        })
     }
 }
 
@@ -169,7 +171,8 @@ impl Default for Capacity {
 impl Config {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let config: Self = toml::from_str(&text)
             .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
         config.check()?;
@@ -179,7 +182,9 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let inconsistent = |text: &str| Err(ConfigError::Inconsistent(text.to_owned()));
         if self.grpc.listen.0.is_some() && self.grpc.tls_dir.as_os_str().is_empty() {
-            return inconsistent("grpc.listen needs grpc.tls_dir: TCP is only served with mutual TLS (`serio pki` makes the files)");
+            return inconsistent(
+                "grpc.listen needs grpc.tls_dir: TCP is only served with mutual TLS (`serio pki` makes the files)",
+            );
         }
         if self.nbd.listen.0.is_some() && self.grpc.tls_dir.as_os_str().is_empty() {
             return inconsistent("nbd.listen needs grpc.tls_dir: NBD on TCP is only served with mutual TLS");
@@ -207,7 +212,11 @@ impl Config {
     /// The Unix socket of the gRPC services.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        if self.grpc.socket.as_os_str().is_empty() { self.run_dir.join("seriod.sock") } else { self.grpc.socket.clone() }
+        if self.grpc.socket.as_os_str().is_empty() {
+            self.run_dir.join("seriod.sock")
+        } else {
+            self.grpc.socket.clone()
+        }
     }
 }
 
@@ -232,6 +241,11 @@ mod tests {
     fn tcp_needs_certificates() {
         let config: Config = toml::from_str("[grpc]\nlisten = \"0.0.0.0:7440\"").unwrap();
         assert!(config.check().unwrap_err().to_string().contains("tls_dir"));
-        assert!(toml::from_str::<Config>("[grpc]\nlisten = \"7440\"").unwrap_err().to_string().contains("IP:PORT"));
+        assert!(
+            toml::from_str::<Config>("[grpc]\nlisten = \"7440\"")
+                .unwrap_err()
+                .to_string()
+                .contains("IP:PORT")
+        );
     }
 }

@@ -7,10 +7,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::net::UnixDatagram,
+    os::unix::{fs::DirBuilderExt, net::UnixDatagram},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context as _;
@@ -36,6 +36,9 @@ use crate::{
 
 /// How long the sockets wait for the recovery.
 const RECOVERY: Duration = Duration::from_secs(10);
+/// How long the lock is waited for, and how often it is tried.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
 /// How long open calls have at the end.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -65,23 +68,39 @@ pub fn lock(dir: &Path) -> Result<Flock<File>, LockError> {
         let path = path.to_owned();
         move |source| LockError::Access { path, source }
     };
-    fs::create_dir_all(dir).map_err(at(dir))?;
+    // Volumes are below it: nobody else's business.
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
     let path = dir.join("seriod.lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(at(&path))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => LockError::Taken { dir: dir.to_owned() },
-        other => at(&path)(other.into()),
-    })
+    let deadline = Instant::now() + LOCK_WAIT;
+    let mut file = file;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            // A killed seriod's lock may live on for a moment, in a child that it was just about to start.
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => file,
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Err(LockError::Taken { dir: dir.to_owned() }),
+            Err((_, errno)) => return Err(at(&path)(errno.into())),
+        };
+        std::thread::sleep(LOCK_AGAIN);
+    }
 }
 
 /// What the node may promise in all.
 fn capacity(config: &Config) -> anyhow::Result<Quota> {
     let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap_or_default();
-    let total_kib: u64 = total.trim().trim_end_matches(" kB").parse().context("/proc/meminfo has no MemTotal")?;
-    let disk = nix::sys::statvfs::statvfs(&config.state_dir).context("cannot ask for the size of state_dir's disk")?;
+    let total_kib: u64 =
+        total.trim().trim_end_matches(" kB").parse().context("/proc/meminfo has no MemTotal")?;
+    let disk = nix::sys::statvfs::statvfs(&config.state_dir)
+        .context("cannot ask for the size of state_dir's disk")?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a saturating cast of a small positive number")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "a saturating cast of a small positive number"
+    )]
     let vcpus = (cpus as f64 * config.capacity.overcommit_vcpu) as u64;
     Ok(Quota {
         vcpus,
@@ -120,11 +139,16 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         cgroup_root: None,
     })?;
     let found = Found { vms: supervisor.found()?, exports: supervisor.found_exports()? };
+    for volume in supervisor.found_volumes()?.iter().filter(|uid| !model.volumes.contains_key(uid)) {
+        // Rows come before files, so this is no half-made volume of ours: perhaps the database is an older copy.
+        tracing::warn!(%volume, "its files are in state_dir, but the database does not know it: they are left alone");
+    }
     let mut state = State::new(store, model, capacity(config)?);
     let effects = state.recover(now(), &found);
     let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
     let handles = Handles::default();
-    let executor = Executor::new(supervisor.clone(), handles.clone(), config.state_dir.clone(), inputs.clone());
+    let executor =
+        Executor::new(supervisor.clone(), handles.clone(), config.state_dir.clone(), inputs.clone());
     let watches = owner::spawn(state, effects, receiver, move |effect| executor.begin(effect))?;
     let client = Client::new(inputs, &watches);
     Ok(Core { watches, client, handles, supervisor, node_uid })
@@ -152,7 +176,9 @@ fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
 async fn start_nbd(config: &Config, handles: &Handles) -> anyhow::Result<Option<String>> {
     let Some(address) = config.nbd.listen.0 else { return Ok(None) };
     let tls = nbd::tls_config(&config.grpc.tls_dir)?;
-    let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (nbd.listen)"))?;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address} (nbd.listen)"))?;
     let bound = listener.local_addr().context("the NBD listener has no address")?;
     let handles = handles.clone();
     let lookup: nbd::Lookup = Arc::new(move |token: &str| {
@@ -180,7 +206,8 @@ fn notify_ready() {
 
 async fn signalled() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {
@@ -211,7 +238,8 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     let start_time = SystemTime::now();
     let node_name = config.node_name()?;
     let _lock = lock(&config.state_dir)?;
-    fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
+    fs::create_dir_all(&config.run_dir)
+        .with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
     // Before the VMs are touched: a configuration that cannot serve fails early.
     let tls = config.grpc.listen.0.map(|_| server::tls(&config.grpc.tls_dir)).transpose()?;
     let core = start_core(&config)?;
@@ -248,7 +276,9 @@ async fn serve(
     let unix = server::serve_unix(server::bind_unix(&socket)?, routes.clone(), wait(stopped.clone()));
     let tcp = match (config.grpc.listen.0, tls) {
         (Some(address), Some(tls)) => {
-            let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (grpc.listen)"))?;
+            let listener = TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen on {address} (grpc.listen)"))?;
             tracing::info!("serving gRPC on {} with mutual TLS", listener.local_addr()?);
             Some(server::serve_tcp(listener, tls, &config.grpc.tls_dir, routes, wait(stopped)))
         }

@@ -141,7 +141,10 @@ impl From<StoreError> for Error {
 fn is_full(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        if error.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull) {
+        if error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| io.kind() == std::io::ErrorKind::StorageFull)
+        {
             return true;
         }
         next = error.source();
@@ -169,14 +172,18 @@ impl Error {
         let why = chain(error);
         match failed.map(Failed::code) {
             Some(PeerCode::Invalid) => {
-                let (field, message) = failed.map_or(("", why.as_str()), |f| (f.field.as_str(), f.message.as_str()));
+                let (field, message) =
+                    failed.map_or(("", why.as_str()), |f| (f.field.as_str(), f.message.as_str()));
                 Self::invalid(if field.is_empty() { "spec" } else { field }, message)
             }
             Some(PeerCode::Exhausted) => Self::Full { doing, why },
-            Some(PeerCode::InUse | PeerCode::Precondition) => {
-                Self::precondition(doing, format!("was refused: {}", failed.map_or(why, |f| f.message.clone())))
+            Some(PeerCode::InUse | PeerCode::Precondition) => Self::precondition(
+                doing,
+                format!("was refused: {}", failed.map_or(why, |f| f.message.clone())),
+            ),
+            _ if is_full(error) => {
+                Self::Full { doing, why: format!("{why}; free some space on the disk of state_dir") }
             }
-            _ if is_full(error) => Self::Full { doing, why: format!("{why}; free some space on the disk of state_dir") },
             _ => Self::Failed { doing, why },
         }
     }

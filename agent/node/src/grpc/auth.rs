@@ -41,12 +41,13 @@ pub enum Role {
 pub fn role_of(certificate: &[u8]) -> Role {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return Role::Nobody };
     let mut units = certificate.subject().iter_organizational_unit().filter_map(|unit| unit.as_str().ok());
-    units.find_map(|unit| match unit {
-        "control-plane" => Some(Role::ControlPlane),
-        "auditor" | "peer-agent" => Some(Role::Reader),
-        _ => None,
-    })
-    .unwrap_or(Role::Nobody)
+    units
+        .find_map(|unit| match unit {
+            "control-plane" => Some(Role::ControlPlane),
+            "auditor" | "peer-agent" => Some(Role::Reader),
+            _ => None,
+        })
+        .unwrap_or(Role::Nobody)
 }
 
 /// What a method asks for: the path is `/serio.v1.VmService/GetVm`.
@@ -67,7 +68,10 @@ fn allowed(role: Role, path: &str) -> bool {
 
 /// The line of the group in /etc/group. Read by hand: the static binary has no name service.
 fn group_line(text: &str) -> Option<(u32, Vec<&str>)> {
-    let mut fields = text.lines().map(|line| line.split(':')).find_map(|mut fields| (fields.next() == Some(GROUP)).then_some(fields))?;
+    let mut fields = text
+        .lines()
+        .map(|line| line.split(':'))
+        .find_map(|mut fields| (fields.next() == Some(GROUP)).then_some(fields))?;
     let id = fields.nth(1)?.parse().ok()?;
     Some((id, fields.next().unwrap_or_default().split(',').filter(|name| !name.is_empty()).collect()))
 }
@@ -106,7 +110,8 @@ fn caller(extensions: &http::Extensions) -> Role {
     if let Some(info) = extensions.get::<UdsConnectInfo>() {
         return unix_role(info);
     }
-    let certificates = extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
+    let certificates =
+        extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
     let certificates: Option<Arc<Vec<_>>> = certificates;
     certificates.and_then(|all| all.first().map(|first| role_of(first))).unwrap_or(Role::Nobody)
 }

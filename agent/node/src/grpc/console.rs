@@ -78,7 +78,9 @@ async fn print_out(mut reader: OwnedReadHalf, sender: Sender) {
         };
         let message = match read {
             Ok(0) => return,
-            Ok(length) => Ok(ConsoleOutput { data: buffer.get(..length).unwrap_or_default().to_vec().into() }),
+            Ok(length) => {
+                Ok(ConsoleOutput { data: buffer.get(..length).unwrap_or_default().to_vec().into() })
+            }
             Err(error) => Err(failed("reading the console", &error)),
         };
         let broken = message.is_err();
@@ -89,7 +91,11 @@ async fn print_out(mut reader: OwnedReadHalf, sender: Sender) {
 }
 
 /// Client to guest, until the client closes its side (its output goes on then).
-async fn type_in(mut writer: OwnedWriteHalf, first: impl Into<Bytes>, mut input: Streaming<ConsoleInput>) -> io::Result<()> {
+async fn type_in(
+    mut writer: OwnedWriteHalf,
+    first: impl Into<Bytes>,
+    mut input: Streaming<ConsoleInput>,
+) -> io::Result<()> {
     writer.write_all(&first.into()).await?;
     while let Ok(Some(message)) = input.message().await {
         writer.write_all(&message.data).await?;

@@ -69,8 +69,12 @@ pub fn request<M: Message + Clone>(
     if id.is_empty() {
         return Ok(None);
     }
-    let id = Uuid::parse_str(&id)
-        .map_err(|_| Error::invalid("request_id", format!("`{id}` is not a UUID: use a new one for each request, or leave it empty")))?;
+    let id = Uuid::parse_str(&id).map_err(|_| {
+        Error::invalid(
+            "request_id",
+            format!("`{id}` is not a UUID: use a new one for each request, or leave it empty"),
+        )
+    })?;
     let digest = blake3::hash(&rest.encode_to_vec()).to_hex().to_string();
     Ok(Some(Request { id, method, digest }))
 }
@@ -88,7 +92,8 @@ pub(super) use request_of;
 /// # Errors
 /// It is missing, or a part is zero.
 pub fn quota(quota: Option<v1::Quota>) -> Result<Quota, Error> {
-    let quota = quota.ok_or_else(|| Error::invalid("quota", "is missing: give vcpus, memory_bytes and storage_bytes"))?;
+    let quota = quota
+        .ok_or_else(|| Error::invalid("quota", "is missing: give vcpus, memory_bytes and storage_bytes"))?;
     let mut fields = Fields::default();
     for (field, amount) in [
         ("quota.vcpus", u64::from(quota.vcpus)),
@@ -138,7 +143,10 @@ fn nic(fields: &mut Fields, index: usize, nic: &v1::NicSpec) -> NicSpec {
         spec.gateway = match nic.gateway.parse() {
             Ok(gateway) => Some(gateway),
             Err(_) => {
-                fields.wrong(field("gateway"), format!("`{}` is not an address: write for example 192.168.7.1", nic.gateway));
+                fields.wrong(
+                    field("gateway"),
+                    format!("`{}` is not an address: write for example 192.168.7.1", nic.gateway),
+                );
                 None
             }
         };
@@ -152,7 +160,10 @@ fn cloud_init(fields: &mut Fields, init: v1::CloudInit) -> CloudInit {
         fields.wrong("spec.cloud_init.hostname", chain(&error));
     }
     if init.ssh_keys.len() > SSH_KEYS_MAX {
-        fields.wrong("spec.cloud_init.ssh_keys", format!("{} keys: at most {SSH_KEYS_MAX}", init.ssh_keys.len()));
+        fields.wrong(
+            "spec.cloud_init.ssh_keys",
+            format!("{} keys: at most {SSH_KEYS_MAX}", init.ssh_keys.len()),
+        );
     }
     for (index, key) in init.ssh_keys.iter().enumerate() {
         if key.len() > SSH_KEY_BYTES_MAX || key.chars().any(char::is_control) || key.trim().is_empty() {
@@ -194,13 +205,17 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
     let volumes = spec.volumes.iter().enumerate().filter_map(|(index, name)| {
         let volume = fields.take(format!("spec.volumes[{index}]"), resource::parse_volume(name))?;
         if volume.vdc != *vdc {
-            fields.wrong(format!("spec.volumes[{index}]"), format!("is of vdc {}: a VM has volumes of its own vdc only", volume.vdc));
+            fields.wrong(
+                format!("spec.volumes[{index}]"),
+                format!("is of vdc {}: a VM has volumes of its own vdc only", volume.vdc),
+            );
         }
         Some(volume.name)
     });
     let volumes = volumes.collect();
     let nics = spec.nics.iter().enumerate().map(|(index, one)| nic(&mut fields, index, one)).collect();
-    let cmdline = if spec.cmdline.is_empty() { None } else { fields.take("spec.cmdline", spec.cmdline.try_into()) };
+    let cmdline =
+        if spec.cmdline.is_empty() { None } else { fields.take("spec.cmdline", spec.cmdline.try_into()) };
     let cloud_init = spec.cloud_init.map(|init| cloud_init(&mut fields, init));
     let whole = vcpus.zip(memory).zip(image).map(|((vcpus, memory), image)| VmSpec {
         vcpus,
@@ -220,10 +235,17 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
 ///
 /// # Errors
 /// Negative, or beyond `max`.
-pub fn duration(name: &str, value: Option<&ProtoDuration>, absent: Duration, max: Duration) -> Result<Duration, Error> {
+pub fn duration(
+    name: &str,
+    value: Option<&ProtoDuration>,
+    absent: Duration,
+    max: Duration,
+) -> Result<Duration, Error> {
     let Some(value) = value else { return Ok(absent) };
     let whole = u64::try_from(value.seconds).ok().zip(u32::try_from(value.nanos).ok());
-    let given = whole.map(|(seconds, nanos)| Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into())));
+    let given = whole.map(|(seconds, nanos)| {
+        Duration::from_secs(seconds).saturating_add(Duration::from_nanos(nanos.into()))
+    });
     given
         .filter(|d| *d <= max)
         .ok_or_else(|| Error::invalid(name, format!("{}s: give 0s to {}s", value.seconds, max.as_secs())))
@@ -303,7 +325,10 @@ pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
     let up = record.start_time.filter(|_| matches!(view.state, VmState::Running | VmState::Stopping));
     let uptime = up.map(|start| {
         let ms = now.0.saturating_sub(start.0).max(0);
-        ProtoDuration { seconds: ms / 1000, nanos: i32::try_from(ms % 1000).unwrap_or(0).saturating_mul(1_000_000) }
+        ProtoDuration {
+            seconds: ms / 1000,
+            nanos: i32::try_from(ms % 1000).unwrap_or(0).saturating_mul(1_000_000),
+        }
     });
     let status = v1::VmStatus {
         state: state.into(),

@@ -6,9 +6,9 @@ use std::{io, path::PathBuf};
 
 use bytes::Bytes;
 use serio_api::v1::{
-    DeleteImageRequest, DeleteImageResponse, GetImageRequest, Image, ImageChunk, ImagePart, ImportImageHeader,
-    ImportImageRequest, ListImagesRequest, ListImagesResponse, image_service_server::ImageService,
-    import_image_request::What,
+    DeleteImageRequest, DeleteImageResponse, GetImageRequest, Image, ImageChunk, ImagePart,
+    ImportImageHeader, ImportImageRequest, ListImagesRequest, ListImagesResponse,
+    image_service_server::ImageService, import_image_request::What,
 };
 use serio_types::{Cmdline, Name, VolumeSize, resource};
 use tokio::{
@@ -58,7 +58,10 @@ fn check(header: &ImportImageHeader) -> Result<Header, Error> {
     let name = fields.take("image_id", header.image_id.parse::<Name>());
     let cmdline = fields.take("cmdline", Cmdline::try_from(header.cmdline.clone()));
     if header.format != "raw" {
-        fields.wrong("format", format!("`{}` is not known: this node imports raw (convert with qemu-img)", header.format));
+        fields.wrong(
+            "format",
+            format!("`{}` is not known: this node imports raw (convert with qemu-img)", header.format),
+        );
     }
     if header.disk_bytes > 0 {
         fields.take("disk_bytes", VolumeSize::holding(header.disk_bytes));
@@ -130,9 +133,10 @@ impl PartFile {
 fn host(path: &std::path::Path, error: &io::Error) -> Error {
     let why = format!("{}: {error}", path.display());
     match error.kind() {
-        io::ErrorKind::StorageFull => {
-            Error::Full { doing: "importing the image", why: format!("{why}; free some space on the disk of state_dir") }
-        }
+        io::ErrorKind::StorageFull => Error::Full {
+            doing: "importing the image",
+            why: format!("{why}; free some space on the disk of state_dir"),
+        },
         _ => Error::Failed { doing: "importing the image", why },
     }
 }
@@ -188,8 +192,12 @@ impl Import {
             let part = ImagePart::try_from(chunk.part).unwrap_or(ImagePart::Unspecified);
             let unannounced = || Error::invalid("chunk.part", "a part that the header did not announce");
             match part {
-                ImagePart::Kernel => kernel.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?,
-                ImagePart::Initrd => initrd.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?,
+                ImagePart::Kernel => {
+                    kernel.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?
+                }
+                ImagePart::Initrd => {
+                    initrd.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?
+                }
                 ImagePart::Disk => {
                     let (sender, _) = disk.as_ref().ok_or_else(unannounced)?;
                     if sender.send((chunk.offset, Bytes::from(chunk.data))).await.is_err() {
@@ -253,7 +261,10 @@ async fn finish_disk(job: Option<DiskJob>) -> Result<Option<ImportedImage>, Erro
 }
 
 async fn next_chunk(input: &mut Streaming<ImportImageRequest>) -> Result<Option<ImageChunk>, Error> {
-    let message = input.message().await.map_err(|status| Error::invalid("chunk", format!("the stream broke off: {status}")))?;
+    let message = input
+        .message()
+        .await
+        .map_err(|status| Error::invalid("chunk", format!("the stream broke off: {status}")))?;
     match message.map(|m| m.what) {
         None => Ok(None),
         Some(Some(What::Chunk(chunk))) if chunk.data.len() > CHUNK_BYTES_MAX => {
@@ -267,7 +278,10 @@ async fn next_chunk(input: &mut Streaming<ImportImageRequest>) -> Result<Option<
 
 #[tonic::async_trait]
 impl ImageService for ImageApi {
-    async fn import_image(&self, request: Request<Streaming<ImportImageRequest>>) -> Result<Response<Image>, Status> {
+    async fn import_image(
+        &self,
+        request: Request<Streaming<ImportImageRequest>>,
+    ) -> Result<Response<Image>, Status> {
         let mut input = request.into_inner();
         let Some(What::Header(header)) = input.message().await?.and_then(|m| m.what) else {
             return Err(Error::invalid("header", "is missing: the first message is the header").into());
@@ -300,7 +314,10 @@ impl ImageService for ImageApi {
         }
     }
 
-    async fn list_images(&self, _: Request<ListImagesRequest>) -> Result<Response<ListImagesResponse>, Status> {
+    async fn list_images(
+        &self,
+        _: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
         match self.0.query(Query::Images(None)).await? {
             Answer::Images(images) => {
                 Ok(Response::new(ListImagesResponse { images: images.iter().map(convert::image).collect() }))
@@ -309,7 +326,10 @@ impl ImageService for ImageApi {
         }
     }
 
-    async fn delete_image(&self, request: Request<DeleteImageRequest>) -> Result<Response<DeleteImageResponse>, Status> {
+    async fn delete_image(
+        &self,
+        request: Request<DeleteImageRequest>,
+    ) -> Result<Response<DeleteImageResponse>, Status> {
         let message = request.into_inner();
         let id = request_of!("DeleteImage", &message)?;
         let name = field("name", resource::parse_image(&message.name))?;

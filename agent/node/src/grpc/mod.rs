@@ -84,7 +84,10 @@ impl Context {
 /// An answer of another kind than the question's: our mistake, told to the caller rather than by a panic.
 fn unexpected(answer: &Answer) -> Error {
     let kind = format!("{answer:?}");
-    Error::Failed { doing: "answering", why: format!("an unexpected answer: {}", kind.split('(').next().unwrap_or_default()) }
+    Error::Failed {
+        doing: "answering",
+        why: format!("an unexpected answer: {}", kind.split('(').next().unwrap_or_default()),
+    }
 }
 
 /// All services, with health and reflection.

@@ -4,7 +4,8 @@ use std::{fs, pin::Pin};
 
 use pbjson_types::Timestamp;
 use serio_api::v1::{
-    Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, WatchEventsRequest, node_service_server::NodeService,
+    Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, WatchEventsRequest,
+    node_service_server::NodeService,
 };
 use serio_store::record::Millis;
 use tokio::sync::mpsc;
@@ -93,7 +94,8 @@ impl NodeService for NodeApi {
         let running = vms.iter().filter(|v| matches!(v.state, VmState::Running | VmState::Stopping)).count();
         let node = &self.0.node;
         let started = node.start_time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let start_time: Timestamp = convert::timestamp(Millis(i64::try_from(started.as_millis()).unwrap_or(0)));
+        let start_time: Timestamp =
+            convert::timestamp(Millis(i64::try_from(started.as_millis()).unwrap_or(0)));
         Ok(Response::new(Node {
             name: format!("nodes/{}", node.name),
             uid: node.uid.clone(),
@@ -121,7 +123,10 @@ impl NodeService for NodeApi {
 
     type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
-    async fn watch_events(&self, request: Request<WatchEventsRequest>) -> Result<Response<Self::WatchEventsStream>, Status> {
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let message = request.into_inner();
         let (sender, receiver) = mpsc::channel(16);
         tokio::spawn(self.clone().send_events(message.from, message.follow, sender));

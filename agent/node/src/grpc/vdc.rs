@@ -65,7 +65,10 @@ impl VdcService for VdcApi {
         Ok(one(self.0.mutate(mutation, id).await?)?)
     }
 
-    async fn delete_vdc(&self, request: Request<DeleteVdcRequest>) -> Result<Response<DeleteVdcResponse>, Status> {
+    async fn delete_vdc(
+        &self,
+        request: Request<DeleteVdcRequest>,
+    ) -> Result<Response<DeleteVdcResponse>, Status> {
         let message = request.into_inner();
         let id = request_of!("DeleteVdc", &message)?;
         let name = field("name", resource::parse_vdc(&message.name))?;

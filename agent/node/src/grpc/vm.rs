@@ -3,8 +3,9 @@
 use std::{pin::Pin, time::Duration};
 
 use serio_api::v1::{
-    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, GetVmRequest, ListVmsRequest,
-    ListVmsResponse, ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm, vm_service_server::VmService,
+    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, GetVmRequest,
+    ListVmsRequest, ListVmsResponse, ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm,
+    vm_service_server::VmService,
 };
 use serio_types::resource;
 use tokio_stream::Stream;
@@ -70,7 +71,9 @@ impl VmService for VmApi {
         match self.0.query(Query::Vms(vdc)).await? {
             Answer::Vms(views) => {
                 let now = model::now();
-                Ok(Response::new(ListVmsResponse { vms: views.iter().map(|v| convert::vm(v, now)).collect() }))
+                Ok(Response::new(ListVmsResponse {
+                    vms: views.iter().map(|v| convert::vm(v, now)).collect(),
+                }))
             }
             other => Err(unexpected(&other).into()),
         }
@@ -98,11 +101,15 @@ impl VmService for VmApi {
         Ok(one(self.0.mutate(Mutation::RebootVm { name }, id).await?)?)
     }
 
-    async fn delete_vm(&self, request: Request<DeleteVmRequest>) -> Result<Response<DeleteVmResponse>, Status> {
+    async fn delete_vm(
+        &self,
+        request: Request<DeleteVmRequest>,
+    ) -> Result<Response<DeleteVmResponse>, Status> {
         let message = request.into_inner();
         let id = request_of!("DeleteVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
-        let mutation = Mutation::DeleteVm { name, keep_root_volume: message.keep_root_volume, force: message.force };
+        let mutation =
+            Mutation::DeleteVm { name, keep_root_volume: message.keep_root_volume, force: message.force };
         self.0.mutate(mutation, id).await?;
         Ok(Response::new(DeleteVmResponse {}))
     }
@@ -123,7 +130,10 @@ impl VmService for VmApi {
 
     type ReadLogStream = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
 
-    async fn read_log(&self, request: Request<ReadLogRequest>) -> Result<Response<Self::ReadLogStream>, Status> {
+    async fn read_log(
+        &self,
+        request: Request<ReadLogRequest>,
+    ) -> Result<Response<Self::ReadLogStream>, Status> {
         let message = request.into_inner();
         let view = self.find(&message.name).await?;
         let path = self.0.supervisor.log_path(view.record.uid);

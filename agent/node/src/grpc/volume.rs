@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use serio_api::v1::{
-    CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest, DeleteExportResponse,
-    DeleteVolumeRequest, DeleteVolumeResponse, Export, GetVolumeRequest, ListExportsRequest, ListExportsResponse,
-    ListSnapshotsRequest, ListSnapshotsResponse, ListVolumesRequest, ListVolumesResponse, Snapshot, Volume,
-    volume_service_server::VolumeService,
+    CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest,
+    DeleteExportResponse, DeleteVolumeRequest, DeleteVolumeResponse, Export, GetVolumeRequest,
+    ListExportsRequest, ListExportsResponse, ListSnapshotsRequest, ListSnapshotsResponse, ListVolumesRequest,
+    ListVolumesResponse, Snapshot, Volume, volume_service_server::VolumeService,
 };
 use serio_types::{Name, SnapshotName, resource};
 use tonic::{Request, Response, Status};
@@ -81,7 +81,10 @@ impl VolumeService for VolumeApi {
         }
     }
 
-    async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Result<Response<ListVolumesResponse>, Status> {
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
         let parent = request.into_inner().parent;
         let vdc = if parent.is_empty() { None } else { Some(field("parent", resource::parse_vdc(&parent))?) };
         match self.0.query(Query::Volumes(vdc)).await? {
@@ -96,7 +99,10 @@ impl VolumeService for VolumeApi {
         }
     }
 
-    async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Result<Response<DeleteVolumeResponse>, Status> {
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
         let message = request.into_inner();
         let id = request_of!("DeleteVolume", &message)?;
         let name = field("name", resource::parse_volume(&message.name))?;
@@ -104,7 +110,10 @@ impl VolumeService for VolumeApi {
         Ok(Response::new(DeleteVolumeResponse {}))
     }
 
-    async fn create_snapshot(&self, request: Request<CreateSnapshotRequest>) -> Result<Response<Snapshot>, Status> {
+    async fn create_snapshot(
+        &self,
+        request: Request<CreateSnapshotRequest>,
+    ) -> Result<Response<Snapshot>, Status> {
         let message = request.into_inner();
         let id = request_of!("CreateSnapshot", &message)?;
         let mut fields = Fields::default();
@@ -124,9 +133,9 @@ impl VolumeService for VolumeApi {
     ) -> Result<Response<ListSnapshotsResponse>, Status> {
         let volume = field("volume", resource::parse_volume(&request.get_ref().volume))?;
         match self.0.query(Query::Snapshots(volume)).await? {
-            Answer::Snapshots(views) => {
-                Ok(Response::new(ListSnapshotsResponse { snapshots: views.iter().map(convert::snapshot).collect() }))
-            }
+            Answer::Snapshots(views) => Ok(Response::new(ListSnapshotsResponse {
+                snapshots: views.iter().map(convert::snapshot).collect(),
+            })),
             other => Err(unexpected(&other).into()),
         }
     }
@@ -150,7 +159,10 @@ impl VolumeService for VolumeApi {
         }
     }
 
-    async fn list_exports(&self, _: Request<ListExportsRequest>) -> Result<Response<ListExportsResponse>, Status> {
+    async fn list_exports(
+        &self,
+        _: Request<ListExportsRequest>,
+    ) -> Result<Response<ListExportsResponse>, Status> {
         match self.0.query(Query::Exports).await? {
             Answer::Exports(views) => {
                 let mut exports = Vec::with_capacity(views.len());
@@ -163,7 +175,10 @@ impl VolumeService for VolumeApi {
         }
     }
 
-    async fn delete_export(&self, request: Request<DeleteExportRequest>) -> Result<Response<DeleteExportResponse>, Status> {
+    async fn delete_export(
+        &self,
+        request: Request<DeleteExportRequest>,
+    ) -> Result<Response<DeleteExportResponse>, Status> {
         let message = request.into_inner();
         let id = request_of!("DeleteExport", &message)?;
         let export = field("name", resource::parse_export(&message.name))?;

@@ -222,6 +222,12 @@ impl Request {
     /// The row that remembers it.
     #[must_use]
     pub fn record(&self, resource: String, time: serio_store::record::Millis) -> RequestRecord {
-        RequestRecord { id: self.id, method: self.method.to_owned(), digest: self.digest.clone(), resource, time }
+        RequestRecord {
+            id: self.id,
+            method: self.method.to_owned(),
+            digest: self.digest.clone(),
+            resource,
+            time,
+        }
     }
 }

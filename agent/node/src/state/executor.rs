@@ -65,7 +65,8 @@ pub struct Executor {
 
 /// A directory that is gone afterwards, durably. No error when it was not there.
 fn remove_dir(dir: &Path) -> Result<(), Error> {
-    let failed = |e: io::Error| Error::Failed { doing: "removing files", why: format!("{}: {e}", dir.display()) };
+    let failed =
+        |e: io::Error| Error::Failed { doing: "removing files", why: format!("{}: {e}", dir.display()) };
     match std::fs::remove_dir_all(dir) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
         _ => {}
@@ -77,14 +78,21 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Ending))
 }
 
 impl Executor {
     /// One that reports to `inputs`. Call it inside the runtime that shall do the work.
     #[must_use]
-    pub fn new(supervisor: Supervisor, handles: Handles, state_dir: PathBuf, inputs: mpsc::Sender<Input>) -> Self {
+    pub fn new(
+        supervisor: Supervisor,
+        handles: Handles,
+        state_dir: PathBuf,
+        inputs: mpsc::Sender<Input>,
+    ) -> Self {
         Self { supervisor, handles, state_dir, inputs, runtime: runtime::Handle::current() }
     }
 
@@ -199,7 +207,10 @@ impl Executor {
             .map(|volume| DiskPlan { source: DiskSource::Volume(*volume), read_only: false })
             .collect();
         if let Some(path) = self.seed(&launch).await? {
-            disks.push(DiskPlan { source: DiskSource::File { name: "seed".to_owned(), path }, read_only: true });
+            disks.push(DiskPlan {
+                source: DiskSource::File { name: "seed".to_owned(), path },
+                read_only: true,
+            });
         }
         let nic = |(index, nic): (usize, &super::effect::LaunchNic)| NicPlan {
             mac: nic.mac.bytes(),
@@ -240,9 +251,8 @@ impl Executor {
         blocking(move || {
             let bytes = seed::build(&spec).map_err(|e| Error::invalid("spec.cloud_init", chain(&e)))?;
             let path = dir.join("seed.img");
-            std::fs::create_dir_all(&dir).and_then(|()| std::fs::write(&path, bytes)).map_err(|e| Error::Failed {
-                doing: "writing the seed",
-                why: format!("{}: {e}", path.display()),
+            std::fs::create_dir_all(&dir).and_then(|()| std::fs::write(&path, bytes)).map_err(|e| {
+                Error::Failed { doing: "writing the seed", why: format!("{}: {e}", path.display()) }
             })?;
             Ok(Some(path))
         })

@@ -54,7 +54,10 @@ impl State {
         let volume = self.model.volume(name)?;
         let resource = resource::volume(name);
         if self.model.exports.len() >= EXPORTS_MAX {
-            return Err(Error::precondition("exports", format!("are {EXPORTS_MAX} on this node, the most: end one first")));
+            return Err(Error::precondition(
+                "exports",
+                format!("are {EXPORTS_MAX} on this node, the most: end one first"),
+            ));
         }
         if let Some(op) = self.volume_ops.get(&volume.uid) {
             return Err(Error::Busy { resource, operation: op.operation() });
@@ -64,7 +67,10 @@ impl State {
         }
         if let Some(snapshot) = snapshot {
             if writable {
-                return Err(Error::invalid("writable", "a snapshot never changes: leave writable out, or export the volume itself"));
+                return Err(Error::invalid(
+                    "writable",
+                    "a snapshot never changes: leave writable out, or export the volume itself",
+                ));
             }
             if !self.model.snapshots_of(volume.uid).any(|s| s.name == *snapshot && s.state == Made::Ready) {
                 return Err(Error::not_found(resource::snapshot(name, snapshot)));
@@ -125,7 +131,10 @@ impl State {
     pub(super) fn delete_export(&mut self, id: &Name, op: Op) -> Result<(), Refused> {
         let record = check!(op, self.model.export(id)).clone();
         if self.export_ops.contains_key(id) {
-            return Err((op, Error::Busy { resource: format!("exports/{id}"), operation: "its start or end" }));
+            return Err((
+                op,
+                Error::Busy { resource: format!("exports/{id}"), operation: "its start or end" },
+            ));
         }
         let mut changes = vec![Change::Export(ExportRecord { state: Made::Deleting, ..record })];
         changes.extend(self.remember(&op, format!("exports/{id}")));
@@ -142,7 +151,11 @@ impl State {
             self.strangers = self.strangers.saturating_sub(1);
             return;
         };
-        let event = self.event(self.model.volume_resource(record.volume), "unexported", format!("exports/{id} ended"));
+        let event = self.event(
+            self.model.volume_resource(record.volume),
+            "unexported",
+            format!("exports/{id} ended"),
+        );
         self.record(vec![Change::Delete(Key::Export(id.clone())), event]);
         if let Some(op) = op {
             op.finish(Ok(Answer::Nothing));

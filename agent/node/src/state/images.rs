@@ -65,11 +65,13 @@ impl State {
         Ok(Answer::Image(ready))
     }
 
-    /// Forgets an image that did not become whole; its files go.
-    pub(super) fn abort_import(&mut self, uid: Uuid) {
-        let Some(record) = self.model.images.get(&uid).filter(|r| r.state == Made::Creating).cloned() else { return };
+    /// Forgets an image that did not become whole; answered when its files are gone.
+    pub(super) fn abort_import(&mut self, uid: Uuid, op: Op) {
+        let Some(record) = self.model.images.get(&uid).filter(|r| r.state == Made::Creating).cloned() else {
+            return op.finish(Ok(Answer::Nothing));
+        };
         self.record(vec![Change::Delete(Key::RequestsOf(resource::image(&record.name)))]);
-        self.remove_image(ImageRecord { state: Made::Deleting, ..record }, Op::default());
+        self.remove_image(ImageRecord { state: Made::Deleting, ..record }, op);
     }
 
     pub(super) fn remove_image(&mut self, record: ImageRecord, op: Op) {
@@ -92,9 +94,16 @@ impl State {
             let why = format!("gives the kernel of {}: delete these VMs first", users.join(", "));
             return Err((op, Error::precondition(resource::image(name), why)));
         }
-        let copying = self.model.volumes.values().any(|v| v.state == Made::Creating && v.source_image.as_ref() == Some(name));
+        let copying = self
+            .model
+            .volumes
+            .values()
+            .any(|v| v.state == Made::Creating && v.source_image.as_ref() == Some(name));
         if copying {
-            return Err((op, Error::Busy { resource: resource::image(name), operation: "a copy into a volume" }));
+            return Err((
+                op,
+                Error::Busy { resource: resource::image(name), operation: "a copy into a volume" },
+            ));
         }
         let uid = record.uid;
         let mut changes = vec![Change::Image(ImageRecord { state: Made::Deleting, ..record })];

@@ -30,8 +30,8 @@
 
 pub mod command;
 pub mod effect;
-mod exports;
 mod executor;
+mod exports;
 mod images;
 pub mod model;
 pub mod owner;
@@ -43,7 +43,6 @@ mod views;
 mod vms;
 mod volumes;
 
-
 use std::collections::BTreeMap;
 
 use serio_store::{
@@ -53,9 +52,9 @@ use serio_store::{
 use serio_types::{Name, Quota};
 use uuid::Uuid;
 
-pub use executor::{Executor, Handles};
 use command::{Answer, Command, Mutation, Reply, Request};
 use effect::{Effect, Input, Timer};
+pub use executor::{Executor, Handles};
 use model::Model;
 use phase::{Op, Phase, VolumeOp};
 
@@ -141,10 +140,7 @@ impl State {
         match command {
             Command::Query(query) => answer(reply, self.query(&query)),
             Command::FinishImport(files) => answer(reply, self.finish_import(files)),
-            Command::AbortImport(uid) => {
-                self.abort_import(uid);
-                answer(reply, Ok(Answer::Nothing));
-            }
+            Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {
                 let op = Op { replies: vec![reply], request };
                 match self.replay(op) {
@@ -168,7 +164,9 @@ impl State {
             Mutation::StartVm { name } => self.start_vm(&name, op),
             Mutation::StopVm { name, force, timeout } => self.stop_vm(&name, force, timeout, op),
             Mutation::RebootVm { name } => self.reboot_vm(&name, op),
-            Mutation::DeleteVm { name, keep_root_volume, force } => self.delete_vm(&name, keep_root_volume, force, op),
+            Mutation::DeleteVm { name, keep_root_volume, force } => {
+                self.delete_vm(&name, keep_root_volume, force, op)
+            }
             Mutation::CreateVolume { name, size, image } => self.create_volume(name, size, image, op),
             Mutation::DeleteVolume { name } => self.delete_volume(&name, op),
             Mutation::CreateSnapshot { name } => self.create_snapshot(&name, op),
@@ -201,7 +199,15 @@ impl State {
     /// An event for [`State::commit`], which numbers it.
     fn event(&self, resource: String, kind: &str, message: impl Into<String>) -> Change {
         let message = message.into();
-        tracing::info!(resource, kind, "{message}");
+        if resource.contains("/vms/") {
+            tracing::info!(vm = resource, kind, "{message}");
+        } else if resource.contains("/volumes/") {
+            tracing::info!(volume = resource, kind, "{message}");
+        } else if resource.starts_with("vdcs/") {
+            tracing::info!(vdc = resource, kind, "{message}");
+        } else {
+            tracing::info!(resource, kind, "{message}");
+        }
         Change::Event(EventRecord { number: 0, time: self.now, resource, kind: kind.to_owned(), message })
     }
 
@@ -267,3 +273,10 @@ macro_rules! check {
     };
 }
 use check;
+
+#[cfg(test)]
+mod crash_test;
+#[cfg(test)]
+mod state_test;
+#[cfg(test)]
+mod world_test;

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 
 use serio_store::{
     Change, Contents, Key,
-    record::{
-        ExportRecord, ImageRecord, Made, Millis, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord,
-    },
+    record::{ExportRecord, ImageRecord, Made, Millis, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord},
 };
 use serio_types::{Name, Quota, VdcName, resource};
 use serio_vdc::add;
@@ -76,7 +74,9 @@ impl Model {
                 self.snapshots.retain(|(volume, _), _| volume != uid);
                 self.volumes.remove(uid);
             }
-            Key::Snapshot(uid, name) => self.snapshots.retain(|(volume, _), r| volume != uid || r.name != *name),
+            Key::Snapshot(uid, name) => {
+                self.snapshots.retain(|(volume, _), r| volume != uid || r.name != *name)
+            }
             Key::Export(id) => drop(self.exports.remove(id)),
             Key::Request(_) | Key::RequestsOf(_) => {}
         }
@@ -92,9 +92,11 @@ impl Model {
 
     /// The image of that name, if it is whole.
     pub fn image(&self, name: &Name) -> Result<&ImageRecord, Error> {
-        self.images.values().find(|r| r.name == *name && r.state == Made::Ready).ok_or_else(|| Error::NotFound {
-            resource: resource::image(name),
-            hint: ": import it first, `serio image list` shows those of this node",
+        self.images.values().find(|r| r.name == *name && r.state == Made::Ready).ok_or_else(|| {
+            Error::NotFound {
+                resource: resource::image(name),
+                hint: ": import it first, `serio image list` shows those of this node",
+            }
         })
     }
 
@@ -123,7 +125,10 @@ impl Model {
 
     fn vdc_name(&self, uid: Uuid) -> Name {
         // Foreign keys keep it there.
-        self.vdcs.get(&uid).map(|r| r.name.clone()).unwrap_or_else(|| "unknown".parse().expect("a valid name"))
+        self.vdcs
+            .get(&uid)
+            .map(|r| r.name.clone())
+            .unwrap_or_else(|| "unknown".parse().expect("a valid name"))
     }
 
     /// `VDC/NAME` of a VM.
@@ -147,7 +152,9 @@ impl Model {
     /// The API's name of a volume; its id when it is gone.
     #[must_use]
     pub fn volume_resource(&self, uid: Uuid) -> String {
-        self.volumes.get(&uid).map_or_else(|| format!("volumes/{uid}"), |r| resource::volume(&self.volume_name(r)))
+        self.volumes
+            .get(&uid)
+            .map_or_else(|| format!("volumes/{uid}"), |r| resource::volume(&self.volume_name(r)))
     }
 
     /// A volume's snapshots, oldest first.
@@ -158,8 +165,14 @@ impl Model {
     /// The volumes that a VM has: root first, then as its spec says.
     #[must_use]
     pub fn volumes_of(&self, vm: &VmRecord) -> Vec<&VolumeRecord> {
-        let named = |name: &Name| self.volumes.values().find(|v| v.vdc == vm.vdc && v.name == *name && v.vm == Some(vm.uid));
-        self.volumes.get(&vm.root_volume).into_iter().chain(vm.spec.volumes.iter().filter_map(named)).collect()
+        let named = |name: &Name| {
+            self.volumes.values().find(|v| v.vdc == vm.vdc && v.name == *name && v.vm == Some(vm.uid))
+        };
+        self.volumes
+            .get(&vm.root_volume)
+            .into_iter()
+            .chain(vm.spec.volumes.iter().filter_map(named))
+            .collect()
     }
 
     /// What the VMs and volumes of a vdc (of all, when `None`) are promised.

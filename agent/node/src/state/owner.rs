@@ -124,7 +124,10 @@ impl State {
             allocations: views.iter().map(allocation).collect(),
             images: images.map(|r| r.name.to_string()).collect(),
             provisioned_bytes: self.model().volumes.values().map(|v| v.size_bytes).sum(),
-            running: views.iter().filter_map(|v| v.pid.map(|pid| (pid, v.record.spec.memory.bytes()))).collect(),
+            running: views
+                .iter()
+                .filter_map(|v| v.pid.map(|pid| (pid, v.record.spec.memory.bytes())))
+                .collect(),
         }
     }
 }

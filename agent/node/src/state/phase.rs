@@ -117,8 +117,8 @@ impl Phase {
 pub(super) enum VolumeOp {
     /// Its files are being made.
     Create(Op),
-    /// Its files are being removed.
-    Delete(Op),
+    /// Its files are being removed. `undone`: why its creation did not succeed.
+    Delete { op: Op, undone: Option<Error> },
     /// A point is being sealed.
     Snapshot { name: Name, op: Op },
     /// After a start: were the points sealed that an earlier seriod began?
@@ -129,7 +129,7 @@ impl VolumeOp {
     pub(super) const fn operation(&self) -> &'static str {
         match self {
             Self::Create(_) => "its creation",
-            Self::Delete(_) => "its deletion",
+            Self::Delete { .. } => "its deletion",
             Self::Snapshot { .. } => "a snapshot",
             Self::Inspect => "its check after the start of seriod",
         }
@@ -137,7 +137,7 @@ impl VolumeOp {
 
     pub(super) fn op_mut(&mut self) -> Option<&mut Op> {
         match self {
-            Self::Create(op) | Self::Delete(op) | Self::Snapshot { op, .. } => Some(op),
+            Self::Create(op) | Self::Delete { op, .. } | Self::Snapshot { op, .. } => Some(op),
             Self::Inspect => None,
         }
     }

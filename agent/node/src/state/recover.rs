@@ -39,7 +39,8 @@ impl State {
         for (uid, run) in rows {
             self.recover_vm(uid, run, with_files.contains(&uid));
         }
-        let strangers: Vec<Uuid> = with_files.into_iter().filter(|uid| !self.model.vms.contains_key(uid)).collect();
+        let strangers: Vec<Uuid> =
+            with_files.into_iter().filter(|uid| !self.model.vms.contains_key(uid)).collect();
         for uid in strangers {
             let event = self.event(format!("vms/{uid}"), "orphan", "a VM that no row knows is ended");
             self.record(vec![event]);
@@ -105,14 +106,17 @@ impl State {
             .volumes
             .values()
             // A VM's root goes with the VM.
-            .filter(|v| v.state != Made::Ready && v.vm.is_none_or(|vm| self.model.vms.get(&vm).is_none_or(|r| r.root_volume != v.uid)))
+            .filter(|v| {
+                v.state != Made::Ready
+                    && v.vm.is_none_or(|vm| self.model.vms.get(&vm).is_none_or(|r| r.root_volume != v.uid))
+            })
             .map(|v| v.uid)
             .collect();
         for uid in broken {
             if self.model.volumes.get(&uid).is_some_and(|v| v.state == Made::Creating) {
                 self.record(vec![Change::Delete(Key::RequestsOf(self.model.volume_resource(uid)))]);
             }
-            self.volume_ops.insert(uid, VolumeOp::Delete(Op::default()));
+            self.volume_ops.insert(uid, VolumeOp::Delete { op: Op::default(), undone: None });
             self.out.push(Effect::DeleteVolume { volume: uid });
         }
         let unsure: BTreeSet<Uuid> =
@@ -150,7 +154,10 @@ impl State {
         let Some(run) = self.model.vms.get(&uid).map(|r| r.run) else { return };
         match found {
             Adopted::Silent(why) => {
-                tracing::warn!(vm = self.model.vm_resource(uid), "its VMM does not answer, it will be asked again: {why}");
+                tracing::warn!(
+                    vm = self.model.vm_resource(uid),
+                    "its VMM does not answer, it will be asked again: {why}"
+                );
                 self.out.push(Effect::Timer { after: ADOPT_AGAIN, timer: Timer::AdoptAgain { vm: uid } });
             }
             Adopted::Runs { pid } => self.found_running(uid, pid, run),
@@ -165,7 +172,8 @@ impl State {
     }
 
     fn found_running(&mut self, uid: Uuid, pid: u32, run: Run) {
-        let event = self.event(self.model.vm_resource(uid), "adopted", format!("it ran on, as process {pid}"));
+        let event =
+            self.event(self.model.vm_resource(uid), "adopted", format!("it ran on, as process {pid}"));
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         match run {
             Run::Stopping => {
@@ -198,7 +206,10 @@ impl State {
                 After::Rest(Op::default())
             }
             (_, end) => {
-                let end = self.end_of(end, "its process was gone when seriod started: it was killed, or the host went down");
+                let end = self.end_of(
+                    end,
+                    "its process was gone when seriod started: it was killed, or the host went down",
+                );
                 self.record_end(uid, end)
             }
         };

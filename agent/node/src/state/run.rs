@@ -114,7 +114,11 @@ impl State {
             Cause::Start(op) => {
                 vm.desired = Desired::Stopped;
                 vm.run = Run::Failed;
-                let event = self.event(self.model.vm_resource(uid), "failed", format!("it did not start: {}", end.reason));
+                let event = self.event(
+                    self.model.vm_resource(uid),
+                    "failed",
+                    format!("it did not start: {}", end.reason),
+                );
                 vm.last_end = Some(end);
                 let mut changes = vec![Change::Vm(Box::new(vm)), event];
                 changes.extend(Self::forget(op.request.as_ref()));
@@ -165,7 +169,7 @@ impl State {
     /// The end that was asked for.
     pub(super) fn record_stop(&mut self, uid: Uuid, end: End) {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
-        let message = format!("it was stopped ({}): {}", end.kind, end.reason);
+        let message = format!("it ended as it should ({}: {})", end.kind, end.reason);
         let event = self.event(self.model.vm_resource(uid), "stopped", message);
         vm.desired = Desired::Stopped;
         vm.run = Run::Off;
@@ -251,7 +255,8 @@ impl State {
                     self.record(changes);
                 }
                 self.phases.insert(uid, Phase::Running { pid });
-                let what = "did not power off in time and still runs: give it longer, or stop it with force".to_owned();
+                let what = "did not power off in time and still runs: give it longer, or stop it with force"
+                    .to_owned();
                 op.finish(Err(Error::Deadline { resource: self.model.vm_resource(uid), what }));
             }
             Some(other) => drop(self.phases.insert(uid, other)),
@@ -288,7 +293,13 @@ impl State {
         changes
     }
 
-    pub(super) fn begin_delete(&mut self, uid: Uuid, keep_root: bool, remember: Option<Change>, op: Op) -> Result<(), Refused> {
+    pub(super) fn begin_delete(
+        &mut self,
+        uid: Uuid,
+        keep_root: bool,
+        remember: Option<Change>,
+        op: Op,
+    ) -> Result<(), Refused> {
         let Some(vm) = self.model.vms.get(&uid).cloned() else {
             op.finish(Ok(Answer::Nothing));
             return Ok(());
@@ -324,9 +335,11 @@ impl State {
         }
         changes.push(match &undone {
             None => self.event(resource, "deleted", "the VM was deleted"),
-            Some(error) => {
-                self.event(resource, "undone", format!("its creation failed and was undone: {}", crate::error::chain(error)))
-            }
+            Some(error) => self.event(
+                resource,
+                "undone",
+                format!("its creation failed and was undone: {}", crate::error::chain(error)),
+            ),
         });
         self.record(changes);
         self.failures.remove(&uid);

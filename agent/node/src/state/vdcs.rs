@@ -26,17 +26,25 @@ impl State {
             create_time: self.now,
             quota,
         };
-        let mut changes = vec![Change::Vdc(record), self.event(resource::vdc(&name), "created", "the vdc was created")];
+        let mut changes =
+            vec![Change::Vdc(record), self.event(resource::vdc(&name), "created", "the vdc was created")];
         changes.extend(self.remember(&op, resource::vdc(&name)));
         check!(op, self.commit(changes));
         op.finish(self.answer_vdc(&name));
         Ok(())
     }
 
-    pub(super) fn update_vdc(&mut self, name: &Name, quota: Quota, expected: u64, op: Op) -> Result<(), Refused> {
+    pub(super) fn update_vdc(
+        &mut self,
+        name: &Name,
+        quota: Quota,
+        expected: u64,
+        op: Op,
+    ) -> Result<(), Refused> {
         let mut record = check!(op, self.model.vdc(name).cloned());
         if expected != 0 && expected != record.generation.0 {
-            let error = Error::Generation { resource: resource::vdc(name), expected, found: record.generation.0 };
+            let error =
+                Error::Generation { resource: resource::vdc(name), expected, found: record.generation.0 };
             return Err((op, error));
         }
         let used = self.model.used(Some(record.uid));
@@ -48,7 +56,8 @@ impl State {
         }
         record.quota = quota;
         record.generation = record.generation.next();
-        let mut changes = vec![Change::Vdc(record), self.event(resource::vdc(name), "updated", "the quota was changed")];
+        let mut changes =
+            vec![Change::Vdc(record), self.event(resource::vdc(name), "updated", "the quota was changed")];
         changes.extend(self.remember(&op, resource::vdc(name)));
         check!(op, self.commit(changes));
         op.finish(self.answer_vdc(name));
@@ -63,8 +72,10 @@ impl State {
             let why = format!("is not empty: it has {vms} VMs and {volumes} volumes; delete them first");
             return Err((op, Error::precondition(resource::vdc(name), why)));
         }
-        let mut changes =
-            vec![Change::Delete(Key::Vdc(uid)), self.event(resource::vdc(name), "deleted", "the vdc was deleted")];
+        let mut changes = vec![
+            Change::Delete(Key::Vdc(uid)),
+            self.event(resource::vdc(name), "deleted", "the vdc was deleted"),
+        ];
         changes.extend(self.remember(&op, resource::vdc(name)));
         check!(op, self.commit(changes));
         op.finish(Ok(Answer::Nothing));
@@ -78,9 +89,14 @@ impl State {
     /// Looks whether a request was made before. `Some`: it is new. `None`: it was answered, or joined its twin.
     pub(super) fn replay(&mut self, mut op: Op) -> Result<Option<Op>, Refused> {
         let Some(request) = op.request.clone() else { return Ok(Some(op)) };
-        let Some(known) = check!(op, self.store.request(request.id).map_err(Error::from)) else { return Ok(Some(op)) };
+        let Some(known) = check!(op, self.store.request(request.id).map_err(Error::from)) else {
+            return Ok(Some(op));
+        };
         if known.method != request.method || known.digest != request.digest {
-            let problem = format!("{} was used for another request ({}): use a new UUID for each", request.id, known.method);
+            let problem = format!(
+                "{} was used for another request ({}): use a new UUID for each",
+                request.id, known.method
+            );
             return Err((op, Error::invalid("request_id", problem)));
         }
         if let Some(twin) = self.twin(&known.resource) {
@@ -115,7 +131,9 @@ impl State {
             let uid = self.model.images.values().find(|r| r.name == image)?.uid;
             return self.image_ops.get_mut(&uid);
         }
-        let volume = resource::parse_volume(name).or_else(|_| resource::parse_snapshot(name).map(|s| s.volume)).ok()?;
+        let volume = resource::parse_volume(name)
+            .or_else(|_| resource::parse_snapshot(name).map(|s| s.volume))
+            .ok()?;
         let uid = self.model.volume(&volume).ok()?.uid;
         self.volume_ops.get_mut(&uid)?.op_mut()
     }

@@ -1,8 +1,6 @@
 //! Answers to questions: rows with what is.
 
-use serio_store::record::{
-    ExportRecord, Made, Run, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord,
-};
+use serio_store::record::{ExportRecord, Made, Run, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord};
 use uuid::Uuid;
 
 use super::{
@@ -26,7 +24,9 @@ impl State {
         Ok(match query {
             Query::Vdcs(Some(name)) => Answer::Vdcs(vec![self.vdc_view(self.model.vdc(name)?)]),
             Query::Vdcs(None) => {
-                Answer::Vdcs(sorted(self.model.vdcs.values().map(|r| self.vdc_view(r)), |v| v.record.name.clone()))
+                Answer::Vdcs(sorted(self.model.vdcs.values().map(|r| self.vdc_view(r)), |v| {
+                    v.record.name.clone()
+                }))
             }
             Query::Vm(name) => Answer::Vms(vec![self.vm_view(self.model.vm(name)?)]),
             Query::Vms(vdc) => {
@@ -99,7 +99,10 @@ impl State {
 
     pub(super) fn snapshot_view(&self, record: &SnapshotRecord) -> SnapshotView {
         let volume = self.model.volumes.get(&record.volume).map(|v| self.model.volume_name(v));
-        SnapshotView { volume: volume.expect("foreign keys keep a snapshot's volume"), record: record.clone() }
+        SnapshotView {
+            volume: volume.expect("foreign keys keep a snapshot's volume"),
+            record: record.clone(),
+        }
     }
 
     pub(super) fn export_view(&self, record: &ExportRecord) -> ExportView {
@@ -115,7 +118,8 @@ impl State {
 
     /// The answer of an operation on a volume.
     pub(super) fn answer_volume(&self, uid: Uuid) -> Result<Answer, Error> {
-        let record = self.model.volumes.get(&uid).ok_or_else(|| Error::not_found(format!("volumes/{uid}")))?;
+        let record =
+            self.model.volumes.get(&uid).ok_or_else(|| Error::not_found(format!("volumes/{uid}")))?;
         Ok(Answer::Volume(self.volume_view(record)))
     }
 }

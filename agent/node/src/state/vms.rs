@@ -34,7 +34,13 @@ impl State {
         ]
     }
 
-    pub(super) fn create_vm(&mut self, name: VdcName, spec: VmSpec, start: bool, op: Op) -> Result<(), Refused> {
+    pub(super) fn create_vm(
+        &mut self,
+        name: VdcName,
+        spec: VmSpec,
+        start: bool,
+        op: Op,
+    ) -> Result<(), Refused> {
         let (vm, root, mut changes) = check!(op, self.plan_vm(&name, spec, start));
         let effect = Effect::CreateVolume {
             volume: root.uid,
@@ -57,7 +63,12 @@ impl State {
     }
 
     /// Checks a new VM against all that is, and makes its rows.
-    fn plan_vm(&self, name: &VdcName, spec: VmSpec, start: bool) -> Result<(VmRecord, VolumeRecord, Vec<Change>), Error> {
+    fn plan_vm(
+        &self,
+        name: &VdcName,
+        spec: VmSpec,
+        start: bool,
+    ) -> Result<(VmRecord, VolumeRecord, Vec<Change>), Error> {
         let vdc = self.model.vdc(&name.vdc)?;
         if self.model.vm(name).is_ok() {
             return Err(Error::Exists { resource: resource::vm(name) });
@@ -113,14 +124,20 @@ impl State {
     /// The rows of the volumes that a new VM takes.
     fn attach(&self, vdc: &VdcRecord, spec: &VmSpec, vm: Uuid) -> Result<Vec<Change>, Error> {
         if spec.volumes.len() > VOLUMES_MAX {
-            return Err(Error::invalid("spec.volumes", format!("{} volumes: at most {VOLUMES_MAX}", spec.volumes.len())));
+            return Err(Error::invalid(
+                "spec.volumes",
+                format!("{} volumes: at most {VOLUMES_MAX}", spec.volumes.len()),
+            ));
         }
         let mut seen = BTreeSet::new();
         let mut changes = Vec::new();
         for (index, name) in spec.volumes.iter().enumerate() {
             if !seen.insert(name) {
                 let field = format!("spec.volumes[{index}]");
-                return Err(Error::invalid(field, format!("volume {name} is named twice: a VM has a volume once")));
+                return Err(Error::invalid(
+                    field,
+                    format!("volume {name} is named twice: a VM has a volume once"),
+                ));
             }
             let full = VdcName { vdc: vdc.name.clone(), name: name.clone() };
             let volume = self.model.volume(&full)?;
@@ -137,7 +154,10 @@ impl State {
     fn volume_free(&self, volume: &VolumeRecord) -> Result<(), Error> {
         let name = resource::volume(&self.model.volume_name(volume));
         if let Some(vm) = volume.vm {
-            let why = format!("is in use by {}: a volume has one VM; delete that VM, or use another volume", self.model.vm_resource(vm));
+            let why = format!(
+                "is in use by {}: a volume has one VM; delete that VM, or use another volume",
+                self.model.vm_resource(vm)
+            );
             return Err(Error::precondition(name, why));
         }
         if let Some(op) = self.volume_ops.get(&volume.uid) {
@@ -152,7 +172,10 @@ impl State {
     /// Gives each card an address: its own, or one derived from the VM's id.
     fn choose_macs(&self, mut spec: VmSpec, vm: Uuid) -> Result<VmSpec, Error> {
         if spec.nics.len() > NICS_MAX {
-            return Err(Error::invalid("spec.nics", format!("{} cards: at most {NICS_MAX}", spec.nics.len())));
+            return Err(Error::invalid(
+                "spec.nics",
+                format!("{} cards: at most {NICS_MAX}", spec.nics.len()),
+            ));
         }
         let mut taken: BTreeSet<MacAddr> =
             self.model.vms.values().flat_map(|r| &r.spec.nics).filter_map(|nic| nic.mac).collect();
@@ -160,15 +183,24 @@ impl State {
             let mac = match nic.mac {
                 Some(mac) if taken.contains(&mac) => {
                     let field = format!("spec.nics[{index}].mac");
-                    return Err(Error::invalid(field, format!("{mac} is the address of another card on this node: leave it empty to have one chosen")));
+                    return Err(Error::invalid(
+                        field,
+                        format!(
+                            "{mac} is the address of another card on this node: leave it empty to have one chosen"
+                        ),
+                    ));
                 }
                 Some(mac) => mac,
                 None => {
                     let [.., a, b, c, d] = *vm.as_bytes();
                     let last = u8::try_from(index).unwrap_or(u8::MAX);
-                    (last..=u8::MAX).chain(0..last).map(|e| MacAddr::local([a, b, c, d, e])).find(|m| !taken.contains(m)).ok_or_else(
-                        || Error::invalid(format!("spec.nics[{index}].mac"), "no address is free: give one"),
-                    )?
+                    (last..=u8::MAX)
+                        .chain(0..last)
+                        .map(|e| MacAddr::local([a, b, c, d, e]))
+                        .find(|m| !taken.contains(m))
+                        .ok_or_else(|| {
+                            Error::invalid(format!("spec.nics[{index}].mac"), "no address is free: give one")
+                        })?
                 }
             };
             taken.insert(mac);
@@ -190,7 +222,10 @@ impl State {
             }
         }
         if matches!(record.run, Run::Deleting | Run::DeletingKeepRoot) {
-            return Err((op, Error::precondition(resource::vm(name), "is being deleted: delete it again to finish that")));
+            return Err((
+                op,
+                Error::precondition(resource::vm(name), "is being deleted: delete it again to finish that"),
+            ));
         }
         check!(op, self.volumes_startable(&record));
         let mut record = record;
@@ -230,7 +265,13 @@ impl State {
         }
     }
 
-    pub(super) fn stop_vm(&mut self, name: &VdcName, force: bool, timeout: Duration, op: Op) -> Result<(), Refused> {
+    pub(super) fn stop_vm(
+        &mut self,
+        name: &VdcName,
+        force: bool,
+        timeout: Duration,
+        op: Op,
+    ) -> Result<(), Refused> {
         let record = check!(op, self.model.vm(name)).clone();
         match self.phases.get_mut(&record.uid) {
             Some(Phase::Running { pid }) => {
@@ -254,8 +295,11 @@ impl State {
                 record.run = Run::Failed;
                 record.generation = record.generation.next();
                 let uid = record.uid;
-                let mut changes =
-                    vec![self.event(resource::vm(name), "stopped", "it will not be started again by its policy")];
+                let mut changes = vec![self.event(
+                    resource::vm(name),
+                    "stopped",
+                    "it will not be started again by its policy",
+                )];
                 changes.insert(0, Change::Vm(Box::new(record)));
                 changes.extend(self.remember(&op, resource::vm(name)));
                 check!(op, self.commit(changes));
@@ -272,7 +316,13 @@ impl State {
     }
 
     /// Presses the button, or pulls the plug when there is no time for the guest.
-    fn begin_stop(&mut self, mut record: VmRecord, pid: u32, time: Option<Duration>, op: Op) -> Result<(), Refused> {
+    fn begin_stop(
+        &mut self,
+        mut record: VmRecord,
+        pid: u32,
+        time: Option<Duration>,
+        op: Op,
+    ) -> Result<(), Refused> {
         let uid = record.uid;
         record.desired = Desired::Stopped;
         record.run = if time.is_some() { Run::Stopping } else { Run::Killing };
@@ -313,7 +363,13 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn delete_vm(&mut self, name: &VdcName, keep_root: bool, force: bool, op: Op) -> Result<(), Refused> {
+    pub(super) fn delete_vm(
+        &mut self,
+        name: &VdcName,
+        keep_root: bool,
+        force: bool,
+        op: Op,
+    ) -> Result<(), Refused> {
         let record = check!(op, self.idle_vm(name)).clone();
         let uid = record.uid;
         check!(op, self.deletable(&record, keep_root));
@@ -329,9 +385,10 @@ impl State {
                 self.stopping(uid, pid, None, After::Delete { keep_root, op });
                 Ok(())
             }
-            Some(Phase::Running { .. } | Phase::Pausing { .. }) if !force => {
-                Err((op, Error::precondition(resource::vm(name), "runs: stop it first, or delete it with force")))
-            }
+            Some(Phase::Running { .. } | Phase::Pausing { .. }) if !force => Err((
+                op,
+                Error::precondition(resource::vm(name), "runs: stop it first, or delete it with force"),
+            )),
             _ => {
                 let remember = self.remember(&op, resource::vm(name));
                 self.begin_delete(uid, keep_root, remember, op)
@@ -348,7 +405,8 @@ impl State {
             }
             let root = volume.uid == vm.root_volume && !keep_root;
             if let Some(export) = self.model.exports.values().find(|e| root && e.volume == volume.uid) {
-                let why = format!("is exported as exports/{}: end that first, or keep the root volume", export.id);
+                let why =
+                    format!("is exported as exports/{}: end that first, or keep the root volume", export.id);
                 return Err(Error::precondition(name, why));
             }
         }
@@ -359,7 +417,9 @@ impl State {
 /// `NAME-root`.
 fn root_volume_name(vm: &Name) -> Result<Name, Error> {
     format!("{vm}-root").parse().map_err(|_| {
-        let problem = format!("`{vm}` is too long: its root volume is named {vm}-root, which has at most 63 characters");
+        let problem = format!(
+            "`{vm}` is too long: its root volume is named {vm}-root, which has at most 63 characters"
+        );
         Error::invalid("vm_id", problem)
     })
 }
@@ -369,9 +429,10 @@ fn root_size(spec: &VmSpec, image: &ImageRecord) -> Result<VolumeSize, Error> {
     const FIELD: &str = "spec.root_disk_bytes";
     let least = || VolumeSize::holding(image.size_bytes).map_err(|e| Error::invalid(FIELD, e.to_string()));
     match spec.root_disk {
-        None if image.size_bytes == 0 => {
-            Err(Error::invalid(FIELD, format!("image {} has no disk: say how large the root volume shall be", image.name)))
-        }
+        None if image.size_bytes == 0 => Err(Error::invalid(
+            FIELD,
+            format!("image {} has no disk: say how large the root volume shall be", image.name),
+        )),
         None => least(),
         Some(size) if size.bytes() < image.size_bytes => {
             let problem = format!(

@@ -41,13 +41,20 @@ impl State {
         Ok(())
     }
 
-    fn plan_volume(&self, name: &VdcName, size: Option<VolumeSize>, image: Option<Name>) -> Result<VolumeRecord, Error> {
+    fn plan_volume(
+        &self,
+        name: &VdcName,
+        size: Option<VolumeSize>,
+        image: Option<Name>,
+    ) -> Result<VolumeRecord, Error> {
         let vdc = self.model.vdc(&name.vdc)?;
         if self.model.volume(name).is_ok() {
             return Err(Error::Exists { resource: resource::volume(name) });
         }
-        let content = image.as_ref().map(|image| self.model.image(image)).transpose()?.map_or(0, |r| r.size_bytes);
-        let least = VolumeSize::holding(content).map_err(|e| Error::invalid("source_image", e.to_string()))?;
+        let content =
+            image.as_ref().map(|image| self.model.image(image)).transpose()?.map_or(0, |r| r.size_bytes);
+        let least =
+            VolumeSize::holding(content).map_err(|e| Error::invalid("source_image", e.to_string()))?;
         let size = match size {
             None if content == 0 => {
                 return Err(Error::invalid("size_bytes", "an empty volume needs a size, for example 1GiB"));
@@ -55,7 +62,10 @@ impl State {
             None => least,
             Some(size) if size < least => {
                 let least = serio_types::ByteSize::from_bytes(least.bytes());
-                return Err(Error::invalid("size_bytes", format!("less than the image's disk: at least {least}")));
+                return Err(Error::invalid(
+                    "size_bytes",
+                    format!("less than the image's disk: at least {least}"),
+                ));
             }
             Some(size) => size,
         };
@@ -82,16 +92,18 @@ impl State {
         let resource = self.model.volume_resource(uid);
         let committed = result.and_then(|()| {
             let ready = VolumeRecord { state: Made::Ready, ..record };
-            self.commit(vec![Change::Volume(ready), self.event(resource.clone(), "created", "the volume was created")])
+            self.commit(vec![
+                Change::Volume(ready),
+                self.event(resource.clone(), "created", "the volume was created"),
+            ])
         });
         match committed {
             Ok(()) => op.finish(self.answer_volume(uid)),
             Err(error) => {
-                // Its files may be there when only the commit failed: remove them like those of a deletion.
+                // Its files may be there when only the commit failed: they go before the client hears.
                 self.record(Self::forget(op.request.as_ref()).into_iter().collect());
-                self.volume_ops.insert(uid, VolumeOp::Delete(Op::default()));
+                self.volume_ops.insert(uid, VolumeOp::Delete { op, undone: Some(error) });
                 self.out.push(Effect::DeleteVolume { volume: uid });
-                op.finish(Err(error));
             }
         }
     }
@@ -138,20 +150,27 @@ impl State {
         let mut changes = vec![Change::Volume(record)];
         changes.extend(self.remember(&op, resource::volume(name)));
         check!(op, self.commit(changes));
-        self.volume_ops.insert(uid, VolumeOp::Delete(op));
+        self.volume_ops.insert(uid, VolumeOp::Delete { op, undone: None });
         self.out.push(Effect::DeleteVolume { volume: uid });
         Ok(())
     }
 
     pub(super) fn volume_deleted(&mut self, uid: Uuid, result: Result<(), Error>) {
-        let Some(VolumeOp::Delete(op)) = self.volume_ops.remove(&uid) else { return };
+        let Some(VolumeOp::Delete { op, undone }) = self.volume_ops.remove(&uid) else { return };
         if let Err(error) = result {
+            // The row still says that it is not whole: a second delete, or the next start, tries again.
             self.record(Self::forget(op.request.as_ref()).into_iter().collect());
-            return op.finish(Err(error));
+            return op.finish(Err(undone.unwrap_or(error)));
         }
-        let event = self.event(self.model.volume_resource(uid), "deleted", "the volume was deleted");
+        let (kind, message) = match &undone {
+            None => ("deleted", "the volume was deleted".to_owned()),
+            Some(error) => {
+                ("undone", format!("its creation failed and was undone: {}", crate::error::chain(error)))
+            }
+        };
+        let event = self.event(self.model.volume_resource(uid), kind, message);
         self.record(vec![Change::Delete(Key::Volume(uid)), event]);
-        op.finish(Ok(Answer::Nothing));
+        op.finish(undone.map_or(Ok(Answer::Nothing), Err));
     }
 
     pub(super) fn create_snapshot(&mut self, name: &SnapshotName, op: Op) -> Result<(), Refused> {
@@ -180,7 +199,10 @@ impl State {
             return Err(Error::Exists { resource: resource::snapshot(&name.volume, &name.snapshot) });
         }
         if self.model.snapshots_of(volume.uid).count() >= SNAPSHOTS_MAX {
-            return Err(Error::precondition(resource, format!("has {SNAPSHOTS_MAX} snapshots, which is the most")));
+            return Err(Error::precondition(
+                resource,
+                format!("has {SNAPSHOTS_MAX} snapshots, which is the most"),
+            ));
         }
         if let Some(export) = self.model.head_export(volume.uid) {
             let why = format!("is in use: its head is exported as exports/{}; end that first", export.id);

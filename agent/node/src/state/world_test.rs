@@ -1,0 +1,387 @@
+//! A host made of sets, for tests of the state: effects change it, and may fail or be cut short by a crash. It refuses
+//! (by panic) what must never be asked: a second process for a VM, a volume opened twice.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use serio_store::Store;
+use serio_types::{Name, Quota, VmSpec};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::{
+    State,
+    command::{Answer, Command, ImportedFiles, Mutation, Query, Request, VmView},
+    effect::{Adopted, Effect, Input, Launch, Timer},
+    model::{Model, now},
+    recover::Found,
+};
+use crate::{
+    error::Error,
+    supervise::{EndKind, EndRecord, PointInfo, VolumeInfo},
+};
+
+/// A VMM.
+#[derive(Debug, Clone)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    volumes: Vec<Uuid>,
+}
+
+/// The host.
+#[derive(Debug, Default)]
+pub(super) struct World {
+    pub(super) processes: BTreeMap<Uuid, Process>,
+    pub(super) run_files: BTreeSet<Uuid>,
+    ends: BTreeMap<Uuid, EndRecord>,
+    pub(super) volumes: BTreeSet<Uuid>,
+    pub(super) points: BTreeMap<Uuid, Vec<Name>>,
+    /// With the volume whose head it has open.
+    pub(super) exports: BTreeMap<Name, Option<Uuid>>,
+    pub(super) images: BTreeSet<Uuid>,
+    pids: u32,
+    /// The next effect that can fail does.
+    pub(super) fail: bool,
+}
+
+impl World {
+    fn failure(&mut self) -> Result<(), Error> {
+        if std::mem::take(&mut self.fail) {
+            return Err(Error::Failed { doing: "the test", why: "a failure was asked for".to_owned() });
+        }
+        Ok(())
+    }
+
+    /// Panics if somebody has the volume open.
+    fn assert_closed(&self, volume: Uuid) {
+        assert!(
+            !self.processes.values().any(|p| p.volumes.contains(&volume)),
+            "a volume of a running VM is opened again"
+        );
+        assert!(
+            !self.exports.values().any(|head| *head == Some(volume)),
+            "a volume with an exported head is opened again"
+        );
+    }
+
+    pub(super) fn launch(&mut self, launch: &Launch) -> u32 {
+        assert!(!self.processes.contains_key(&launch.vm), "a VM is started twice");
+        for volume in &launch.volumes {
+            assert!(self.volumes.contains(volume), "a VM is started without its volume");
+            self.assert_closed(*volume);
+        }
+        self.pids += 1;
+        self.run_files.insert(launch.vm);
+        self.ends.remove(&launch.vm);
+        self.processes.insert(launch.vm, Process { pid: self.pids, volumes: launch.volumes.clone() });
+        self.pids
+    }
+
+    /// A process ends, with its word. Its run files stay.
+    pub(super) fn end(&mut self, vm: Uuid, kind: EndKind) -> Option<Input> {
+        let process = self.processes.remove(&vm)?;
+        let end = EndRecord { kind, reason: "in the test".to_owned() };
+        self.ends.insert(vm, end.clone());
+        Some(Input::Ended { vm, pid: process.pid, end })
+    }
+
+    /// Does an effect; `None` when its answer is another input's, or none.
+    pub(super) fn perform(&mut self, effect: Effect) -> Option<Input> {
+        Some(match effect {
+            Effect::CreateVolume { volume, .. } => {
+                let result = self.failure();
+                if result.is_ok() {
+                    self.volumes.insert(volume);
+                }
+                Input::VolumeCreated { volume, result }
+            }
+            Effect::DeleteVolume { volume } => Input::VolumeDeleted { volume, result: self.delete(volume) },
+            Effect::Launch(launch) => {
+                let result = self.failure().map(|()| self.launch(&launch));
+                Input::Launched { vm: launch.vm, result }
+            }
+            Effect::Adopt { vm } => Input::Adopted { vm, found: self.adopt(vm) },
+            Effect::PowerButton { .. } | Effect::Timer { .. } => return None,
+            Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
+            Effect::Reset { vm } => Input::Reset { vm, result: self.failure() },
+            Effect::Clean { vm } => {
+                // Its watcher would tell of the end: the state does not wait for it here.
+                self.processes.remove(&vm);
+                self.run_files.remove(&vm);
+                Input::Cleaned { vm }
+            }
+            Effect::RemoveVm { vm, volume } => {
+                let result = volume.map_or(Ok(()), |volume| self.delete(volume));
+                Input::VmRemoved { vm, result }
+            }
+            Effect::Snapshot { volume, name, vm } => {
+                Input::Snapshotted { volume, result: self.snapshot(volume, name, vm) }
+            }
+            Effect::Inspect { volume } => Input::Inspected { volume, result: Ok(self.inspect(volume)) },
+            Effect::StartExport { id, volume, snapshot, .. } => {
+                let result = self.failure().map(|()| self.start_export(&id, volume, snapshot.is_none()));
+                Input::ExportStarted { id, result }
+            }
+            Effect::AdoptExport { id } => Input::ExportAdopted { runs: self.exports.contains_key(&id), id },
+            Effect::EndExport { id } => {
+                self.exports.remove(&id);
+                Input::ExportEnded { id }
+            }
+            Effect::RemoveImage { image } => {
+                self.images.remove(&image);
+                Input::ImageRemoved { image, result: Ok(()) }
+            }
+        })
+    }
+
+    fn delete(&mut self, volume: Uuid) -> Result<(), Error> {
+        self.assert_closed(volume);
+        self.points.remove(&volume);
+        self.volumes.remove(&volume);
+        Ok(())
+    }
+
+    fn adopt(&self, vm: Uuid) -> Adopted {
+        match self.processes.get(&vm) {
+            Some(process) => Adopted::Runs { pid: process.pid },
+            None => Adopted::Gone(self.ends.get(&vm).cloned().filter(|_| self.run_files.contains(&vm))),
+        }
+    }
+
+    fn snapshot(&mut self, volume: Uuid, name: Name, vm: Option<Uuid>) -> Result<(), Error> {
+        match vm {
+            Some(vm) if !self.processes.contains_key(&vm) => return Err(Error::Ending),
+            Some(_) => {}
+            None => self.assert_closed(volume),
+        }
+        self.failure()?;
+        self.points.entry(volume).or_default().push(name);
+        Ok(())
+    }
+
+    fn inspect(&self, volume: Uuid) -> VolumeInfo {
+        let points = self.points.get(&volume).into_iter().flatten();
+        let snapshots = points.map(|name| PointInfo { name: name.to_string(), create_time: 0 }).collect();
+        VolumeInfo { size_bytes: 0, snapshots, layers: 1 }
+    }
+
+    fn start_export(&mut self, id: &Name, volume: Uuid, head: bool) {
+        if head {
+            self.assert_closed(volume);
+        }
+        self.exports.insert(id.clone(), head.then_some(volume));
+    }
+}
+
+/// A state over a store in a file, the host, and what is under way between them.
+pub(super) struct Sim {
+    dir: tempfile::TempDir,
+    pub(super) state: Option<State>,
+    pub(super) world: World,
+    /// Effects that were handed out and not begun.
+    pub(super) todo: Vec<Effect>,
+    /// Inputs on their way.
+    pub(super) ready: Vec<Input>,
+    /// Timers that run.
+    pub(super) timers: Vec<Timer>,
+}
+
+/// What a client waits for.
+pub(super) type Waiting = oneshot::Receiver<Result<Answer, Error>>;
+
+pub(super) fn capacity() -> Quota {
+    Quota { vcpus: 12, memory_bytes: 1 << 30, storage_bytes: 1 << 40 }
+}
+
+impl Sim {
+    pub(super) fn new() -> Self {
+        let dir = tempfile::tempdir_in(if PathBuf::from("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" })
+            .unwrap();
+        let mut sim =
+            Self { dir, state: None, world: World::default(), todo: vec![], ready: vec![], timers: vec![] };
+        sim.start();
+        sim
+    }
+
+    /// A new seriod over the same store and host.
+    pub(super) fn start(&mut self) {
+        let (store, contents) = Store::open(&self.dir.path().join("state.db")).unwrap();
+        let mut state = State::new(store, Model::new(contents), capacity());
+        let found = Found {
+            vms: self.world.run_files.iter().copied().collect(),
+            exports: self.world.exports.keys().map(Name::to_string).collect(),
+        };
+        self.todo = state.recover(now(), &found);
+        self.state = Some(state);
+        self.sort_timers();
+    }
+
+    fn sort_timers(&mut self) {
+        let (timers, todo) =
+            std::mem::take(&mut self.todo).into_iter().partition(|e| matches!(e, Effect::Timer { .. }));
+        self.todo = todo;
+        let timers: Vec<Effect> = timers;
+        self.timers.extend(timers.into_iter().filter_map(|e| match e {
+            Effect::Timer { timer, .. } => Some(timer),
+            _ => None,
+        }));
+    }
+
+    pub(super) fn state(&self) -> &State {
+        self.state.as_ref().unwrap()
+    }
+
+    /// Delivers an input.
+    pub(super) fn input(&mut self, input: Input) {
+        let effects = self.state.as_mut().unwrap().step(now(), input);
+        self.todo.extend(effects);
+        self.sort_timers();
+    }
+
+    /// Kills seriod: nothing that was not begun will be, and what was on its way is lost.
+    pub(super) fn kill(&mut self) {
+        self.state = None;
+        self.todo.clear();
+        self.ready.clear();
+        self.timers.clear();
+    }
+
+    /// Begins and finishes everything that is under way; timers too, but those of exports.
+    pub(super) fn settle(&mut self) {
+        for _ in 0..10_000 {
+            if let Some(effect) = self.todo.pop() {
+                let input = self.world.perform(effect);
+                self.ready.extend(input);
+            } else if !self.ready.is_empty() {
+                let input = self.ready.remove(0);
+                self.input(input);
+            } else if let Some(at) =
+                self.timers.iter().position(|t| !matches!(t, Timer::ExportExpired { .. }))
+            {
+                let timer = self.timers.remove(at);
+                self.input(Input::Timer(timer));
+            } else {
+                return;
+            }
+        }
+        panic!("the state does not come to rest");
+    }
+
+    /// Everything but timers.
+    pub(super) fn settle_without_timers(&mut self) {
+        let timers = std::mem::take(&mut self.timers);
+        while !(self.todo.is_empty() && self.ready.is_empty()) {
+            if let Some(effect) = self.todo.pop() {
+                let input = self.world.perform(effect);
+                self.ready.extend(input);
+            } else {
+                let input = self.ready.remove(0);
+                self.input(input);
+            }
+        }
+        self.timers.extend(timers);
+    }
+
+    pub(super) fn send(&mut self, mutation: Mutation, request: Option<Request>) -> Waiting {
+        let (reply, waiting) = oneshot::channel();
+        self.input(Input::Command(Command::Mutate(mutation, request), reply));
+        waiting
+    }
+
+    /// Asks and does all that follows (but timers).
+    pub(super) fn ask(&mut self, mutation: Mutation) -> Result<Answer, Error> {
+        let mut waiting = self.send(mutation, None);
+        self.settle_without_timers();
+        waiting.try_recv().expect("each command is answered")
+    }
+
+    pub(super) fn query(&mut self, query: Query) -> Result<Answer, Error> {
+        let (reply, mut waiting) = oneshot::channel();
+        self.input(Input::Command(Command::Query(query), reply));
+        waiting.try_recv().expect("a question is answered at once")
+    }
+
+    pub(super) fn vm(&mut self, name: &str) -> Option<VmView> {
+        match self.query(Query::Vm(name.parse().unwrap())) {
+            Ok(Answer::Vms(mut views)) => views.pop(),
+            _ => None,
+        }
+    }
+
+    /// An image and a vdc to work with.
+    pub(super) fn furnish(&mut self) {
+        let begin = Mutation::BeginImport { name: "tiny".parse().unwrap(), cmdline: Default::default() };
+        let Ok(Answer::Import(uid)) = self.ask(begin) else { panic!("no import") };
+        self.world.images.insert(uid);
+        let files = ImportedFiles {
+            uid,
+            size_bytes: 1 << 20,
+            blake3: String::new(),
+            has_kernel: true,
+            has_initrd: false,
+        };
+        let (reply, mut waiting) = oneshot::channel();
+        self.input(Input::Command(Command::FinishImport(files), reply));
+        waiting.try_recv().unwrap().unwrap();
+        let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 1 << 30 };
+        self.ask(Mutation::CreateVdc { name: "ardesio".parse().unwrap(), quota }).unwrap();
+    }
+
+    /// Compares rows with the host; call it when all has settled.
+    pub(super) fn assert_agreement(&self) {
+        use serio_store::record::{Made, Run};
+        let model = self.state().model();
+        for vm in model.vms.values() {
+            let process = self.world.processes.get(&vm.uid);
+            match vm.run {
+                Run::Running => {
+                    let view = self.state().vm_view(vm);
+                    assert_eq!(view.pid, Some(process.expect("a running VM has a process").pid));
+                }
+                Run::Off | Run::Failed => {
+                    assert!(process.is_none(), "a VM that is off has a process");
+                    assert!(!self.world.run_files.contains(&vm.uid), "a VM that is off has run files");
+                }
+                other => panic!("a VM stays {other}"),
+            }
+        }
+        for uid in self.world.run_files.iter().chain(self.world.processes.keys()) {
+            assert!(model.vms.contains_key(uid), "an orphan");
+        }
+        assert!(model.volumes.values().all(|v| v.state == Made::Ready), "a half-made volume");
+        assert_eq!(
+            model.volumes.keys().copied().collect::<BTreeSet<_>>(),
+            self.world.volumes,
+            "volumes and rows differ"
+        );
+        for volume in model.volumes.values() {
+            assert!(volume.vm.is_none_or(|vm| model.vms.contains_key(&vm)), "a volume of no VM");
+            let rows: Vec<Name> = model.snapshots_of(volume.uid).map(|s| s.name.clone()).collect();
+            let points = self.world.points.get(&volume.uid).cloned().unwrap_or_default();
+            assert_eq!(rows, points, "points and rows differ");
+        }
+        assert_eq!(model.exports.keys().collect::<Vec<_>>(), self.world.exports.keys().collect::<Vec<_>>());
+        assert_eq!(model.images.keys().copied().collect::<BTreeSet<_>>(), self.world.images);
+        for vdc in model.vdcs.values() {
+            let used = model.used(Some(vdc.uid));
+            assert!(serio_vdc::admit_quota("", &vdc.quota, &used).is_ok(), "over quota");
+        }
+    }
+}
+
+/// A small VM.
+pub(super) fn spec(vcpus: u32) -> Box<VmSpec> {
+    Box::new(VmSpec {
+        vcpus: vcpus.try_into().unwrap(),
+        memory: (32 << 20).try_into().unwrap(),
+        image: "tiny".parse().unwrap(),
+        root_disk: None,
+        volumes: Vec::new(),
+        nics: vec![serio_types::NicSpec::default()],
+        cmdline: None,
+        cloud_init: None,
+        restart_policy: serio_types::RestartPolicy::OnFailure,
+    })
+}

@@ -1,0 +1,223 @@
+//! `kill -9` of seriod at random moments, while three VMs with the mini guest start, stop, are deleted and made again, on
+//! the machine's own KVM. After each death the next seriod must find state and processes in agreement: no orphan, no lost
+//! VM, no double start. `SERIO_KILLS` sets how often (100), `SERIO_SEED` repeats a run.
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use common::{Seriod, import_image, mini_guest};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use serio_api::v1::{
+    CreateVdcRequest, CreateVmRequest, DeleteVmRequest, ListVmsRequest, ListVolumesRequest, Quota,
+    RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, vdc_service_client::VdcServiceClient,
+    vm_service_client::VmServiceClient, volume_service_client::VolumeServiceClient,
+};
+use tonic::{Code, Status, transport::Channel};
+
+/// A VMM without a VM ends after 10 s.
+const STRAY: Duration = Duration::from_secs(15);
+
+const NAMES: [&str; 3] = ["one", "two", "three"];
+
+/// What a client knows of a VM from the answers it got. An operation without an answer leaves it open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Exists,
+    Absent,
+    Open,
+}
+
+type Knowledge = Arc<Mutex<BTreeMap<&'static str, Known>>>;
+
+fn full(name: &str) -> String {
+    format!("vdcs/ardesio/vms/{name}")
+}
+
+fn create(name: &str) -> CreateVmRequest {
+    CreateVmRequest {
+        request_id: String::new(),
+        parent: "vdcs/ardesio".to_owned(),
+        vm_id: name.to_owned(),
+        spec: Some(VmSpec {
+            vcpus: 1,
+            memory_bytes: 32 << 20,
+            image: "images/mini".to_owned(),
+            root_disk_bytes: 1 << 20,
+            restart_policy: RestartPolicy::OnFailure.into(),
+            ..VmSpec::default()
+        }),
+        start: true,
+    }
+}
+
+/// One random operation; says what is known afterwards.
+async fn operate(
+    client: &mut VmServiceClient<Channel>,
+    name: &'static str,
+    choice: u32,
+) -> Result<Known, Status> {
+    let request_id = String::new();
+    match choice {
+        0..=3 => client.create_vm(create(name)).await.map(|_| Known::Exists),
+        4..=5 => {
+            client.start_vm(StartVmRequest { request_id, name: full(name) }).await.map(|_| Known::Exists)
+        }
+        6..=7 => {
+            let stop = StopVmRequest { request_id, name: full(name), force: true, timeout: None };
+            client.stop_vm(stop).await.map(|_| Known::Exists)
+        }
+        _ => {
+            let delete =
+                DeleteVmRequest { request_id, name: full(name), keep_root_volume: false, force: true };
+            client.delete_vm(delete).await.map(|_| Known::Absent)
+        }
+    }
+}
+
+/// Works on one VM until seriod is gone.
+async fn work(channel: Channel, name: &'static str, mut rng: StdRng, knowledge: Knowledge) {
+    let mut client = VmServiceClient::new(channel);
+    loop {
+        let before = knowledge.lock().unwrap().insert(name, Known::Open).unwrap();
+        let result = operate(&mut client, name, rng.random_range(0..10)).await;
+        let known = match result {
+            Ok(known) => known,
+            Err(status) => match status.code() {
+                Code::NotFound => Known::Absent,
+                Code::AlreadyExists => Known::Exists,
+                // Refused: nothing has changed.
+                Code::FailedPrecondition | Code::Aborted => before,
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal if gone(&status) => {
+                    return;
+                }
+                _ => panic!("{name}: {status:?}"),
+            },
+        };
+        knowledge.lock().unwrap().insert(name, known);
+    }
+}
+
+/// Whether the connection broke, rather than seriod refusing.
+fn gone(status: &Status) -> bool {
+    tonic_types::StatusExt::get_error_details(status).error_info().is_none()
+}
+
+async fn list(channel: &Channel) -> Vec<Vm> {
+    let answer = VmServiceClient::new(channel.clone()).list_vms(ListVmsRequest::default()).await;
+    answer.unwrap().into_inner().vms
+}
+
+fn state(vm: &Vm) -> VmState {
+    vm.status.as_ref().unwrap().state()
+}
+
+/// Compares what seriod says, what the clients know, and what runs.
+async fn check(seriod: &Seriod, channel: &Channel, knowledge: &Knowledge, strays: &mut BTreeMap<u32, Instant>) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let vms = loop {
+        let vms = list(channel).await;
+        let settled =
+            vms.iter().all(|vm| matches!(state(vm), VmState::Running | VmState::Stopped | VmState::Failed));
+        if settled {
+            break vms;
+        }
+        assert!(Instant::now() < deadline, "the VMs do not settle: {vms:#?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    let mut said: Vec<u32> =
+        vms.iter().map(|vm| vm.status.as_ref().unwrap().pid).filter(|pid| *pid != 0).collect();
+    said.sort_unstable();
+    let there = seriod.vmms();
+    assert!(said.iter().all(|pid| there.contains(pid)), "{said:?} should run, {there:?} do: {vms:#?}");
+    // A VMM that got no VM before seriod died runs no guest, and ends by itself within its time.
+    strays.retain(|pid, _| there.contains(pid));
+    for pid in there.iter().filter(|pid| !said.contains(pid)) {
+        let since = strays.entry(*pid).or_insert_with(Instant::now);
+        assert!(since.elapsed() < STRAY, "process {pid} belongs to no VM: {vms:#?}");
+    }
+    for vm in &vms {
+        assert_ne!(state(vm), VmState::Failed, "{vm:#?}");
+    }
+    let mut knowledge = knowledge.lock().unwrap();
+    for name in NAMES {
+        let exists = vms.iter().any(|vm| vm.name == full(name));
+        match knowledge[name] {
+            Known::Exists => assert!(exists, "{name} is lost"),
+            Known::Absent => assert!(!exists, "{name} is back"),
+            Known::Open => {}
+        }
+        knowledge.insert(name, if exists { Known::Exists } else { Known::Absent });
+    }
+    drop(knowledge);
+    let volumes = VolumeServiceClient::new(channel.clone()).list_volumes(ListVolumesRequest::default()).await;
+    let volumes = volumes.unwrap().into_inner().volumes;
+    let on_disk = std::fs::read_dir(seriod.dir.path().join("state/volumes")).unwrap().count();
+    assert_eq!((volumes.len(), on_disk), (vms.len(), vms.len()), "volumes: {volumes:#?}");
+}
+
+async fn furnish(channel: Channel, kernel: &[u8]) {
+    import_image(channel.clone(), "mini", "mini.test=heartbeat", kernel, &[]).await;
+    let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 << 20 };
+    let vdc =
+        CreateVdcRequest { request_id: String::new(), vdc_id: "ardesio".to_owned(), quota: Some(quota) };
+    VdcServiceClient::new(channel).create_vdc(vdc).await.unwrap();
+}
+
+fn number(variable: &str, absent: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(absent)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seriod_is_killed_a_hundred_times() {
+    let mut seriod = Seriod::new("");
+    let kernel = match seriod.with_programs().and_then(|()| mini_guest()) {
+        Ok(kernel) => kernel,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    let (kills, seed) = (number("SERIO_KILLS", 100), number("SERIO_SEED", rand::random()));
+    eprintln!("SERIO_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    seriod.start();
+    furnish(seriod.connect().await.unwrap(), &kernel).await;
+    let knowledge: Knowledge = Arc::new(Mutex::new(NAMES.map(|name| (name, Known::Absent)).into()));
+    let (mut adopted, mut strays) = (0, BTreeMap::new());
+    for _ in 0..kills {
+        let channel = seriod.connect().await.unwrap();
+        let workers: Vec<_> = NAMES
+            .map(|name| {
+                let rng = StdRng::seed_from_u64(rng.random());
+                tokio::spawn(work(channel.clone(), name, rng, Arc::clone(&knowledge)))
+            })
+            .into();
+        // Not a wait for something: the random moment itself.
+        tokio::time::sleep(Duration::from_micros(rng.random_range(0..250_000))).await;
+        seriod.kill();
+        for worker in workers {
+            worker.await.unwrap();
+        }
+        let before = seriod.vmms();
+        seriod.start();
+        check(&seriod, &seriod.connect().await.unwrap(), &knowledge, &mut strays).await;
+        adopted += seriod.vmms().iter().filter(|pid| before.contains(pid)).count();
+    }
+    eprintln!("{kills} kills, {adopted} times a VM went on in the same process");
+    assert!(kills < 20 || adopted > 0, "VMs survive");
+    // At the end all can be deleted, and nothing is left.
+    let channel = seriod.connect().await.unwrap();
+    for vm in list(&channel).await {
+        let delete = DeleteVmRequest { name: vm.name, force: true, ..DeleteVmRequest::default() };
+        VmServiceClient::new(channel.clone()).delete_vm(delete).await.unwrap();
+    }
+    let deadline = Instant::now() + STRAY;
+    while !seriod.vmms().is_empty() {
+        assert!(Instant::now() < deadline, "orphans: {:?}", seriod.vmms());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(std::fs::read_dir(seriod.dir.path().join("run/vms")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(seriod.dir.path().join("state/vms")).unwrap().count(), 0);
+}

@@ -7,7 +7,8 @@ use uuid::Uuid;
 use crate::{
     EVENTS_MAX, REQUEST_KEPT_MS,
     record::{
-        EventRecord, ExportRecord, ImageRecord, RequestRecord, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord,
+        EventRecord, ExportRecord, ImageRecord, RequestRecord, SnapshotRecord, VdcRecord, VmRecord,
+        VolumeRecord,
     },
 };
 
@@ -129,7 +130,8 @@ fn image(tx: &Transaction<'_>, r: &ImageRecord) -> Result<(), rusqlite::Error> {
 }
 
 fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
-    let spec = serde_json::to_string(&r.spec).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
+    let spec =
+        serde_json::to_string(&r.spec).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
     tx.prepare_cached(
         "INSERT INTO vms (uid, vdc, name, generation, create_time_ms, spec, root_volume, desired, run, start_time_ms,
              end_time_ms, end_kind, end_reason, restarts)
@@ -212,18 +214,23 @@ fn export(tx: &Transaction<'_>, r: &ExportRecord) -> Result<(), rusqlite::Error>
 }
 
 fn event(tx: &Transaction<'_>, r: &EventRecord) -> Result<(), rusqlite::Error> {
-    tx.prepare_cached("INSERT INTO events (number, time_ms, resource, kind, message) VALUES (?1, ?2, ?3, ?4, ?5)")?
-        .execute(params![int(r.number), r.time.0, r.resource, r.kind, r.message])?;
+    tx.prepare_cached(
+        "INSERT INTO events (number, time_ms, resource, kind, message) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?
+    .execute(params![int(r.number), r.time.0, r.resource, r.kind, r.message])?;
     tx.prepare_cached("DELETE FROM events WHERE number <= ?1")?
         .execute(params![int(r.number.saturating_sub(EVENTS_MAX))])
         .map(drop)
 }
 
 fn request(tx: &Transaction<'_>, r: &RequestRecord) -> Result<(), rusqlite::Error> {
-    tx.prepare_cached("DELETE FROM requests WHERE time_ms < ?1")?.execute(params![r.time.0 - REQUEST_KEPT_MS])?;
-    tx.prepare_cached("INSERT OR REPLACE INTO requests (id, method, digest, resource, time_ms) VALUES (?1, ?2, ?3, ?4, ?5)")?
-        .execute(params![r.id.to_string(), r.method, r.digest, r.resource, r.time.0])
-        .map(drop)
+    tx.prepare_cached("DELETE FROM requests WHERE time_ms < ?1")?
+        .execute(params![r.time.0 - REQUEST_KEPT_MS])?;
+    tx.prepare_cached(
+        "INSERT OR REPLACE INTO requests (id, method, digest, resource, time_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?
+    .execute(params![r.id.to_string(), r.method, r.digest, r.resource, r.time.0])
+    .map(drop)
 }
 
 fn delete(tx: &Transaction<'_>, key: &Key) -> Result<(), rusqlite::Error> {

@@ -17,7 +17,9 @@ pub enum StoreError {
         source: rusqlite::Error,
     },
     /// Not a database, or broken.
-    #[error("{path} is damaged: restore it from a backup, or move it away to start empty (running VMs would then be ended)")]
+    #[error(
+        "{path} is damaged: restore it from a backup, or move it away to start empty (running VMs would then be ended)"
+    )]
     Damaged {
         /// The database.
         path: PathBuf,
@@ -36,7 +38,9 @@ pub enum StoreError {
         what: String,
     },
     /// Written by a newer program.
-    #[error("{path} has schema {found}, this seriod knows up to {known}: install the newer seriod again, or restore the backup made before the upgrade")]
+    #[error(
+        "{path} has schema {found}, this seriod knows up to {known}: install the newer seriod again, or restore the backup made before the upgrade"
+    )]
     Newer {
         /// The database.
         path: PathBuf,

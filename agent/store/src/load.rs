@@ -9,8 +9,8 @@ use uuid::Uuid;
 use crate::{
     error::LoadError,
     record::{
-        End, EventRecord, ExportRecord, ImageRecord, Millis, RequestRecord, SnapshotRecord, VdcRecord, VmRecord,
-        VolumeRecord,
+        End, EventRecord, ExportRecord, ImageRecord, Millis, RequestRecord, SnapshotRecord, VdcRecord,
+        VmRecord, VolumeRecord,
     },
 };
 
@@ -54,8 +54,13 @@ impl Fields<'_> {
         self.get::<String>(column)?.parse().map_err(|e| self.bad(column, &e))
     }
 
-    fn parse_optional<T: FromStr<Err: std::fmt::Display>>(&self, column: &str) -> Result<Option<T>, LoadError> {
-        self.get::<Option<String>>(column)?.map(|text| text.parse().map_err(|e| self.bad(column, &e))).transpose()
+    fn parse_optional<T: FromStr<Err: std::fmt::Display>>(
+        &self,
+        column: &str,
+    ) -> Result<Option<T>, LoadError> {
+        self.get::<Option<String>>(column)?
+            .map(|text| text.parse().map_err(|e| self.bad(column, &e)))
+            .transpose()
     }
 
     fn unsigned(&self, column: &str) -> Result<u64, LoadError> {
@@ -138,9 +143,11 @@ fn vm(f: &Fields<'_>) -> Result<VmRecord, LoadError> {
         other => return Err(f.bad("desired", &format!("unknown word `{other}`"))),
     };
     let last_end = match (f.get::<Option<i64>>("end_time_ms")?, f.parse_optional("end_kind")?) {
-        (Some(time), Some(kind)) => {
-            Some(End { time: Millis(time), kind, reason: f.get::<Option<String>>("end_reason")?.unwrap_or_default() })
-        }
+        (Some(time), Some(kind)) => Some(End {
+            time: Millis(time),
+            kind,
+            reason: f.get::<Option<String>>("end_reason")?.unwrap_or_default(),
+        }),
         _ => None,
     };
     Ok(VmRecord {
@@ -209,7 +216,11 @@ pub(crate) fn request(row: &Row<'_>) -> Result<RequestRecord, rusqlite::Error> {
     })
 }
 
-pub(crate) fn events(connection: &Connection, from: u64, limit: u32) -> Result<Vec<EventRecord>, rusqlite::Error> {
+pub(crate) fn events(
+    connection: &Connection,
+    from: u64,
+    limit: u32,
+) -> Result<Vec<EventRecord>, rusqlite::Error> {
     connection
         .prepare_cached(
             "SELECT number, time_ms, resource, kind, message FROM events WHERE number >= ?1 ORDER BY number LIMIT ?2",

@@ -28,7 +28,10 @@ fn vm(vdc: Uuid, volume: Uuid) -> VmRecord {
             image: "tiny".parse().unwrap(),
             root_disk: None,
             volumes: vec!["data".parse().unwrap()],
-            nics: vec![serio_types::NicSpec { mac: Some("52:54:00:12:34:56".parse().unwrap()), ..Default::default() }],
+            nics: vec![serio_types::NicSpec {
+                mac: Some("52:54:00:12:34:56".parse().unwrap()),
+                ..Default::default()
+            }],
             cmdline: Some("quiet".to_owned().try_into().unwrap()),
             cloud_init: Some(serio_types::CloudInit::default()),
             restart_policy: RestartPolicy::Always,
@@ -88,7 +91,9 @@ fn what_was_written_comes_back() {
     assert_eq!((contents.vdcs, contents.vms), (vec![vdc.clone()], vec![vm.clone()]));
     assert_eq!((contents.volumes, contents.snapshots), (vec![volume.clone()], vec![snapshot]));
     // A vdc with VMs cannot go, whatever the caller thinks; the whole commit is refused.
-    assert!(store.commit(&[Change::Delete(Key::Volume(volume.uid)), Change::Delete(Key::Vdc(vdc.uid))]).is_err());
+    assert!(
+        store.commit(&[Change::Delete(Key::Volume(volume.uid)), Change::Delete(Key::Vdc(vdc.uid))]).is_err()
+    );
     store
         .commit(&[
             Change::Delete(Key::Vm(vm.uid)),

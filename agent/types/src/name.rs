@@ -55,7 +55,8 @@ impl FromStr for Name {
         if text.len() > NAME_BYTES_MAX {
             return Err(NameError::TooLong(text.chars().take(16).collect()));
         }
-        if let Some(bad) = text.chars().find(|c| !(c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '-')) {
+        if let Some(bad) = text.chars().find(|c| !(c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '-'))
+        {
             return Err(NameError::Character { name: text.to_owned(), bad });
         }
         if text.starts_with('-') || text.ends_with('-') {

@@ -15,7 +15,9 @@ pub enum NetError {
     #[error("`{0}` is not a MAC address: write six pairs of hex digits, for example 52:54:00:12:34:56")]
     Mac(String),
     /// A group address.
-    #[error("`{0}` is a group MAC address: a card's own has an even first pair, for example 52:54:00:12:34:56")]
+    #[error(
+        "`{0}` is a group MAC address: a card's own has an even first pair, for example 52:54:00:12:34:56"
+    )]
     MacGroup(String),
     /// Not ADDRESS/LENGTH.
     #[error("`{0}` is not an address with its network's length: write for example 192.168.7.10/24")]

@@ -130,7 +130,11 @@ mod tests {
         assert_eq!(parse_vdc("vdcs/a").unwrap().as_str(), "a");
         assert!(matches!(parse_vdc("a"), Err(ResourceError::Form { .. })));
         assert!(matches!(parse_vdc("vdcs/A"), Err(ResourceError::Part { .. })));
-        assert!(parse_vm("vdcs/a/volumes/b").is_err() && parse_vm("vdcs/a/vms/b/c").is_err() && parse_vm("").is_err());
+        assert!(
+            parse_vm("vdcs/a/volumes/b").is_err()
+                && parse_vm("vdcs/a/vms/b/c").is_err()
+                && parse_vm("").is_err()
+        );
         assert!(parse_image("images/../x").is_err());
     }
 

@@ -85,7 +85,8 @@ impl FromStr for ByteSize {
         let shift = UNITS
             .iter()
             .find(|(unit, _)| {
-                let rest = suffix.get(..1).filter(|head| head.eq_ignore_ascii_case(unit)).and(suffix.get(1..));
+                let rest =
+                    suffix.get(..1).filter(|head| head.eq_ignore_ascii_case(unit)).and(suffix.get(1..));
                 rest.is_some_and(|rest| rest.is_empty() || rest.eq_ignore_ascii_case("ib"))
             })
             .map(|(_, shift)| *shift)
@@ -113,9 +114,14 @@ mod tests {
 
     #[test]
     fn what_users_type() {
-        for (text, bytes) in
-            [("256MiB", 256 << 20), ("4GiB", 4 << 30), ("4g", 4 << 30), ("10K", 10 << 10), ("4096", 4096), ("7B", 7)]
-        {
+        for (text, bytes) in [
+            ("256MiB", 256 << 20),
+            ("4GiB", 4 << 30),
+            ("4g", 4 << 30),
+            ("10K", 10 << 10),
+            ("4096", 4096),
+            ("7B", 7),
+        ] {
             assert_eq!(text.parse::<ByteSize>().unwrap().bytes(), bytes, "{text}");
         }
         for text in ["", "MiB", "4GB", "4.5GiB", "-1", "4 apples", "é", "4é"] {

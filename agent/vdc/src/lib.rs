@@ -104,7 +104,9 @@ impl Refusal {
     #[must_use]
     pub fn remedy(&self) -> String {
         match &self.owner {
-            Owner::Vdc(name) => format!("ask for less, delete what vdc {name} does not need, or raise its quota"),
+            Owner::Vdc(name) => {
+                format!("ask for less, delete what vdc {name} does not need, or raise its quota")
+            }
             Owner::Node => "ask for less, delete what is not needed here, or use another node".to_owned(),
         }
     }
@@ -153,8 +155,11 @@ mod tests {
 
     fn quota() -> impl Strategy<Value = Quota> {
         let amount = || prop_oneof![0_u64..100, Just(u64::MAX), any::<u64>()];
-        (amount(), amount(), amount())
-            .prop_map(|(vcpus, memory_bytes, storage_bytes)| Quota { vcpus, memory_bytes, storage_bytes })
+        (amount(), amount(), amount()).prop_map(|(vcpus, memory_bytes, storage_bytes)| Quota {
+            vcpus,
+            memory_bytes,
+            storage_bytes,
+        })
     }
 
     proptest! {

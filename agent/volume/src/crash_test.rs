@@ -61,7 +61,7 @@ enum Pending {
 }
 
 impl SimFile {
-    fn new(power: &Arc<Power>) -> Media {
+    fn media(power: &Arc<Power>) -> Media {
         Media::Sim(Arc::new(SimFile { power: Arc::clone(power), inner: Mutex::default() }))
     }
 
@@ -183,7 +183,7 @@ impl World {
     fn snapshot(&mut self, volume: &Volume, model: &mut Model) -> bool {
         let number = volume.head_header().expect("layered").layer as usize + 1;
         self.files.truncate(number);
-        let new = (SimFile::new(&self.power), SimFile::new(&self.power));
+        let new = (SimFile::media(&self.power), SimFile::media(&self.power));
         self.files.push(new.clone());
         let snapshot = (format!("s{number}"), model.now().clone());
         model.maybe = Some(snapshot.clone());
@@ -258,7 +258,7 @@ fn check(files: &[(Media, Media)], model: &Model, context: &str) {
 fn life(seed: u64, steps: i64) -> bool {
     let mut rng = StdRng::seed_from_u64(seed);
     let power = Arc::new(Power(AtomicI64::new(i64::MAX)));
-    let files = vec![(SimFile::new(&power), SimFile::new(&power))];
+    let files = vec![(SimFile::media(&power), SimFile::media(&power))];
     create_media(&files[0].0, &files[0].1, SIZE as u64, [7; 16], false).expect("create");
     let mut world = World { files, power: Arc::clone(&power) };
     let mut model = Model { states: vec![vec![0; SIZE]], snapshots: Vec::new(), maybe: None };
@@ -307,7 +307,7 @@ fn a_power_cut_at_any_step_leaves_old_or_new_bytes() {
 #[test]
 fn a_failed_sync_poisons() {
     let power = Arc::new(Power(AtomicI64::new(i64::MAX)));
-    let files = vec![(SimFile::new(&power), SimFile::new(&power))];
+    let files = vec![(SimFile::media(&power), SimFile::media(&power))];
     create_media(&files[0].0, &files[0].1, SIZE as u64, [7; 16], false).expect("create");
     let volume = Volume::open_media(files, Access::ReadWrite, None).expect("open");
     let mut queue = volume.queue(1).expect("queue");

@@ -32,13 +32,13 @@ pub(super) fn prepare(
 }
 
 fn zero_page(placement: &Placement, header: Option<setup_header>) -> boot_params {
-    let mut page = boot_params::default();
-    page.hdr = header.unwrap_or_else(|| setup_header {
+    let hdr = header.unwrap_or_else(|| setup_header {
         boot_flag: BOOT_FLAG,
         header: MAGIC,
         kernel_alignment: ALIGNMENT,
         ..Default::default()
     });
+    let mut page = boot_params { hdr, ..Default::default() };
     page.hdr.type_of_loader = LOADER_TYPE;
     // All three lie below 4 GiB, by the layout and by the checks of the loader.
     page.hdr.cmd_line_ptr = layout::CMDLINE as u32;
@@ -49,8 +49,7 @@ fn zero_page(placement: &Placement, header: Option<setup_header>) -> boot_params
     }
     page.acpi_rsdp_addr = placement.rsdp;
     let map = layout::memory_map(placement.memory_bytes);
-    let table = page.e820_table;
-    let mut entries = table;
+    let mut entries = page.e820_table;
     for (slot, range) in entries.iter_mut().zip(&map) {
         *slot = boot_e820_entry { addr: range.start, size: range.len, r#type: range.kind as u32 };
     }

@@ -5,7 +5,7 @@
 const BASE: u32 = 0x10_0000;
 
 /// Wraps flat 32-bit code, which starts at its first byte, into an ELF.
-pub fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     let mut note = Vec::new();
     for word in [4u32, 4, 18] {
         note.extend(word.to_le_bytes());
@@ -39,38 +39,38 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
 }
 
 /// `out PORT, VALUE`.
-pub fn out(port: u16, value: u8) -> Vec<u8> {
+pub(crate) fn out(port: u16, value: u8) -> Vec<u8> {
     let [low, high] = port.to_le_bytes();
     vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
 }
 
 /// Prints on COM1.
-pub fn print(text: &str) -> Vec<u8> {
+pub(crate) fn print(text: &str) -> Vec<u8> {
     text.bytes().flat_map(|byte| out(0x3f8, byte)).collect()
 }
 
 /// Powers off by ACPI's sleep control register; then `jmp $`.
-pub fn power_off() -> Vec<u8> {
+pub(crate) fn power_off() -> Vec<u8> {
     [out(0x600, 0x34), spin()].concat()
 }
 
 /// Resets by ACPI's reset register; then `jmp $`.
-pub fn reset() -> Vec<u8> {
+pub(crate) fn reset() -> Vec<u8> {
     [out(0x602, 0xfe), spin()].concat()
 }
 
 /// `jmp $`.
-pub fn spin() -> Vec<u8> {
+pub(crate) fn spin() -> Vec<u8> {
     vec![0xeb, 0xfe]
 }
 
 /// `ud2` without an interrupt table: the processor gives up.
-pub fn crash() -> Vec<u8> {
+pub(crate) fn crash() -> Vec<u8> {
     vec![0x0f, 0x0b]
 }
 
 /// Sends back what is typed; `q` ends it by `then`.
-pub fn echo(then: &[u8]) -> Vec<u8> {
+pub(crate) fn echo(then: &[u8]) -> Vec<u8> {
     let mut code = vec![
         0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd (line status)
         0xec, // in al, dx

@@ -29,6 +29,8 @@ use super::{
 
 /// For `Launch`: the VMM loads the kernel and runs the first vcpu, on a slow disk of a busy host.
 const LAUNCH_WAIT: Duration = Duration::from_secs(90);
+/// How long a VMM whose VM has ended may take to go.
+const END_GRACE: Duration = Duration::from_secs(3);
 const KVM: &str = "/dev/kvm";
 
 /// Starts a VM. The caller cleans up when this fails.
@@ -172,16 +174,26 @@ pub(super) fn living(meta_path: &Path, program: &Path) -> Result<Option<(Meta, P
 pub(super) async fn adopt(inner: &Arc<Inner>, uid: Uuid) -> Result<Option<VmHandle>, AdoptError> {
     let run = inner.run_of(uid);
     let Some((meta, process)) = living(&run.meta(), &inner.settings.vmm_path)? else { return Ok(None) };
-    let pid = process.pid();
-    let watched = Watched::new(process, run.stderr());
-    match vm::ask_status(&run, pid).await {
-        // It had no Launch: nothing runs in it, and nobody is left who would send one.
-        Ok(status) if matches!(status.state(), VmState::Waiting | VmState::Ended) => {
-            watched.kill().await;
+    // Watched only once it has answered: one that is silent is asked again and again.
+    let answer = vm::ask_status(&run, process.pid()).await;
+    match answer.map(|status| status.state()) {
+        Ok(VmState::Running | VmState::Paused) => {
+            let watched = Watched::new(process, run.stderr());
+            Ok(Some(VmHandle::new(Arc::clone(inner), uid, meta.generation, watched)))
+        }
+        Ok(state) => {
+            let watched = Watched::new(process, run.stderr());
+            // One that has ended is about to go by itself. One that waits had no Launch: nothing runs in it, and
+            // nobody is left who would send one.
+            if state == VmState::Waiting || watched.exit_within(END_GRACE).await.is_none() {
+                watched.kill().await;
+            }
             Ok(None)
         }
-        Ok(_) => Ok(Some(VmHandle::new(Arc::clone(inner), uid, meta.generation, watched))),
-        Err(_) if watched.exit_now().is_some() => Ok(None),
-        Err(source) => Err(AdoptError::Silent { pid, source }),
+        // It may have ended just now.
+        Err(source) => match living(&run.meta(), &inner.settings.vmm_path)? {
+            Some((meta, _)) => Err(AdoptError::Silent { pid: meta.pid, source }),
+            None => Ok(None),
+        },
     }
 }

@@ -3,7 +3,13 @@
 //! Owns: the wire types, their clients and servers, and their JSON form (the protobuf JSON mapping).
 //! Never: meaning. Inside the agent these types stop at the border: `TryFrom` into `serio-types`.
 #![forbid(unsafe_code)]
-#![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code; the documentation stands in proto/")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    reason = "generated code; the documentation stands in proto/"
+)]
 
 /// Messages and services of package `serio.v1`.
 pub mod v1 {

@@ -14,8 +14,8 @@ use std::{
 };
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 
 use crate::{
@@ -150,7 +150,11 @@ impl Channel {
         Ok((frame, descriptors))
     }
 
-    fn receive_first(&self, prefix: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> Result<usize, ChannelError> {
+    fn receive_first(
+        &self,
+        prefix: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> Result<usize, ChannelError> {
         let mut space = [MaybeUninit::uninit(); rights_bytes(DESCRIPTORS_MAX)];
         loop {
             let mut rights = RecvAncillaryBuffer::new(&mut space);

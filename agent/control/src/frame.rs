@@ -15,7 +15,9 @@ pub const PREFIX_BYTES: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// The prefix announces more than [`BODY_BYTES_MAX`].
-    #[error("a frame of {0} bytes was announced, more than {BODY_BYTES_MAX}: the peer does not speak this protocol")]
+    #[error(
+        "a frame of {0} bytes was announced, more than {BODY_BYTES_MAX}: the peer does not speak this protocol"
+    )]
     TooLong(usize),
     /// More descriptors than [`DESCRIPTORS_MAX`].
     #[error("a frame announces {0} descriptors, more than {DESCRIPTORS_MAX}")]

@@ -11,7 +11,10 @@ pub struct Frame {
     #[prost(uint32, tag = "2")]
     pub descriptors: u32,
     /// What it says.
-    #[prost(oneof = "Body", tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 40")]
+    #[prost(
+        oneof = "Body",
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 40"
+    )]
     pub body: Option<Body>,
 }
 

@@ -174,7 +174,7 @@ fn functions(source: &str) -> Vec<Function> {
 
 /// Counts the parameters that follow a function's name, and where their list ends.
 fn parameters(rest: &str) -> Option<(usize, usize)> {
-    let (mut depth, mut commas, mut words, mut receiver, mut opened) = (0_i32, 0, false, false, false);
+    let (mut depth, mut count, mut opened) = (0_i32, 0, false);
     let mut current = String::new();
     let mut before = ' ';
     for (at, c) in rest.char_indices() {
@@ -188,28 +188,26 @@ fn parameters(rest: &str) -> Option<(usize, usize)> {
             ')' | ']' | '>' | '}' => {
                 depth -= 1;
                 if depth == 0 && c == ')' && opened {
-                    let last = words && !current.trim().is_empty();
-                    let count = commas + usize::from(last);
-                    return Some((count - usize::from(receiver && count > 0), at + 1));
+                    return Some((count + usize::from(is_parameter(&current)), at + 1));
                 }
             }
             ',' if depth == 1 && opened => {
-                commas += 1;
+                count += usize::from(is_parameter(&current));
                 current.clear();
             }
             ';' if depth == 0 => return None,
-            _ if opened => {
-                words = true;
-                current.push(c);
-                if commas == 0 && current.trim_end().ends_with("self") && depth == 1 {
-                    receiver = true;
-                }
-            }
+            _ if opened => current.push(c),
             _ => {}
         }
         before = c;
     }
     None
+}
+
+/// Whether that is one: not the receiver, not the nothing behind a last comma, not an input of proptest (`a in strategy`).
+fn is_parameter(text: &str) -> bool {
+    let text = text.trim();
+    !text.is_empty() && !text.ends_with("self") && !text.contains(" in ")
 }
 
 /// The lines of the body that follows a signature; none for a declaration.
@@ -251,6 +249,7 @@ mod tests {
     #[test]
     fn parameters_are_counted_without_the_receiver() {
         let text = "fn m(&mut self, a: Map<u8, u8>, b: u8, c: fn(u8, u8) -> u8, d: (u8, u8), e: u8, f: u8) {}\n\
+                    fn p(a in any(), b in any(), c in 0..1, d in any(), e in any(), f in any(), g in any()) {}\n\
                     fn n(a: u8, b: u8, c: u8, d: u8, e: u8, f: u8, g: u8,) {}\n";
         let findings = measure("a.rs", text);
         assert_eq!(findings.len(), 1, "{findings:?}");

@@ -153,7 +153,7 @@ impl Client {
     {
         let both = async {
             match self.send(&request, &send).await {
-                Err(status) if status.code() == Code::Unavailable => {
+                Err(status) if status.code() == Code::Unavailable || is_broken(&status) => {
                     tokio::time::sleep(Duration::from_millis(RETRY_AFTER_MS)).await;
                     self.send(&request, &send).await
                 }
@@ -163,7 +163,10 @@ impl Client {
         let answer = match self.timeout {
             None => both.await,
             Some(limit) => tokio::time::timeout(limit, both).await.unwrap_or_else(|_| {
-                Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs_f64())))
+                Err(Status::deadline_exceeded(format!(
+                    "no answer within {} s; ask for more time with --timeout",
+                    limit.as_secs_f64()
+                )))
             }),
         };
         answer.map_err(|status| self.failure(doing, status))
@@ -181,14 +184,18 @@ impl Client {
     /// What a status means to the user: one that the transport made up is "unreachable", not an answer.
     #[must_use]
     pub fn failure(&self, doing: &str, status: Status) -> Failure {
-        let from_transport =
-            status.source().is_some() && matches!(status.code(), Code::Unavailable | Code::Unknown);
-        if from_transport {
+        if is_broken(&status) {
             let reason = crate::error::chain(status.source());
             return unreachable(&self.target, reason.trim_start_matches(": ").to_owned().into());
         }
         Failure::Api { doing: doing.to_owned(), status: Box::new(status) }
     }
+}
+
+/// The connection broke: the status was made up on this side. What a host answers has no source.
+fn is_broken(status: &Status) -> bool {
+    status.source().is_some()
+        && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal)
 }
 
 /// The transport's error without the words "transport error" in front.
@@ -206,13 +213,17 @@ fn unreachable(target: &Target, source: crate::error::Source) -> Failure {
         Target::Unix(_) => {
             "start the agent (`systemctl start seriod`), or name another with --host or SERIO_HOST; `serio doctor` looks closer".to_owned()
         }
-        _ if reason.contains("unknownissuer") || reason.contains("unknown issuer") => {
+        // BadSignature: an authority of the same name with another key.
+        _ if ["unknownissuer", "unknown issuer", "badsignature"].iter().any(|what| reason.contains(what)) => {
             "the host's certificate is not signed by the authority in SERIO_CA: is it the right file?".to_owned()
         }
         _ if reason.contains("notvalidforname") || reason.contains("not valid for name") => {
             "the host's certificate is for another name: reach it by that name, or issue one with --host".to_owned()
         }
-        _ if reason.contains("alert") || reason.contains("certificate") => {
+        // With TLS 1.3 a refused client learns it after the handshake: often only that the connection is gone.
+        Target::Https { .. }
+            if ["alert", "certificate", "canceled", "broken pipe", "reset", "closed"].iter().any(|what| reason.contains(what)) =>
+        {
             "the TLS handshake failed: are SERIO_CERT and SERIO_KEY signed by the host's authority, not expired, and is the clock right?".to_owned()
         }
         _ => "is the host up, does it listen there ([grpc] listen in seriod.toml), and does a firewall let you through?".to_owned(),

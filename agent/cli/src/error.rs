@@ -168,17 +168,13 @@ fn details(status: &Status) -> Vec<String> {
     lines
 }
 
-/// What helps when the server names no remedy.
+/// What helps where the server cannot know: that it is the wrong one, or that it is gone.
 fn own_remedy(code: Code) -> Option<&'static str> {
     match code {
         Code::Unimplemented => Some(
             "the program at --host does not know this call: `node list`, `node show NAME` and `node delete` want a \
              scheduler, everything else an agent",
         ),
-        Code::PermissionDenied | Code::Unauthenticated => Some(
-            "use a certificate with another role (`serio pki issue … --role control-plane`), or the group `serio` on the host",
-        ),
-        Code::DeadlineExceeded => Some("ask for more time with --timeout"),
         Code::Unavailable => {
             Some("see whether the agent runs: `serio doctor`, or `journalctl -u seriod` on that host")
         }

@@ -38,6 +38,21 @@ pub fn short(resource: &str) -> String {
     }
 }
 
+/// With the noun in front, where resources of all kinds stand together: `vm ardesio/web`.
+#[must_use]
+pub fn with_noun(resource: &str) -> String {
+    let noun = match resource.split('/').collect::<Vec<_>>().as_slice() {
+        ["vdcs", _] => "vdc",
+        ["vdcs", _, "vms", _] => "vm",
+        ["vdcs", _, "volumes", ..] => "volume",
+        ["images", _] => "image",
+        ["nodes", _] => "node",
+        ["exports", _] => "export",
+        _ => return resource.to_owned(),
+    };
+    format!("{noun} {}", short(resource))
+}
+
 /// A point alone: `before` of `vdcs/ardesio/volumes/web-root/snapshots/before`.
 #[must_use]
 pub fn short_point(name: &str) -> String {
@@ -57,5 +72,7 @@ mod tests {
         assert_eq!(short("images/tiny"), "tiny");
         assert_eq!(short("vdcs/a/volumes/b/snapshots/c"), "a/b@c");
         assert_eq!(short("odd"), "odd");
+        assert_eq!(with_noun("vdcs/a/volumes/b/snapshots/c"), "volume a/b@c");
+        assert_eq!((with_noun("images/tiny").as_str(), with_noun("odd").as_str()), ("image tiny", "odd"));
     }
 }

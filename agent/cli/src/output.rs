@@ -63,13 +63,14 @@ impl Output {
 
     /// The object in any case; what has no table is JSON.
     pub fn value<T: Serialize>(self, item: &T) -> Result<(), Failure> {
-        let value =
-            serde_json::to_value(item).map_err(|e| Failure::local("cannot write the answer as JSON", e))?;
+        // Straight from the message, so that fields keep the order of the API.
         let rendered = match self.format {
-            // By way of the JSON value, so that both say the same.
-            Format::Yaml => serde_yaml_ng::to_string(&value)
+            Format::Yaml => serde_yaml_ng::to_string(item)
                 .map_err(|e| Failure::local("cannot write the answer as YAML", e))?,
-            _ => format!("{value:#}\n"),
+            _ => {
+                let json = serde_json::to_string_pretty(item);
+                format!("{}\n", json.map_err(|e| Failure::local("cannot write the answer as JSON", e))?)
+            }
         };
         text(&rendered)
     }
@@ -129,7 +130,8 @@ pub fn table(columns: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Strin
 }
 
 /// A cell as a terminal may show it: what guests and peers wrote must not steer it.
-fn clean(cell: &str) -> String {
+#[must_use]
+pub fn clean(cell: &str) -> String {
     if cell.is_empty() {
         return "-".to_owned();
     }

@@ -12,7 +12,7 @@ pub(super) async fn run(client: &Client, args: EventsArgs, output: Output) -> Re
     let mut kept = Vec::new();
     while let Some(event) = stream.message().await.map_err(|status| client.failure(doing, status))? {
         if args.follow {
-            output.item(&event, || row(&event).join("  "))?;
+            output.item(&event, || line(&event))?;
         } else {
             kept.push(event);
         }
@@ -23,12 +23,18 @@ pub(super) async fn run(client: &Client, args: EventsArgs, output: Output) -> Re
     output.list(&kept, &["NUMBER", "TIME", "KIND", "RESOURCE", "MESSAGE"], row)
 }
 
+/// A row whose columns are as wide as most events want: what comes later is not known.
+fn line(event: &Event) -> String {
+    let [number, time, kind, resource, message] = row(event).try_into().unwrap_or_default();
+    output::clean(&format!("{number:<6}  {time}  {kind:<10}  {resource:<24}  {message}"))
+}
+
 fn row(event: &Event) -> Vec<String> {
     vec![
         event.number.to_string(),
         output::time(event.time.as_ref()),
         event.kind.clone(),
-        names::short(&event.resource),
+        names::with_noun(&event.resource),
         event.message.clone(),
     ]
 }

@@ -1,8 +1,8 @@
 //! `image`: import, list, show, delete.
 //!
 //! An import is one stream: the header, then chunks of kernel, initrd and disk in order. A blocking thread reads the
-//! files and sends at most [`CHUNKS_MAX`] chunks ahead; holes (`SEEK_DATA`) and chunks of zeros are skipped, which the API
-//! reads as zeros. A file that fails to read ends the stream early, and the agent then keeps nothing.
+//! files and sends at most [`CHUNKS_MAX`] chunks ahead; holes (`SEEK_DATA`) and chunks of zeros of the disk
+//! are skipped, which the API reads as zeros; kernel and initrd go whole. A file that fails to read ends the stream early, and the agent then keeps nothing.
 
 use std::{
     fs::File,
@@ -193,15 +193,16 @@ fn send(
     for part in parts {
         let read = |e: io::Error| Failure::local(format!("cannot read {}", part.path), e);
         let mut offset = 0;
-        while let Some((start, end)) = next_data(&part.file, offset, part.bytes).map_err(read)? {
+        let sparse = part.part == ImagePart::Disk;
+        while let Some((start, end)) = next_data(&part.file, offset, part.bytes, sparse).map_err(read)? {
             offset = end.min(start.saturating_add(CHUNK_BYTES as u64));
             let mut data = vec![0; usize::try_from(offset.saturating_sub(start)).unwrap_or(CHUNK_BYTES)];
             part.file.read_exact_at(&mut data, start).map_err(read)?;
             progress.set_position(sent_before + offset);
-            if data.iter().all(|byte| *byte == 0) {
+            if sparse && data.iter().all(|byte| *byte == 0) {
                 continue;
             }
-            let chunk = ImageChunk { part: part.part.into(), offset: start, data: data.into() };
+            let chunk = ImageChunk { part: part.part.into(), offset: start, data };
             if sender.blocking_send(message(What::Chunk(chunk))).is_err() {
                 return Ok(());
             }
@@ -212,10 +213,14 @@ fn send(
     Ok(())
 }
 
-/// The next stretch of data at or after `from`; `None` if only holes follow. A file system without `SEEK_DATA` has no holes.
-fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+/// The next stretch of data at or after `from`; `None` if only holes follow. A file system without `SEEK_DATA` has no holes,
+/// nor has a file that is not sent as sparse.
+fn next_data(file: &File, from: u64, end: u64, sparse: bool) -> io::Result<Option<(u64, u64)>> {
     if from >= end {
         return Ok(None);
+    }
+    if !sparse {
+        return Ok(Some((from, end)));
     }
     let start = match seek(file, SeekFrom::Data(from)) {
         Ok(start) => start,

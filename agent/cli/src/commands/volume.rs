@@ -50,25 +50,7 @@ pub(super) async fn run(
                 .await?;
             output.done(&snapshot, &format!("sealed point {name} of volume {volume}"))
         }
-        VolumeVerb::Snapshots { volume } => {
-            let request = ListSnapshotsRequest { volume: names::volume(&volume) };
-            let answer = client
-                .call(
-                    &format!("list the snapshots of volume {volume}"),
-                    request,
-                    |channel, request| async move {
-                        VolumeServiceClient::new(channel).list_snapshots(request).await
-                    },
-                )
-                .await?;
-            output.list(&answer.snapshots, &["NAME", "SIZE", "CREATED"], |snapshot| {
-                vec![
-                    names::short_point(&snapshot.name),
-                    output::size(snapshot.size_bytes),
-                    output::time(snapshot.create_time.as_ref()),
-                ]
-            })
-        }
+        VolumeVerb::Snapshots { volume } => snapshots(client, &volume, output).await,
         VolumeVerb::Export(args) => export(client, global, args, output).await,
         VolumeVerb::Exports => exports(client, output).await,
         VolumeVerb::Unexport { id } => {
@@ -130,6 +112,22 @@ async fn list(client: &Client, vdc: Option<Name>, output: Output) -> Result<(), 
             names::short(&volume.source_image),
             names::short(&volume.attached_to),
             volume.snapshots.len().to_string(),
+        ]
+    })
+}
+
+async fn snapshots(client: &Client, volume: &VdcName, output: Output) -> Result<(), Failure> {
+    let request = ListSnapshotsRequest { volume: names::volume(volume) };
+    let answer = client
+        .call(&format!("list the snapshots of volume {volume}"), request, |channel, request| async move {
+            VolumeServiceClient::new(channel).list_snapshots(request).await
+        })
+        .await?;
+    output.list(&answer.snapshots, &["NAME", "SIZE", "CREATED"], |snapshot| {
+        vec![
+            names::short_point(&snapshot.name),
+            output::size(snapshot.size_bytes),
+            output::time(snapshot.create_time.as_ref()),
         ]
     })
 }

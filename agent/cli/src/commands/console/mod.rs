@@ -67,14 +67,14 @@ impl Console {
     /// What was printed next; `None` when the VM ended.
     async fn printed(&mut self) -> Result<Option<Vec<u8>>, Failure> {
         match self.output.message().await {
-            Ok(message) => Ok(message.map(|m| m.data.into())),
+            Ok(message) => Ok(message.map(|m| m.data)),
             Err(status) => Err(self.client.failure(&self.doing, status)),
         }
     }
 
     /// Types bytes; false when nobody listens any more.
     async fn type_bytes(&self, data: Vec<u8>) -> bool {
-        self.input.send(ConsoleInput { data: data.into(), ..ConsoleInput::default() }).await.is_ok()
+        self.input.send(ConsoleInput { data, ..ConsoleInput::default() }).await.is_ok()
     }
 }
 

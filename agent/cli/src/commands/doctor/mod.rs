@@ -118,6 +118,8 @@ async fn agent(global: &Global, local: bool) -> Vec<Check> {
             let (found, remedy) = text
                 .split_once("\n  to do: ")
                 .unwrap_or((&text, "see the agent's log: journalctl -u seriod"));
+            // "`serio doctor` looks closer" is no help to who reads it there.
+            let remedy = remedy.trim_end_matches("; `serio doctor` looks closer");
             vec![Check::fail("seriod", found.trim_start_matches("error: "), remedy)]
         }
     }

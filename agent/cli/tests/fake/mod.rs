@@ -1,0 +1,296 @@
+//! A node that answers as the test wants: the services of the API over a Unix socket or TLS, without anything behind.
+
+use std::{
+    path::Path,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use serio_api::v1::{
+    ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVmRequest, DeleteImageRequest, DeleteImageResponse,
+    DeleteVdcRequest, DeleteVdcResponse, DeleteVmRequest, DeleteVmResponse, GetImageRequest, GetVdcRequest,
+    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListVdcsRequest,
+    ListVdcsResponse, ListVmsRequest, ListVmsResponse, Quota, ReadLogRequest, RebootVmRequest,
+    StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, Vm,
+    image_service_server::{ImageService, ImageServiceServer},
+    import_image_request::What,
+    vdc_service_server::{VdcService, VdcServiceServer},
+    vm_service_server::{VmService, VmServiceServer},
+};
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_stream::{
+    Stream,
+    wrappers::{ReceiverStream, UnixListenerStream},
+};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Server, server::Router},
+};
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// What was asked, for the test to look at.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) request_ids: Vec<String>,
+    pub(crate) vm: Option<CreateVmRequest>,
+    pub(crate) stop: Option<StopVmRequest>,
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) disk: Vec<u8>,
+    pub(crate) chunk_bytes: usize,
+}
+
+/// The node.
+#[derive(Clone, Default)]
+pub(crate) struct Fake {
+    pub(crate) seen: Arc<Mutex<Seen>>,
+}
+
+type Pinned<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+pub(crate) const LOG: &str = "one\r\ntwo\r\nthree\r\n";
+
+impl Fake {
+    fn router(&self) -> Router {
+        Server::builder()
+            .add_service(VdcServiceServer::new(self.clone()))
+            .add_service(VmServiceServer::new(self.clone()))
+            .add_service(ImageServiceServer::new(self.clone()))
+    }
+
+    /// Serves on that socket for the rest of the test.
+    pub(crate) fn serve(&self, socket: &Path) {
+        let incoming = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+        let router = self.router();
+        tokio::spawn(async move { router.serve_with_incoming(incoming).await.unwrap() });
+    }
+
+    /// The same over TLS, with the files that `serio pki` made; returns the port.
+    pub(crate) async fn serve_tls(&self, folder: &Path) -> u16 {
+        use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+        let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
+        let tls = ServerTlsConfig::new()
+            .identity(Identity::from_pem(read("server-cert.pem"), read("server-key.pem")))
+            .client_ca_root(Certificate::from_pem(read("ca-cert.pem")));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let router =
+            Server::builder().tls_config(tls).unwrap().add_service(VdcServiceServer::new(self.clone()));
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(async move { router.serve_with_incoming(incoming).await.unwrap() });
+        port
+    }
+}
+
+fn vdc(name: &str) -> Vdc {
+    Vdc {
+        name: name.to_owned(),
+        uid: "u".into(),
+        generation: 3,
+        create_time: Some(pbjson_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
+        quota: Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 }),
+        used: Some(Quota { vcpus: 1, memory_bytes: 256 << 20, storage_bytes: 1 << 30 }),
+    }
+}
+
+#[tonic::async_trait]
+impl VdcService for Fake {
+    async fn create_vdc(&self, request: Request<CreateVdcRequest>) -> Result<Response<Vdc>, Status> {
+        let request = request.into_inner();
+        let tries = {
+            let mut seen = self.seen.lock().unwrap();
+            seen.request_ids.push(request.request_id.clone());
+            seen.request_ids.len()
+        };
+        match request.vdc_id.as_str() {
+            "flaky" if tries == 1 => Err(Status::unavailable("restarting")),
+            "down" => Err(Status::unavailable("restarting")),
+            "slow" => {
+                tokio::time::sleep(Duration::from_secs(3600)).await;
+                Err(Status::internal("late"))
+            }
+            "taken" => Err(Status::already_exists(
+                "vdcs/taken exists already: choose another name, or delete it first",
+            )),
+            "bad" => {
+                let details =
+                    ErrorDetails::with_bad_request_violation("quota.vcpus", "0 is not in 1 to 4096");
+                Err(Status::with_error_details(tonic::Code::InvalidArgument, "the quota is wrong", details))
+            }
+            name => Ok(Response::new(vdc(&format!("vdcs/{name}")))),
+        }
+    }
+
+    async fn get_vdc(&self, request: Request<GetVdcRequest>) -> Result<Response<Vdc>, Status> {
+        let name = request.into_inner().name;
+        if name == "vdcs/none" {
+            Err(Status::not_found("vdcs/none does not exist"))
+        } else {
+            Ok(Response::new(vdc(&name)))
+        }
+    }
+
+    async fn list_vdcs(&self, _: Request<ListVdcsRequest>) -> Result<Response<ListVdcsResponse>, Status> {
+        Ok(Response::new(ListVdcsResponse { vdcs: vec![vdc("vdcs/ardesio"), vdc("vdcs/b")] }))
+    }
+
+    async fn update_vdc(&self, request: Request<UpdateVdcRequest>) -> Result<Response<Vdc>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.expected_generation, 3);
+        Ok(Response::new(Vdc { quota: request.quota, ..vdc(&request.name) }))
+    }
+
+    async fn delete_vdc(&self, _: Request<DeleteVdcRequest>) -> Result<Response<DeleteVdcResponse>, Status> {
+        Err(Status::permission_denied("the role auditor may not change anything"))
+    }
+}
+
+#[tonic::async_trait]
+impl VmService for Fake {
+    type AttachConsoleStream = Pinned<ConsoleOutput>;
+    type ReadLogStream = Pinned<ConsoleOutput>;
+
+    async fn create_vm(&self, request: Request<CreateVmRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        let vm = Vm {
+            name: format!("{}/vms/{}", request.parent, request.vm_id),
+            spec: request.spec.clone(),
+            ..Vm::default()
+        };
+        self.seen.lock().unwrap().vm = Some(request);
+        Ok(Response::new(vm))
+    }
+
+    async fn get_vm(&self, _: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {
+        Err(Status::unimplemented("get_vm"))
+    }
+
+    async fn list_vms(&self, _: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
+        Ok(Response::new(ListVmsResponse { vms: vec![] }))
+    }
+
+    async fn start_vm(&self, _: Request<StartVmRequest>) -> Result<Response<Vm>, Status> {
+        Err(Status::resource_exhausted("vdcs/ardesio has 0 of 4 vcpus left, and 2 are asked for"))
+    }
+
+    async fn stop_vm(&self, request: Request<StopVmRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        let vm = Vm { name: request.name.clone(), ..Vm::default() };
+        self.seen.lock().unwrap().stop = Some(request);
+        Ok(Response::new(vm))
+    }
+
+    async fn reboot_vm(&self, _: Request<RebootVmRequest>) -> Result<Response<Vm>, Status> {
+        Err(Status::failed_precondition("the VM is stopped"))
+    }
+
+    async fn delete_vm(&self, _: Request<DeleteVmRequest>) -> Result<Response<DeleteVmResponse>, Status> {
+        Ok(Response::new(DeleteVmResponse {}))
+    }
+
+    /// A guest that prints "login: ", echoes what is typed as a terminal does, answers each line, and ends at "off".
+    async fn attach_console(
+        &self,
+        request: Request<Streaming<ConsoleInput>>,
+    ) -> Result<Response<Self::AttachConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input.message().await?.unwrap();
+        let (output, receiver) = mpsc::channel(16);
+        tokio::spawn(async move {
+            let print =
+                async |text: String| drop(output.send(Ok(ConsoleOutput { data: text.into_bytes() })).await);
+            print(format!("history {}\r\n", first.history_bytes)).await;
+            print("login: ".to_owned()).await;
+            let mut line = String::new();
+            while let Ok(Some(message)) = input.message().await {
+                for byte in message.data {
+                    if byte != b'\n' {
+                        line.push(char::from(byte));
+                        continue;
+                    }
+                    print(format!("{line}\r\n")).await;
+                    if line == "off" {
+                        return;
+                    }
+                    print(format!("you said {line}\r\n# ")).await;
+                    line.clear();
+                }
+            }
+            // A serial line does not end because nobody types any more.
+            output.closed().await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn read_log(
+        &self,
+        request: Request<ReadLogRequest>,
+    ) -> Result<Response<Self::ReadLogStream>, Status> {
+        let tail = usize::try_from(request.into_inner().tail_bytes).unwrap();
+        let start = if tail == 0 { 0 } else { LOG.len().saturating_sub(tail) };
+        let pieces: Vec<_> = LOG.as_bytes()[start..]
+            .chunks(4)
+            .map(|piece| Ok(ConsoleOutput { data: piece.to_vec() }))
+            .collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(pieces))))
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Fake {
+    async fn import_image(
+        &self,
+        request: Request<Streaming<ImportImageRequest>>,
+    ) -> Result<Response<Image>, Status> {
+        let mut stream = request.into_inner();
+        let Some(What::Header(header)) = stream.message().await?.and_then(|m| m.what) else {
+            return Err(Status::invalid_argument("the first message must be the header"));
+        };
+        if header.format != "raw" {
+            return Err(Status::invalid_argument(format!(
+                "format: `{}` is not known, write raw",
+                header.format
+            )));
+        }
+        let mut disk = vec![0; usize::try_from(header.disk_bytes).unwrap()];
+        let (mut kernel, mut chunk_bytes) = (Vec::new(), 0);
+        while let Some(message) = stream.message().await? {
+            let Some(What::Chunk(chunk)) = message.what else { panic!("two headers") };
+            chunk_bytes += chunk.data.len();
+            match chunk.part() {
+                serio_api::v1::ImagePart::Kernel => kernel.extend_from_slice(&chunk.data),
+                serio_api::v1::ImagePart::Disk => {
+                    let at = usize::try_from(chunk.offset).unwrap();
+                    disk[at..at + chunk.data.len()].copy_from_slice(&chunk.data);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let size_bytes = disk.len() as u64;
+        let mut seen = self.seen.lock().unwrap();
+        (seen.kernel, seen.disk, seen.chunk_bytes) = (kernel, disk, chunk_bytes);
+        Ok(Response::new(Image {
+            name: format!("images/{}", header.image_id),
+            size_bytes,
+            ..Image::default()
+        }))
+    }
+
+    async fn get_image(&self, _: Request<GetImageRequest>) -> Result<Response<Image>, Status> {
+        Err(Status::internal("the disk is on fire"))
+    }
+
+    async fn list_images(
+        &self,
+        _: Request<ListImagesRequest>,
+    ) -> Result<Response<ListImagesResponse>, Status> {
+        Ok(Response::new(ListImagesResponse::default()))
+    }
+
+    async fn delete_image(
+        &self,
+        _: Request<DeleteImageRequest>,
+    ) -> Result<Response<DeleteImageResponse>, Status> {
+        Err(Status::aborted("changed meanwhile"))
+    }
+}

@@ -262,7 +262,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     });
     let Core { client, handles, supervisor, .. } = core;
     let routes = grpc::routes(&Context { state: client, handles, supervisor, reporter, node }).await?;
-    serve(&config, tls, routes).await
+    Box::pin(serve(&config, tls, routes)).await
 }
 
 async fn serve(

@@ -1,5 +1,7 @@
 //! The gRPC border of a real seriod, without VMs: transports, certificates, roles, bad input, garbage, the lock.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::{

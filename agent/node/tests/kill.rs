@@ -2,6 +2,8 @@
 //! the machine's own KVM. After each death the next seriod must find state and processes in agreement: no orphan, no lost
 //! VM, no double start. `SERIO_KILLS` sets how often (100), `SERIO_SEED` repeats a run.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::{
@@ -117,7 +119,12 @@ fn state(vm: &Vm) -> VmState {
 }
 
 /// Compares what seriod says, what the clients know, and what runs.
-async fn check(seriod: &Seriod, channel: &Channel, knowledge: &Knowledge, strays: &mut BTreeMap<u32, Instant>) {
+async fn check(
+    seriod: &Seriod,
+    channel: &Channel,
+    knowledge: &Knowledge,
+    strays: &mut BTreeMap<u32, Instant>,
+) {
     let deadline = Instant::now() + Duration::from_secs(30);
     let vms = loop {
         let vms = list(channel).await;
@@ -143,7 +150,15 @@ async fn check(seriod: &Seriod, channel: &Channel, knowledge: &Knowledge, strays
     for vm in &vms {
         assert_ne!(state(vm), VmState::Failed, "{vm:#?}");
     }
-    let mut knowledge = knowledge.lock().unwrap();
+    settle_knowledge(&vms, &mut knowledge.lock().unwrap());
+    let volumes = VolumeServiceClient::new(channel.clone()).list_volumes(ListVolumesRequest::default()).await;
+    let volumes = volumes.unwrap().into_inner().volumes;
+    let on_disk = std::fs::read_dir(seriod.dir.path().join("state/volumes")).unwrap().count();
+    assert_eq!((volumes.len(), on_disk), (vms.len(), vms.len()), "volumes: {volumes:#?}");
+}
+
+/// What the clients know is what is there; and what was open is known now.
+fn settle_knowledge(vms: &[Vm], knowledge: &mut BTreeMap<&'static str, Known>) {
     for name in NAMES {
         let exists = vms.iter().any(|vm| vm.name == full(name));
         match knowledge[name] {
@@ -153,11 +168,6 @@ async fn check(seriod: &Seriod, channel: &Channel, knowledge: &Knowledge, strays
         }
         knowledge.insert(name, if exists { Known::Exists } else { Known::Absent });
     }
-    drop(knowledge);
-    let volumes = VolumeServiceClient::new(channel.clone()).list_volumes(ListVolumesRequest::default()).await;
-    let volumes = volumes.unwrap().into_inner().volumes;
-    let on_disk = std::fs::read_dir(seriod.dir.path().join("state/volumes")).unwrap().count();
-    assert_eq!((volumes.len(), on_disk), (vms.len(), vms.len()), "volumes: {volumes:#?}");
 }
 
 async fn furnish(channel: Channel, kernel: &[u8]) {

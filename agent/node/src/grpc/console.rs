@@ -78,9 +78,7 @@ async fn print_out(mut reader: OwnedReadHalf, sender: Sender) {
         };
         let message = match read {
             Ok(0) => return,
-            Ok(length) => {
-                Ok(ConsoleOutput { data: buffer.get(..length).unwrap_or_default().to_vec().into() })
-            }
+            Ok(length) => Ok(ConsoleOutput { data: buffer.get(..length).unwrap_or_default().to_vec() }),
             Err(error) => Err(failed("reading the console", &error)),
         };
         let broken = message.is_err();
@@ -141,7 +139,7 @@ async fn copy_log(path: PathBuf, tail: u64, follow: bool, sender: &Sender) -> io
         let length = file.read(&mut buffer).await?;
         if length > 0 {
             position = position.saturating_add(u64::try_from(length).unwrap_or(u64::MAX));
-            let data = buffer.get(..length).unwrap_or_default().to_vec().into();
+            let data = buffer.get(..length).unwrap_or_default().to_vec();
             if sender.send(Ok(ConsoleOutput { data })).await.is_err() {
                 return Ok(());
             }

@@ -219,11 +219,12 @@ impl Import {
     ) -> Result<ImportedFiles, Error> {
         let disk = finish_disk(disk).await?;
         let (has_kernel, has_initrd) = (kernel.is_some(), initrd.is_some());
-        if let Some(kernel) = kernel {
-            if !kernel::is_kernel(&kernel.finish().await?) {
-                let problem = "is neither a bzImage nor a 64-bit vmlinux (ELF): give the kernel file of an x86-64 Linux";
-                return Err(Error::invalid("kernel", problem));
-            }
+        if let Some(kernel) = kernel
+            && !kernel::is_kernel(&kernel.finish().await?)
+        {
+            let problem =
+                "is neither a bzImage nor a 64-bit vmlinux (ELF): give the kernel file of an x86-64 Linux";
+            return Err(Error::invalid("kernel", problem));
         }
         if let Some(initrd) = initrd {
             initrd.finish().await?;

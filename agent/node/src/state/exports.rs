@@ -14,6 +14,7 @@ use super::{
     command::Answer,
     effect::{Effect, Timer},
     phase::{Op, Phase},
+    refuse,
 };
 use crate::error::Error;
 
@@ -123,18 +124,18 @@ impl State {
         if !self.model.exports.contains_key(id) || self.export_ops.contains_key(id) {
             return;
         }
-        if let Err((_, error)) = self.delete_export(id, Op::default()) {
-            tracing::warn!("exports/{id} could not be ended: {}", crate::error::chain(&error));
+        if let Err(refused) = self.delete_export(id, Op::default()) {
+            tracing::warn!("exports/{id} could not be ended: {}", crate::error::chain(&refused.0.1));
         }
     }
 
     pub(super) fn delete_export(&mut self, id: &Name, op: Op) -> Result<(), Refused> {
         let record = check!(op, self.model.export(id)).clone();
         if self.export_ops.contains_key(id) {
-            return Err((
+            return refuse(
                 op,
                 Error::Busy { resource: format!("exports/{id}"), operation: "its start or end" },
-            ));
+            );
         }
         let mut changes = vec![Change::Export(ExportRecord { state: Made::Deleting, ..record })];
         changes.extend(self.remember(&op, format!("exports/{id}")));

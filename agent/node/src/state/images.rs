@@ -12,6 +12,7 @@ use super::{
     command::{Answer, ImportedFiles},
     effect::Effect,
     phase::Op,
+    refuse,
 };
 use crate::error::Error;
 
@@ -24,7 +25,7 @@ impl State {
                 Made::Creating => Error::Busy { resource, operation: "its import" },
                 Made::Deleting => Error::Busy { resource, operation: "its deletion" },
             };
-            return Err((op, error));
+            return refuse(op, error);
         }
         let record = ImageRecord {
             uid: Uuid::now_v7(),
@@ -92,7 +93,7 @@ impl State {
             .collect();
         if !users.is_empty() {
             let why = format!("gives the kernel of {}: delete these VMs first", users.join(", "));
-            return Err((op, Error::precondition(resource::image(name), why)));
+            return refuse(op, Error::precondition(resource::image(name), why));
         }
         let copying = self
             .model
@@ -100,10 +101,10 @@ impl State {
             .values()
             .any(|v| v.state == Made::Creating && v.source_image.as_ref() == Some(name));
         if copying {
-            return Err((
+            return refuse(
                 op,
                 Error::Busy { resource: resource::image(name), operation: "a copy into a volume" },
-            ));
+            );
         }
         let uid = record.uid;
         let mut changes = vec![Change::Image(ImageRecord { state: Made::Deleting, ..record })];

@@ -146,7 +146,7 @@ impl State {
                 match self.replay(op) {
                     Ok(Some(op)) => self.mutate(mutation, op),
                     Ok(None) => {}
-                    Err((op, error)) => op.finish(Err(error)),
+                    Err(refused) => refused.answer(),
                 }
             }
         }
@@ -177,8 +177,8 @@ impl State {
             Mutation::BeginImport { name, cmdline } => self.begin_import(name, &cmdline, op),
             Mutation::DeleteImage { name } => self.delete_image(&name, op),
         };
-        if let Err((op, error)) = refused {
-            op.finish(Err(error));
+        if let Err(refused) = refused {
+            refused.answer();
         }
     }
 
@@ -261,14 +261,25 @@ fn answer(reply: Reply, result: Result<Answer, Error>) {
 }
 
 /// A refusal gives the operation back, so that no reply is lost.
-type Refused = (Op, Error);
+struct Refused(Box<(Op, Error)>);
+
+impl Refused {
+    fn answer(self) {
+        let (op, error) = *self.0;
+        op.finish(Err(error));
+    }
+}
+
+fn refuse<T>(op: Op, error: Error) -> Result<T, Refused> {
+    Err(Refused(Box::new((op, error))))
+}
 
 /// Runs a fallible piece; on an error returns it with the operation.
 macro_rules! check {
     ($op:ident, $result:expr) => {
         match $result {
             Ok(value) => value,
-            Err(error) => return Err(($op, error)),
+            Err(error) => return $crate::state::refuse($op, error),
         }
     };
 }

@@ -1,6 +1,6 @@
 //! The first thing after a start: what the rows say meets what is on the host.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, btree_map::Entry};
 
 use serio_store::{
     Change, Key,
@@ -122,8 +122,8 @@ impl State {
         let unsure: BTreeSet<Uuid> =
             self.model.snapshots.values().filter(|s| s.state != Made::Ready).map(|s| s.volume).collect();
         for uid in unsure {
-            if !self.volume_ops.contains_key(&uid) {
-                self.volume_ops.insert(uid, VolumeOp::Inspect);
+            if let Entry::Vacant(free) = self.volume_ops.entry(uid) {
+                free.insert(VolumeOp::Inspect);
                 self.out.push(Effect::Inspect { volume: uid });
             }
         }

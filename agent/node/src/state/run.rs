@@ -231,8 +231,8 @@ impl State {
             }
             After::Launch => self.launch(uid, Cause::Again),
             After::Delete { keep_root, op } => {
-                if let Err((op, error)) = self.begin_delete(uid, keep_root, None, op) {
-                    op.finish(Err(error));
+                if let Err(refused) = self.begin_delete(uid, keep_root, None, op) {
+                    refused.answer();
                 }
             }
         }

@@ -11,13 +11,14 @@ use super::{
     Refused, State, check,
     command::{Answer, Query},
     phase::Op,
+    refuse,
 };
 use crate::error::Error;
 
 impl State {
     pub(super) fn create_vdc(&mut self, name: Name, quota: Quota, op: Op) -> Result<(), Refused> {
         if self.model.vdc(&name).is_ok() {
-            return Err((op, Error::Exists { resource: resource::vdc(&name) }));
+            return refuse(op, Error::Exists { resource: resource::vdc(&name) });
         }
         let record = VdcRecord {
             uid: Uuid::now_v7(),
@@ -45,14 +46,14 @@ impl State {
         if expected != 0 && expected != record.generation.0 {
             let error =
                 Error::Generation { resource: resource::vdc(name), expected, found: record.generation.0 };
-            return Err((op, error));
+            return refuse(op, error);
         }
         let used = self.model.used(Some(record.uid));
         if let Err(refusal) = serio_vdc::admit_quota(name.as_str(), &quota, &used) {
             let why = format!(
                 "uses more than that: {refusal}; delete VMs or volumes first, or give a quota that holds what is in use"
             );
-            return Err((op, Error::precondition(resource::vdc(name), why)));
+            return refuse(op, Error::precondition(resource::vdc(name), why));
         }
         record.quota = quota;
         record.generation = record.generation.next();
@@ -70,7 +71,7 @@ impl State {
         let volumes = self.model.volumes.values().filter(|r| r.vdc == uid).count();
         if vms + volumes > 0 {
             let why = format!("is not empty: it has {vms} VMs and {volumes} volumes; delete them first");
-            return Err((op, Error::precondition(resource::vdc(name), why)));
+            return refuse(op, Error::precondition(resource::vdc(name), why));
         }
         let mut changes = vec![
             Change::Delete(Key::Vdc(uid)),
@@ -97,7 +98,7 @@ impl State {
                 "{} was used for another request ({}): use a new UUID for each",
                 request.id, known.method
             );
-            return Err((op, Error::invalid("request_id", problem)));
+            return refuse(op, Error::invalid("request_id", problem));
         }
         if let Some(twin) = self.twin(&known.resource) {
             // Only the twin itself is joined: another operation on the same resource has its own answer.

@@ -14,6 +14,7 @@ use super::{
     Refused, State, check,
     effect::{Effect, Timer},
     phase::{After, Cause, Op, Phase},
+    refuse,
 };
 use crate::error::{Error, FieldError};
 
@@ -214,18 +215,18 @@ impl State {
         match self.phases.get(&record.uid) {
             None | Some(Phase::Off) => {}
             Some(Phase::Running { .. }) => {
-                return Err((op, Error::precondition(resource::vm(name), "runs already")));
+                return refuse(op, Error::precondition(resource::vm(name), "runs already"));
             }
             Some(_) => {
                 let why = "is about to be started again by its policy: stop it first to start it now";
-                return Err((op, Error::precondition(resource::vm(name), why)));
+                return refuse(op, Error::precondition(resource::vm(name), why));
             }
         }
         if matches!(record.run, Run::Deleting | Run::DeletingKeepRoot) {
-            return Err((
+            return refuse(
                 op,
                 Error::precondition(resource::vm(name), "is being deleted: delete it again to finish that"),
-            ));
+            );
         }
         check!(op, self.volumes_startable(&record));
         let mut record = record;
@@ -307,10 +308,10 @@ impl State {
                 op.finish(self.answer_vm(uid));
                 Ok(())
             }
-            None | Some(Phase::Off) => Err((op, Error::precondition(resource::vm(name), "does not run"))),
+            None | Some(Phase::Off) => refuse(op, Error::precondition(resource::vm(name), "does not run")),
             Some(phase) => {
                 let operation = phase.operation().unwrap_or("another operation");
-                Err((op, Error::Busy { resource: resource::vm(name), operation }))
+                refuse(op, Error::Busy { resource: resource::vm(name), operation })
             }
         }
     }
@@ -351,10 +352,10 @@ impl State {
         let record = check!(op, self.idle_vm(name));
         let uid = record.uid;
         if !matches!(self.phases.get(&uid), Some(Phase::Running { .. })) {
-            return Err((op, Error::precondition(resource::vm(name), "does not run: start it instead")));
+            return refuse(op, Error::precondition(resource::vm(name), "does not run: start it instead"));
         }
         if self.resets.contains_key(&uid) {
-            return Err((op, Error::Busy { resource: resource::vm(name), operation: "a reset" }));
+            return refuse(op, Error::Busy { resource: resource::vm(name), operation: "a reset" });
         }
         let changes: Vec<Change> = self.remember(&op, resource::vm(name)).into_iter().collect();
         check!(op, self.commit(changes));
@@ -385,10 +386,10 @@ impl State {
                 self.stopping(uid, pid, None, After::Delete { keep_root, op });
                 Ok(())
             }
-            Some(Phase::Running { .. } | Phase::Pausing { .. }) if !force => Err((
+            Some(Phase::Running { .. } | Phase::Pausing { .. }) if !force => refuse(
                 op,
                 Error::precondition(resource::vm(name), "runs: stop it first, or delete it with force"),
-            )),
+            ),
             _ => {
                 let remember = self.remember(&op, resource::vm(name));
                 self.begin_delete(uid, keep_root, remember, op)

@@ -12,6 +12,7 @@ use super::{
     command::Answer,
     effect::Effect,
     phase::{Cause, Op, Phase, VolumeOp},
+    refuse,
 };
 use crate::{error::Error, supervise::VolumeInfo};
 
@@ -136,15 +137,15 @@ impl State {
         let mut record = check!(op, self.model.volume(name)).clone();
         let uid = record.uid;
         if let Some(busy) = self.volume_ops.get(&uid) {
-            return Err((op, Error::Busy { resource: resource::volume(name), operation: busy.operation() }));
+            return refuse(op, Error::Busy { resource: resource::volume(name), operation: busy.operation() });
         }
         if let Some(vm) = record.vm {
             let why = format!("is in use by {}: delete that VM first", self.model.vm_resource(vm));
-            return Err((op, Error::precondition(resource::volume(name), why)));
+            return refuse(op, Error::precondition(resource::volume(name), why));
         }
         if let Some(export) = self.model.exports.values().find(|e| e.volume == uid) {
             let why = format!("is exported as exports/{}: end that first", export.id);
-            return Err((op, Error::precondition(resource::volume(name), why)));
+            return refuse(op, Error::precondition(resource::volume(name), why));
         }
         record.state = Made::Deleting;
         let mut changes = vec![Change::Volume(record)];

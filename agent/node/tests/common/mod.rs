@@ -1,5 +1,10 @@
 //! A real `seriod` in a directory of its own, and clients to it.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "each test binary uses a part; a test may panic"
+)]
 
 use std::{
     fs,
@@ -177,7 +182,7 @@ pub fn import(id: &str, cmdline: &str, kernel: &[u8], disk: &[u8]) -> Vec<Import
     for (part, bytes) in [(ImagePart::Kernel, kernel), (ImagePart::Disk, disk)] {
         for (index, data) in bytes.chunks(256 << 10).enumerate() {
             let offset = (index * (256 << 10)) as u64;
-            messages.push(What::Chunk(ImageChunk { part: part.into(), offset, data: data.to_vec().into() }));
+            messages.push(What::Chunk(ImageChunk { part: part.into(), offset, data: data.to_vec() }));
         }
     }
     messages.into_iter().map(|what| ImportImageRequest { what: Some(what) }).collect()

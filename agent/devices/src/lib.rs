@@ -1,4 +1,4 @@
-//! The devices a guest sees: blk, net, rng, console; and beside virtio: serial and power.
+//! The devices a guest sees: blk, net, rng, console over virtio, and the serial port.
 //!
 //! - A virtio device here is its configuration space plus threads that own its queues while it is active.
 //!   The transport (registers, PCI, interrupts' delivery) is `serio-virtio`'s.
@@ -13,6 +13,7 @@ pub mod blk;
 pub mod console;
 pub mod net;
 pub mod rng;
+pub mod serial;
 mod worker;
 
 #[cfg(test)]

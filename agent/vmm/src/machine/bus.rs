@@ -10,9 +10,9 @@ use serio_hv::IoHandler;
 use serio_virtio::PciBus;
 
 use super::power;
-use crate::console::SerialPort;
 use crate::end::EndSlot;
 use crate::layout;
+use serio_devices::serial::SerialPort;
 
 /// PCI configuration mechanism #1: address register, data register (PCI 3.0 §3.2.2.3.2).
 const PCI_ADDRESS_PORT: u16 = 0xcf8;

@@ -23,11 +23,12 @@ use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
 
 use crate::acpi::Tables;
 use crate::boot::{self, BootError, BootSource};
-use crate::console::{Output, SerialPort};
+use crate::console::Output;
 use crate::devices::Devices;
 use crate::end::{End, EndSlot};
 use crate::layout;
 use bus::Bus;
+use serio_devices::serial::SerialPort;
 use vcpu::{Gate, GateState, Vcpus};
 
 /// Least memory that the layout fits in, with room for a small kernel.

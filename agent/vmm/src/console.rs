@@ -8,15 +8,12 @@
 //! Who drains an [`Output`] decides the pace: while it is full the vcpu waits, as on a slow serial line. A drain that
 //! must not slow its guest (the agent's) therefore never blocks itself.
 
-mod serial;
-
-pub use serial::SerialPort;
-
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serio_devices::serial::SerialSink;
 
 /// Output bytes that may wait.
 const OUTPUT_BYTES_MAX: usize = 64 * 1024;
@@ -42,23 +39,6 @@ impl Output {
         Ok(Output { state: Mutex::default(), room: Condvar::new(), event })
     }
 
-    /// Adds a byte; waits while there is no room. After [`Output::close`] it is dropped.
-    pub fn push(&self, byte: u8) {
-        let state = self.lock();
-        let mut state = self
-            .room
-            .wait_while(state, |state| state.bytes.len() >= OUTPUT_BYTES_MAX && !state.closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        if state.closed {
-            return;
-        }
-        // One wake-up for a run of bytes: the drain takes all that is there.
-        if state.bytes.is_empty() {
-            let _ = self.event.write(1);
-        }
-        state.bytes.push_back(byte);
-    }
-
     /// Takes everything that waits.
     pub fn take(&self) -> Vec<u8> {
         let _ = self.event.read();
@@ -75,6 +55,25 @@ impl Output {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SerialSink for Output {
+    /// Adds a byte; waits while there is no room. After [`Output::close`] it is dropped.
+    fn push(&self, byte: u8) {
+        let state = self.lock();
+        let mut state = self
+            .room
+            .wait_while(state, |state| state.bytes.len() >= OUTPUT_BYTES_MAX && !state.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.closed {
+            return;
+        }
+        // One wake-up for a run of bytes: the drain takes all that is there.
+        if state.bytes.is_empty() {
+            let _ = self.event.write(1);
+        }
+        state.bytes.push_back(byte);
     }
 }
 

@@ -1,4 +1,5 @@
-//! COM1: a 16550 whose output goes to [`Output`] and whose input is fed as its small FIFO empties.
+//! COM1: a 16550 whose output goes to a [`SerialSink`] and whose input is fed as its small FIFO empties.
+//! Its registers are those of vm-superio; nothing here knows where the bytes are shown or kept.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -8,10 +9,14 @@ use serio_hv::IrqLine;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
-use super::Output;
-
 /// Typed bytes that may wait for the guest; more are dropped, as by a real line without flow control.
 const INPUT_BYTES_MAX: usize = 4096;
+
+/// Where a serial port's output goes. Called on vcpu threads, one byte at a time.
+pub trait SerialSink: Send + Sync {
+    /// The guest sent `byte`. May wait: the guest then waits, as on a slow line.
+    fn push(&self, byte: u8);
+}
 
 /// The serial port.
 pub struct SerialPort {
@@ -33,7 +38,7 @@ impl Trigger for Interrupt {
     }
 }
 
-struct Sink(Arc<Output>);
+struct Sink(Arc<dyn SerialSink>);
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -48,7 +53,7 @@ impl Write for Sink {
 
 impl SerialPort {
     /// A port with its interrupt and its output.
-    pub fn new(interrupt: IrqLine, output: Arc<Output>) -> SerialPort {
+    pub fn new(interrupt: IrqLine, output: Arc<dyn SerialSink>) -> SerialPort {
         let uart = Serial::new(Interrupt(interrupt), Sink(output));
         SerialPort { state: Mutex::new(State { uart, input: VecDeque::new() }) }
     }

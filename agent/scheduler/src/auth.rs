@@ -1,4 +1,5 @@
 //! Who may call: by the role in the client's certificate (the OU of its subject), which TLS has verified by then.
+//! Which node an agent may speak for: the one that its certificate names (the CN).
 
 use std::sync::Arc;
 
@@ -48,6 +49,41 @@ pub enum Policy {
     Insecure,
 }
 
+/// The node that a caller may speak for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Speaker {
+    /// The one its certificate names.
+    Node(String),
+    /// Whichever it says: nobody is known without certificates.
+    Anyone,
+}
+
+impl Speaker {
+    /// Refuses an agent that says it is another node than its certificate does.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`.
+    pub fn speaks_for(&self, node_id: &str) -> Result<(), Status> {
+        match self {
+            Self::Node(name) if name != node_id => Err(Status::permission_denied(format!(
+                "the certificate names the node `{name}`, the agent says it is `{node_id}`: \
+                 issue one for it (serio pki issue DIR {node_id} --role node), or correct node_name"
+            ))),
+            Self::Node(_) | Self::Anyone => Ok(()),
+        }
+    }
+}
+
+/// Whom the caller's certificate lets it speak for; nobody's name when it has none.
+pub fn speaker<T>(policy: Policy, request: &Request<T>) -> Speaker {
+    if policy == Policy::Insecure {
+        return Speaker::Anyone;
+    }
+    let chain = request.peer_certs().unwrap_or_default();
+    let name = chain.first().and_then(|first| common_name(first));
+    Speaker::Node(name.unwrap_or_default())
+}
+
 /// Refuses a caller whose certificate has none of the roles.
 pub fn check<T>(policy: Policy, request: &Request<T>, allowed: &[Role]) -> Result<(), Status> {
     if policy == Policy::Insecure {
@@ -89,4 +125,11 @@ fn units(der: &[u8]) -> Vec<String> {
         .iter_organizational_unit()
         .filter_map(|unit| unit.as_str().ok().map(str::to_owned))
         .collect()
+}
+
+/// The first CN of a certificate's subject.
+fn common_name(der: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let name = certificate.subject().iter_common_name().next()?;
+    name.as_str().ok().map(str::to_owned)
 }

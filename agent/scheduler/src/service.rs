@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
-    auth::{self, AGENTS, Policy, READERS, WRITERS},
+    auth::{self, AGENTS, Policy, READERS, Speaker, WRITERS},
     inventory::{ForgetError, Input, NODES_MAX, SessionId},
     owner::{Command, ForgetFailure, Handle, MESSAGES_MAX, ToAgent},
 };
@@ -63,6 +63,7 @@ impl SchedulerService for Service {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         auth::check(self.policy, &request, AGENTS)?;
+        let speaker = auth::speaker(self.policy, &request);
         let permit = Arc::clone(&self.streams)
             .try_acquire_owned()
             .map_err(|_| Status::resource_exhausted("too many agents are connected: try again later"))?;
@@ -71,8 +72,13 @@ impl SchedulerService for Service {
         let (alive, ended) = oneshot::channel();
         self.owner.send(Command::Open(session, ToAgent { messages: messages.clone(), alive })).await?;
         // The listener's own sender is weak: when the owner drops its one, the stream ends.
-        let listener =
-            Listener { owner: self.owner.clone(), session, to_agent: messages.downgrade(), _permit: permit };
+        let listener = Listener {
+            owner: self.owner.clone(),
+            session,
+            speaker,
+            to_agent: messages.downgrade(),
+            _permit: permit,
+        };
         tokio::spawn(listener.run(request.into_inner(), ended));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -125,6 +131,7 @@ impl SchedulerService for Service {
 struct Listener {
     owner: Handle,
     session: SessionId,
+    speaker: Speaker,
     to_agent: mpsc::WeakSender<Result<SchedulerMessage, Status>>,
     _permit: OwnedSemaphorePermit,
 }
@@ -152,7 +159,15 @@ impl Listener {
             };
             patience = SILENCE_MAX;
             // What a newer agent says may be unknown here.
-            let Some(input) = message.what.map(|what| input(self.session, what)) else { continue };
+            let Some(what) = message.what else { continue };
+            if let What::Hello(hello) = &what
+                && let Err(refused) = self.speaker.speaks_for(&hello.node_id)
+            {
+                tracing::warn!(session = self.session.0, %refused, "an agent was refused");
+                self.tell(refused);
+                break;
+            }
+            let input = input(self.session, what);
             if self.owner.send(Command::Input(input)).await.is_err() {
                 break;
             }
@@ -162,8 +177,11 @@ impl Listener {
     }
 
     fn tell_silent(&self, patience: Duration) {
-        let status = Status::deadline_exceeded(format!("nothing was said for {} s", patience.as_secs()));
-        // An agent that does not read either learns nothing.
+        self.tell(Status::deadline_exceeded(format!("nothing was said for {} s", patience.as_secs())));
+    }
+
+    /// The last word to this agent. One that does not read learns nothing.
+    fn tell(&self, status: Status) {
         let _ = self.to_agent.upgrade().map(|sender| sender.try_send(Err(status)));
     }
 }

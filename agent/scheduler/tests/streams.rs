@@ -190,6 +190,7 @@ impl Authority {
     fn issue(&self, role: &str) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, role);
         params.distinguished_name.push(DnType::OrganizationalUnitName, role);
         (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
     }
@@ -225,6 +226,11 @@ async fn roles_decide_who_may_what() {
         let client = authority.client(running.address, Some(role)).await.unwrap();
         let mut agent = Agent::connect(client.clone(), role).await.unwrap();
         assert!(matches!(agent.hear().await.unwrap(), Some(scheduler_message::What::Welcome(_))));
+        // It may not speak for another node.
+        let mut impostor = Agent::connect(client.clone(), "other").await.unwrap();
+        let refused = impostor.hear().await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied);
+        assert!(refused.message().contains("node_name"), "{refused}");
         let refused = client.clone().list_nodes(ListNodesRequest::default()).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied);
         assert!(refused.message().contains("control-plane"), "{refused}");

@@ -190,10 +190,10 @@ pub(super) async fn adopt(inner: &Arc<Inner>, uid: Uuid) -> Result<Option<VmHand
             }
             Ok(None)
         }
-        // It may have ended just now.
-        Err(source) => match living(&run.meta(), &inner.settings.vmm_path)? {
-            Some((meta, _)) => Err(AdoptError::Silent { pid: meta.pid, source }),
-            None => Ok(None),
+        // One that was asked to end before we came hangs up, and is gone a moment later.
+        Err(source) => match tokio::time::timeout(END_GRACE, process.wait()).await {
+            Ok(_) => Ok(None),
+            Err(_) => Err(AdoptError::Silent { pid: process.pid(), source }),
         },
     }
 }

@@ -23,7 +23,7 @@ def skip(what, why):
 
 def row(case, subject, value, unit, higher_is_better=False):
     return {"case": case, "subject": subject, "value": value, "unit": unit, "higher_is_better": higher_is_better,
-            "peer": subject.split()[0] not in ("serio-vmm", "seriod", "floor")}
+            "peer": subject.split()[0] not in ("serio-vmm", "serio-volumed", "seriod", "floor")}
 
 
 def run(*command, **options):

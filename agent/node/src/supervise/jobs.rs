@@ -43,7 +43,7 @@ const END_GRACE: Duration = Duration::from_secs(5);
 /// Largest image, bytes: the largest volume.
 const IMAGE_BYTES_MAX: u64 = 1 << 46;
 /// A gap is filled by pieces of so many zeros.
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// The process of a job, killed when the job is dropped half-way.
 struct Job {

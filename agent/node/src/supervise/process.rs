@@ -148,6 +148,11 @@ mod tests {
     use super::*;
     use std::process::{Command, Stdio};
 
+    #[expect(clippy::zombie_processes, reason = "reaped by pidfd, which is what is tested")]
+    fn spawn(command: &mut Command) -> std::process::Child {
+        command.spawn().unwrap()
+    }
+
     #[test]
     fn a_name_with_brackets_and_spaces_does_not_shift_the_fields() {
         let text = "7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 1 2";
@@ -158,7 +163,7 @@ mod tests {
     }
 
     fn cat() -> std::process::Child {
-        Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()
+        spawn(Command::new("cat").stdin(Stdio::piped()))
     }
 
     #[tokio::test]
@@ -184,7 +189,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_status_is_heard() {
-        let child = Command::new("sh").args(["-c", "exit 3"]).spawn().unwrap();
+        let child = spawn(Command::new("sh").args(["-c", "exit 3"]));
         let process = Process::child(child.id()).unwrap();
         assert_eq!(process.wait().await, Exit::Code(3));
     }

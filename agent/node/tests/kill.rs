@@ -118,13 +118,13 @@ fn state(vm: &Vm) -> VmState {
     vm.status.as_ref().unwrap().state()
 }
 
-/// Compares what seriod says, what the clients know, and what runs.
+/// Compares what seriod says, what the clients know, and what runs. Returns the VMs' processes.
 async fn check(
     seriod: &Seriod,
     channel: &Channel,
     knowledge: &Knowledge,
     strays: &mut BTreeMap<u32, Instant>,
-) {
+) -> Vec<u32> {
     let deadline = Instant::now() + Duration::from_secs(30);
     let vms = loop {
         let vms = list(channel).await;
@@ -155,6 +155,7 @@ async fn check(
     let volumes = volumes.unwrap().into_inner().volumes;
     let on_disk = std::fs::read_dir(seriod.dir.path().join("state/volumes")).unwrap().count();
     assert_eq!((volumes.len(), on_disk), (vms.len(), vms.len()), "volumes: {volumes:#?}");
+    said
 }
 
 /// What the clients know is what is there; and what was open is known now.
@@ -212,8 +213,9 @@ async fn seriod_is_killed_a_hundred_times() {
         }
         let before = seriod.vmms();
         seriod.start();
-        check(&seriod, &seriod.connect().await.unwrap(), &knowledge, &mut strays).await;
-        adopted += seriod.vmms().iter().filter(|pid| before.contains(pid)).count();
+        let channel = seriod.connect().await.unwrap();
+        let running = check(&seriod, &channel, &knowledge, &mut strays).await;
+        adopted += running.iter().filter(|pid| before.contains(pid)).count();
     }
     eprintln!("{kills} kills, {adopted} times a VM went on in the same process");
     assert!(kills < 20 || adopted > 0, "VMs survive");

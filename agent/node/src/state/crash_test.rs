@@ -123,7 +123,7 @@ fn step(sim: &mut Sim, rng: &mut StdRng, waiting: &mut Vec<Waiting>, repeats: &m
             sim.ready.extend(input);
         }
         61..=90 if !sim.ready.is_empty() => {
-            let input = sim.ready.swap_remove(rng.random_range(0..sim.ready.len()));
+            let input = sim.ready.remove(rng.random_range(0..sim.ready.len()));
             // Of one VM the launch is always told before the end, as its watcher does.
             if let Input::Ended { vm, .. } = &input {
                 let untold = |i: &Input| matches!(i, Input::Launched { vm: of, .. } | Input::Adopted { vm: of, .. } if of == vm);

@@ -77,8 +77,8 @@ pub(super) enum Phase {
     Pausing { ticket: u64 },
     /// Its files are being removed. `undone`: why its creation did not succeed.
     Deleting { op: Op, undone: Option<Error> },
-    /// A process of an earlier seriod is being looked for.
-    Adopting,
+    /// A process of an earlier seriod is being looked for; it did not answer so many times.
+    Adopting { silent: u32 },
 }
 
 impl Phase {
@@ -90,7 +90,7 @@ impl Phase {
             Self::Launching { .. } => Some("its start"),
             Self::Stopping { .. } | Self::Cleaning { .. } => Some("its stop"),
             Self::Deleting { .. } => Some("its deletion"),
-            Self::Adopting => Some("its takeover after the start of seriod"),
+            Self::Adopting { .. } => Some("its takeover after the start of seriod"),
         }
     }
 
@@ -107,7 +107,7 @@ impl Phase {
             | Self::Off
             | Self::Running { .. }
             | Self::Pausing { .. }
-            | Self::Adopting => None,
+            | Self::Adopting { .. } => None,
         }
     }
 }

@@ -18,8 +18,9 @@ use crate::supervise::{EndKind, EndRecord};
 
 /// The time a guest gets whose power button an earlier seriod pressed.
 const STOP_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
-/// Until a VMM that did not answer is asked again.
-const ADOPT_AGAIN: std::time::Duration = std::time::Duration::from_secs(5);
+/// Until a VMM that did not answer is asked again: soon at first, for it may just be ending; it doubles to the limit.
+const ADOPT_AGAIN_MS: u64 = 20;
+const ADOPT_AGAIN_MS_MAX: u64 = 5000;
 
 /// What is on the host.
 #[derive(Debug, Clone, Default)]
@@ -64,7 +65,7 @@ impl State {
     #[must_use]
     pub fn recovered(&self) -> bool {
         self.strangers == 0
-            && !self.phases.values().any(|p| matches!(p, Phase::Adopting))
+            && !self.phases.values().any(|p| matches!(p, Phase::Adopting { .. }))
             && !self.volume_ops.values().any(|op| matches!(op, VolumeOp::Inspect))
     }
 
@@ -78,7 +79,7 @@ impl State {
             }
             Run::Off | Run::Failed => drop(self.phases.insert(uid, Phase::Off)),
             Run::Starting | Run::Running | Run::Stopping | Run::Killing => {
-                self.phases.insert(uid, Phase::Adopting);
+                self.phases.insert(uid, Phase::Adopting { silent: 0 });
                 self.out.push(Effect::Adopt { vm: uid });
             }
         }
@@ -150,15 +151,19 @@ impl State {
     }
 
     pub(super) fn adopted(&mut self, uid: Uuid, found: Adopted) {
-        let Some(Phase::Adopting) = self.phases.get(&uid) else { return };
+        let Some(Phase::Adopting { silent }) = self.phases.get_mut(&uid) else { return };
         let Some(run) = self.model.vms.get(&uid).map(|r| r.run) else { return };
         match found {
             Adopted::Silent(why) => {
+                let after_ms =
+                    ADOPT_AGAIN_MS.checked_shl(*silent).unwrap_or(u64::MAX).min(ADOPT_AGAIN_MS_MAX);
+                *silent = silent.saturating_add(1).min(16);
                 tracing::warn!(
                     vm = self.model.vm_resource(uid),
                     "its VMM does not answer, it will be asked again: {why}"
                 );
-                self.out.push(Effect::Timer { after: ADOPT_AGAIN, timer: Timer::AdoptAgain { vm: uid } });
+                let after = std::time::Duration::from_millis(after_ms);
+                self.out.push(Effect::Timer { after, timer: Timer::AdoptAgain { vm: uid } });
             }
             Adopted::Runs { pid } => self.found_running(uid, pid, run),
             Adopted::Gone(end) => self.found_gone(uid, run, end),
@@ -166,7 +171,7 @@ impl State {
     }
 
     pub(super) fn adopt_again(&mut self, uid: Uuid) {
-        if matches!(self.phases.get(&uid), Some(Phase::Adopting)) {
+        if matches!(self.phases.get(&uid), Some(Phase::Adopting { .. })) {
             self.out.push(Effect::Adopt { vm: uid });
         }
     }

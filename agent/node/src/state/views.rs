@@ -74,9 +74,9 @@ impl State {
             Phase::Running { pid } => (VmState::Running, Some(*pid)),
             Phase::Stopping { pid, .. } => (VmState::Stopping, Some(*pid)),
             Phase::Cleaning { .. } | Phase::Deleting { .. } => (VmState::Stopping, None),
-            Phase::Adopting if record.run == Run::Running => (VmState::Running, None),
-            Phase::Adopting if record.run == Run::Starting => (VmState::Starting, None),
-            Phase::Adopting => (VmState::Stopping, None),
+            Phase::Adopting { .. } if record.run == Run::Running => (VmState::Running, None),
+            Phase::Adopting { .. } if record.run == Run::Starting => (VmState::Starting, None),
+            Phase::Adopting { .. } => (VmState::Stopping, None),
         };
         VmView {
             name: self.model.vm_name(record),

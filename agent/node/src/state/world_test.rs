@@ -143,7 +143,10 @@ impl World {
         Ok(())
     }
 
-    fn adopt(&self, vm: Uuid) -> Adopted {
+    fn adopt(&mut self, vm: Uuid) -> Adopted {
+        if let Err(error) = self.failure() {
+            return Adopted::Silent(error.to_string());
+        }
         match self.processes.get(&vm) {
             Some(process) => Adopted::Runs { pid: process.pid },
             None => Adopted::Gone(self.ends.get(&vm).cloned().filter(|_| self.run_files.contains(&vm))),

@@ -21,6 +21,7 @@
 //! volume has one more thread, the keeper, that commits the map; it is named `volume-keeper`.
 #![deny(unsafe_code)]
 
+mod changes;
 mod dir;
 mod error;
 mod header;
@@ -42,6 +43,7 @@ mod crash_test;
 #[cfg(test)]
 mod stack_test;
 
+pub use changes::{ChangedExtent, ChangesError};
 pub use dir::{VolumeDir, VolumeDirError};
 pub use error::{CreateError, IoError, OpenError, SnapshotError};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};

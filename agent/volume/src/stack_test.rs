@@ -140,7 +140,69 @@ proptest! {
             });
             prop_assert_eq!(at as u64, SIZE);
         }
+        for (i, (since, before)) in snapshots.iter().enumerate() {
+            changed_ranges_cover(&volume, since, before, &model);
+            prop_assert!(volume.knows_changes_since(since));
+            for (later, after) in &snapshots[i..] {
+                let point = dir.open_snapshot(later).expect("open a snapshot");
+                changed_ranges_cover(&point, since, before, after);
+                if since == later {
+                    prop_assert!(!point.changed_extents(since, 0, SIZE, 9).expect("known")[0].dirty);
+                } else {
+                    let early = dir.open_snapshot(since).expect("open a snapshot");
+                    prop_assert!(early.changed_extents(later, 0, 1, 1).is_err(), "it is not below");
+                }
+            }
+        }
     }
+}
+
+/// Every byte that differs lies in a changed range, in one answer as in many small ones from odd offsets.
+fn changed_ranges_cover(volume: &Volume, since: &str, before: &[u8], after: &[u8]) {
+    for (start, extents_max) in [(0, usize::MAX), (1001, 1), (3 * BLOCK_BYTES, 2)] {
+        let mut at = start;
+        while at < SIZE {
+            let extents = volume.changed_extents(since, at, u64::MAX, extents_max).expect("known");
+            assert!(!extents.is_empty() && extents.len() <= extents_max);
+            assert!(extents.windows(2).all(|pair| pair[0].dirty != pair[1].dirty));
+            for extent in extents {
+                assert_eq!(extent.offset, at, "no gaps");
+                at += extent.len;
+                let range = extent.offset as usize..at as usize;
+                assert!(extent.dirty || before[range.clone()] == after[range], "{extent:?} since {since}");
+            }
+        }
+        assert_eq!(at, SIZE);
+    }
+    assert_eq!(volume.changed_extents(since, SIZE, 1, 9), Ok(vec![]));
+}
+
+#[test]
+fn changes_are_exact_to_a_block() {
+    let temp = TempDir::new().expect("tempdir");
+    let dir = VolumeDir::new(temp.path());
+    dir.create(1 << 30).expect("create");
+    let volume = dir.open(Access::ReadWrite).expect("open");
+    let mut queue = volume.queue(1).expect("queue");
+    let mut write = |offset, len| {
+        queue.run(Op::Write { offset, buffers: Buffers::owned(len), fua: false }).0.expect("write");
+    };
+    write(0, 100_000);
+    dir.snapshot(&volume, "a").expect("snapshot");
+    write(8191, 2);
+    dir.snapshot(&volume, "b").expect("snapshot");
+    write(500 << 20, 1);
+    let dirty = |since| -> Vec<(u64, u64)> {
+        let extents = volume.changed_extents(since, 0, 1 << 30, 100).expect("known");
+        extents.iter().filter(|e| e.dirty).map(|e| (e.offset, e.len)).collect()
+    };
+    assert_eq!(dirty("a"), [(4096, 8192), (500 << 20, 4096)]);
+    assert_eq!(dirty("b"), [(500 << 20, 4096)]);
+    assert_eq!(volume.changed_extents("c", 0, 1, 1), Err(crate::ChangesError::NoSuchSnapshot("c".into())));
+    let raw = temp.path().join("raw");
+    std::fs::write(&raw, b"x").expect("write");
+    let raw = Volume::open_raw(File::open(raw).expect("open"), Access::ReadOnly).expect("raw");
+    assert!(raw.changed_extents("a", 0, 1, 1).is_err());
 }
 
 #[test]

@@ -168,6 +168,10 @@ impl Volume {
         Ok(Volume { core, keeper })
     }
 
+    pub(crate) fn stack(&self) -> Arc<Stack> {
+        self.core.stack()
+    }
+
     /// Size, bytes. Not always a multiple of 512.
     pub fn size_bytes(&self) -> u64 {
         self.core.size_bytes

@@ -13,6 +13,8 @@ pub struct ExportInfo {
     pub size_bytes: u64,
     /// Changes are refused.
     pub read_only: bool,
+    /// Zeroes never cost as much as writing them. Where this is unknown, clients that insist are refused.
+    pub fast_zeroes: bool,
     /// Metadata contexts, by position: `base:allocation` first.
     pub contexts: Vec<String>,
 }

@@ -8,33 +8,30 @@
 //! connection holds [`HELD_BYTES_MAX`] or has all its slots in use, so a client that does not read its replies
 //! stops itself and nobody else.
 
-use std::{
-    io::{IoSliceMut, Read},
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
+use std::os::{
+    fd::{AsFd, BorrowedFd},
+    unix::net::UnixStream,
 };
 
 use nix::poll::PollFlags;
 
 use crate::{
     backend::{Backend, Command, ExportInfo, Payload, Queue},
-    greet::{ConnectionError, handshake, wait, would_block},
+    greet::{ConnectionError, handshake, wait},
     handshake::{Negotiated, context_id},
+    inbox::{Arrived, Inbox},
     outbox::{Body, Outbox},
     pool::Pool,
-    wire::{
-        Head, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request, cmd, cmd_flag, data_chunk, errno, error_chunk,
-        error_value, simple_reply, status_chunk,
-    },
+    rules,
+    wire::{Head, Mode, Request, cmd, cmd_flag, error_value},
 };
 
 /// Payloads that one connection may hold, bytes; a single larger request is let through when it is alone.
-const HELD_BYTES_MAX: usize = 33 << 20;
+pub(crate) const HELD_BYTES_MAX: usize = 8 << 20;
+/// Payloads that are begun before the answers are sent: what was read is sent while the processor still has it.
+const TURN_BYTES: usize = 512 << 10;
 /// Operations under way on one connection.
 pub(crate) const DEPTH: u16 = 128;
-const INPUT_BYTES: usize = 64 << 10;
 /// Extents in one answer to BLOCK_STATUS.
 const EXTENTS_MAX: usize = 4096;
 /// Replies that wait to be sent without holding a slot; past it nothing is read.
@@ -72,15 +69,25 @@ struct Receiving<P> {
     filled: usize,
 }
 
+/// Why no more requests are taken for now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pause {
+    /// The next one has not come, or not whole.
+    Input,
+    /// Answers must come or go first.
+    Room,
+    /// Enough was begun in this turn.
+    Turn,
+}
+
 struct Connection<'a, Q: Queue> {
     queue: Q,
     info: &'a ExportInfo,
     negotiated: Negotiated,
-    input: Vec<u8>,
-    input_at: usize,
+    input: Inbox,
     receiving: Option<Receiving<Q::Payload>>,
-    /// Bytes of refused writes that are still coming.
-    skip: usize,
+    /// Bytes of refused payloads that are still coming.
+    skip: u64,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
     out: Outbox<Q::Payload>,
@@ -88,19 +95,22 @@ struct Connection<'a, Q: Queue> {
     held: usize,
     pool: Pool<Q::Payload>,
     again: Vec<usize>,
+    extents: Vec<(u64, u32)>,
+    /// Something was submitted since the last kick.
+    submitted: bool,
+    /// Payload bytes that were submitted in this turn.
+    turn: usize,
     /// The client said goodbye: what is under way is finished, nothing more is read.
     leaving: bool,
 }
 
 impl<'a, Q: Queue> Connection<'a, Q> {
-    fn new(queue: Q, info: &'a ExportInfo, negotiated: Negotiated, mut input: Vec<u8>) -> Self {
-        input.reserve(INPUT_BYTES);
+    fn new(queue: Q, info: &'a ExportInfo, negotiated: Negotiated, input: Vec<u8>) -> Self {
         Connection {
             queue,
             info,
             negotiated,
-            input,
-            input_at: 0,
+            input: Inbox::new(input),
             receiving: None,
             skip: 0,
             pending: vec![None; usize::from(DEPTH)],
@@ -109,34 +119,51 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             held: 0,
             pool: Pool::new(),
             again: Vec::new(),
+            extents: Vec::new(),
+            submitted: false,
+            turn: 0,
             leaving: false,
         }
     }
 
     fn run(mut self, stream: &UnixStream, stop: BorrowedFd<'_>) -> Result<(), ConnectionError> {
+        let mut answered = false;
         loop {
-            // Answers make room for requests that wait in the input, so both until nothing moves.
-            while self.parse()? {
+            let pause = self.parse()?;
+            if std::mem::take(&mut self.submitted) {
                 self.queue.kick();
+                answered = true;
+            }
+            let before = (self.held, self.free.len(), self.out.len());
+            if std::mem::take(&mut answered) {
                 self.reap();
             }
-            self.reap();
             let Connection { out, held, pool, .. } = &mut self;
             out.send(stream, |payload| {
                 let len = payload.bytes().len();
                 *held -= len;
                 pool.give(payload, len);
             })?;
+            self.turn = 0;
             if self.leaving && self.free.len() == self.pending.len() && self.out.is_empty() {
                 return Ok(());
             }
+            // Requests that wait in the input announce themselves by nothing but this.
+            let moved = before != (self.held, self.free.len(), self.out.len());
+            if pause == Pause::Turn || (pause == Pause::Room && moved) {
+                continue;
+            }
+            let reads = pause == Pause::Input && !self.leaving;
             let mut flags = PollFlags::empty();
-            flags.set(PollFlags::POLLIN, self.wants_input());
+            flags.set(PollFlags::POLLIN, reads);
             flags.set(PollFlags::POLLOUT, !self.out.is_empty());
-            if wait(stream.as_fd(), flags, &[self.queue.event_fd(), stop], None)? {
+            let ready = wait(stream.as_fd(), flags, &[self.queue.event_fd(), stop], None)?;
+            let [event, stopping] = ready.events;
+            if stopping {
                 return Ok(());
             }
-            if self.wants_input() && self.read(stream)? == 0 {
+            answered = event;
+            if reads && ready.socket && !self.read(stream)? {
                 // Gone without a word: nobody is left to answer.
                 return Ok(());
             }
@@ -149,225 +176,156 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             && (self.held == 0 || self.held.saturating_add(len) <= HELD_BYTES_MAX)
     }
 
-    fn wants_input(&self) -> bool {
-        let parsed = self.input.len() - self.input_at < REQUEST_BYTES;
-        !self.leaving && (self.receiving.is_some() || self.skip > 0 || parsed)
-    }
-
-    /// Reads what is there: into the payload that is being received, and what follows into `input`.
-    fn read(&mut self, mut stream: &UnixStream) -> Result<usize, ConnectionError> {
-        self.input.drain(..self.input_at);
-        self.input_at = 0;
-        let have = self.input.len();
-        self.input.resize(INPUT_BYTES.max(have), 0);
-        let tail = self.input.get_mut(have..).unwrap_or_default();
-        let (into, wanted) = match &mut self.receiving {
-            Some(r) => {
-                let rest = r.payload.bytes_mut().get_mut(r.filled..).unwrap_or_default();
-                let wanted = rest.len();
-                (stream.read_vectored(&mut [IoSliceMut::new(rest), IoSliceMut::new(tail)]), wanted)
-            }
-            None => (stream.read(tail), 0),
+    /// Reads what is there: into the payload that is being received, and what follows into the input. False: the end.
+    fn read(&mut self, stream: &UnixStream) -> Result<bool, ConnectionError> {
+        let into = match &mut self.receiving {
+            Some(r) => r.payload.bytes_mut().get_mut(r.filled..).unwrap_or_default(),
+            None => &mut [],
         };
-        let n = match into {
-            Ok(n) => n,
-            Err(e) if would_block(&e) => {
-                self.input.truncate(have);
-                // Anything but zero, which means the end.
-                return Ok(1);
+        match self.input.read(stream, into)? {
+            Arrived::End => return Ok(false),
+            Arrived::Nothing => {}
+            Arrived::Bytes(n) => {
+                if let Some(r) = &mut self.receiving {
+                    r.filled += n;
+                }
             }
-            Err(e) => return Err(e.into()),
-        };
-        if let Some(r) = &mut self.receiving {
-            r.filled += n.min(wanted);
         }
-        self.input.truncate(have + n.saturating_sub(wanted));
-        Ok(n)
+        Ok(true)
     }
 
-    /// Takes requests off the input while there is room; true when something was submitted.
-    fn parse(&mut self) -> Result<bool, ConnectionError> {
-        let mut submitted = false;
+    /// Takes requests off the input while there is room.
+    fn parse(&mut self) -> Result<Pause, ConnectionError> {
+        let mode = self.negotiated.mode;
         loop {
-            let skipped = self.skip.min(self.input.len() - self.input_at);
-            self.input_at += skipped;
-            self.skip -= skipped;
-            if self.skip > 0 {
-                return Ok(submitted);
-            }
-            if let Some(r) = &mut self.receiving {
-                let rest = r.payload.bytes_mut().get_mut(r.filled..).unwrap_or_default();
-                let have = self.input.get(self.input_at..).unwrap_or_default();
-                let n = rest.len().min(have.len());
-                if let (Some(to), Some(from)) = (rest.get_mut(..n), have.get(..n)) {
-                    to.copy_from_slice(from);
-                }
-                let complete = n == rest.len();
-                r.filled += n;
-                self.input_at += n;
-                if !complete {
-                    return Ok(submitted);
-                }
-                if let Some(r) = self.receiving.take() {
-                    self.submit_write(r);
-                    submitted = true;
-                }
+            let here = self.input.rest().len();
+            let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(here);
+            self.input.consume(skipped);
+            self.skip -= skipped as u64;
+            if self.skip > 0 || !self.receive() {
+                return Ok(Pause::Input);
             }
             if self.leaving {
-                return Ok(submitted);
+                return Ok(Pause::Input);
             }
-            let Some(request) = Request::decode(self.input.get(self.input_at..).unwrap_or_default())? else {
-                return Ok(submitted);
-            };
-            let carries = matches!(request.command, cmd::READ | cmd::WRITE);
-            if !self.has_room(if carries { request.len as usize } else { 0 }) {
-                return Ok(submitted);
+            let Some(request) = Request::decode(self.input.rest(), mode)? else { return Ok(Pause::Input) };
+            if self.turn >= TURN_BYTES {
+                return Ok(Pause::Turn);
             }
-            self.input_at += REQUEST_BYTES;
-            submitted |= self.request(request);
+            // Refused later if it is longer than any may be, so what does not fit is of no matter here.
+            let len = usize::try_from(request.len).unwrap_or(usize::MAX);
+            if !self.has_room(if rules::carries(&request) { len } else { 0 }) {
+                return Ok(Pause::Room);
+            }
+            self.input.consume(Request::encoded_bytes(mode));
+            self.request(request);
         }
     }
 
-    /// One request; true when it was submitted.
-    fn request(&mut self, request: Request) -> bool {
-        if let Err(error) = self.check(&request) {
-            if request.command == cmd::WRITE {
-                self.skip = request.len as usize;
-            }
-            self.answer_error(&request, error);
-            return false;
+    /// Completes a write from the input; false while its payload is still coming.
+    fn receive(&mut self) -> bool {
+        let Some(r) = &mut self.receiving else { return true };
+        let rest = r.payload.bytes_mut().get_mut(r.filled..).unwrap_or_default();
+        let have = self.input.rest();
+        let n = rest.len().min(have.len());
+        if let (Some(to), Some(from)) = (rest.get_mut(..n), have.get(..n)) {
+            to.copy_from_slice(from);
         }
-        let (offset, len) = (request.offset, u64::from(request.len));
+        let complete = n == rest.len();
+        r.filled += n;
+        self.input.consume(n);
+        if complete && let Some(Receiving { request, payload, .. }) = self.receiving.take() {
+            let fua = request.flags & cmd_flag::FUA != 0;
+            let command = Command::Write { offset: request.offset, payload, fua };
+            self.submit(Pending { request, then_flush: false }, command);
+        }
+        complete
+    }
+
+    /// One request: submits it, answers it, or begins to receive its payload.
+    fn request(&mut self, request: Request) {
+        let mode = self.negotiated.mode;
+        if let Err(error) = rules::check(&request, self.info, &self.negotiated) {
+            self.skip = request.payload_bytes(mode);
+            return self.out.push(mode.error(&request, error), Body::Nothing);
+        }
+        let (offset, len) = (request.offset, request.len);
         let fua = request.flags & cmd_flag::FUA != 0 && !self.info.read_only;
         let command = match request.command {
-            cmd::READ => {
-                self.held += request.len as usize;
-                let payload = self.pool.take(&mut self.queue, request.len as usize);
-                Command::Read { offset, payload }
-            }
+            cmd::READ => Command::Read { offset, payload: self.payload(&request) },
             cmd::WRITE => {
-                self.held += request.len as usize;
-                let payload = self.pool.take(&mut self.queue, request.len as usize);
+                let payload = self.payload(&request);
                 self.receiving = Some(Receiving { request, payload, filled: 0 });
-                return false;
+                return;
             }
             cmd::FLUSH => Command::Flush,
             cmd::TRIM => Command::Trim { offset, len },
             cmd::WRITE_ZEROES => {
                 Command::WriteZeroes { offset, len, may_hole: request.flags & cmd_flag::NO_HOLE == 0 }
             }
-            cmd::BLOCK_STATUS => {
-                self.block_status(&request);
-                return false;
-            }
+            cmd::BLOCK_STATUS => return self.block_status(&request),
             cmd::DISC => {
                 self.leaving = true;
-                return false;
+                return;
             }
             // CACHE, the only one left: the host's page cache reads ahead by itself.
-            _ => {
-                self.push(simple_reply(request.cookie, 0), Body::Nothing);
-                return false;
-            }
+            _ => return self.out.push(mode.done(&request), Body::Nothing),
         };
         let then_flush = fua && matches!(request.command, cmd::TRIM | cmd::WRITE_ZEROES);
         self.submit(Pending { request, then_flush }, command);
-        true
+    }
+
+    fn payload(&mut self, request: &Request) -> Q::Payload {
+        // The rules let at most PAYLOAD_BYTES_MAX through.
+        let len = request.len as usize;
+        self.held += len;
+        self.turn += len;
+        self.pool.take(&mut self.queue, len)
     }
 
     fn submit(&mut self, pending: Pending, command: Command<Q::Payload>) {
         let slot = self.free.pop().expect("has_room was asked before the request was taken");
         self.pending[slot] = Some(pending);
         self.queue.submit(slot as u64, command);
-    }
-
-    fn submit_write(&mut self, received: Receiving<Q::Payload>) {
-        let Receiving { request, payload, .. } = received;
-        let fua = request.flags & cmd_flag::FUA != 0;
-        let command = Command::Write { offset: request.offset, payload, fua };
-        self.submit(Pending { request, then_flush: false }, command);
-    }
-
-    /// Whether a request may be carried out; the error value otherwise.
-    fn check(&self, request: &Request) -> Result<(), u32> {
-        let known = match request.command {
-            cmd::READ if self.negotiated.structured => cmd_flag::FUA | cmd_flag::DF,
-            cmd::WRITE_ZEROES => cmd_flag::FUA | cmd_flag::NO_HOLE,
-            cmd::BLOCK_STATUS => cmd_flag::FUA | cmd_flag::REQ_ONE,
-            cmd::READ | cmd::WRITE | cmd::DISC | cmd::FLUSH | cmd::TRIM | cmd::CACHE => cmd_flag::FUA,
-            _ => return Err(errno::EINVAL),
-        };
-        if request.flags & !known != 0 {
-            return Err(errno::EINVAL);
-        }
-        if matches!(request.command, cmd::DISC | cmd::FLUSH) {
-            return Ok(());
-        }
-        let changes = matches!(request.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
-        if changes && self.info.read_only {
-            return Err(errno::EPERM);
-        }
-        let carries = matches!(request.command, cmd::READ | cmd::WRITE);
-        if carries && request.len > PAYLOAD_BYTES_MAX {
-            return Err(errno::EOVERFLOW);
-        }
-        if request.command == cmd::BLOCK_STATUS && self.negotiated.contexts.is_empty() {
-            return Err(errno::EINVAL);
-        }
-        let end = request.offset.checked_add(u64::from(request.len));
-        match end {
-            // "a zero-length request is unspecified": refused where data or extents are asked for.
-            _ if request.len == 0 && !changes => Err(errno::EINVAL),
-            Some(end) if end <= self.info.size_bytes => Ok(()),
-            _ if changes => Err(errno::ENOSPC),
-            _ => Err(errno::EINVAL),
-        }
-    }
-
-    fn answer_error(&mut self, request: &Request, error: u32) {
-        // With structured replies a read and a block status must not be answered by a simple one.
-        let structured =
-            self.negotiated.structured && matches!(request.command, cmd::READ | cmd::BLOCK_STATUS);
-        let head =
-            if structured { error_chunk(request.cookie, error) } else { simple_reply(request.cookie, error) };
-        self.push(head, Body::Nothing);
-    }
-
-    fn push(&mut self, head: Head, body: Body<Q::Payload>) {
-        self.out.push(head, body);
+        self.submitted = true;
     }
 
     fn block_status(&mut self, request: &Request) {
-        let one = request.flags & cmd_flag::REQ_ONE != 0;
+        let mode = self.negotiated.mode;
+        let full = if request.flags & cmd_flag::REQ_ONE != 0 { 1 } else { EXTENTS_MAX };
         let contexts = self.negotiated.contexts.len();
-        for i in 0..contexts {
-            let Some(&context) = self.negotiated.contexts.get(i) else { continue };
-            let mut extents: Vec<(u32, u32)> = Vec::new();
-            self.queue.status(context, request.offset, u64::from(request.len), |len, flags| {
-                // It lies within the request, whose length is a u32.
-                let len = u32::try_from(len).unwrap_or(u32::MAX);
-                let full = extents.len() == if one { 1 } else { EXTENTS_MAX };
+        let extents = &mut self.extents;
+        for (i, &context) in self.negotiated.contexts.iter().enumerate() {
+            extents.clear();
+            self.queue.status(context, request.offset, request.len, |len, flags| {
+                let count = extents.len();
                 match extents.last_mut() {
                     Some(last) if last.1 == flags => last.0 = last.0.saturating_add(len),
-                    _ if full => return false,
+                    _ if count == full => return false,
                     _ => extents.push((len, flags)),
                 }
                 true
             });
-            let bytes: Vec<u8> = extents
-                .iter()
-                .flat_map(|(len, flags)| len.to_be_bytes().into_iter().chain(flags.to_be_bytes()))
-                .collect();
-            let last = i + 1 == contexts;
-            let head = status_chunk(request.cookie, context_id(context), extents.len() as u32, last);
-            self.push(head, Body::Bytes(bytes));
+            let mut bytes = Vec::with_capacity(extents.len() * mode.extent_bytes() as usize);
+            for &(len, flags) in extents.iter() {
+                if mode == Mode::Extended {
+                    bytes.extend(len.to_be_bytes());
+                    bytes.extend(u64::from(flags).to_be_bytes());
+                } else {
+                    // It lies within the request, whose length is of 32 bits.
+                    bytes.extend(u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
+                    bytes.extend(flags.to_be_bytes());
+                }
+            }
+            let head = mode.status(request, context_id(context), extents.len() as u32, i + 1 == contexts);
+            self.out.push(head, Body::Bytes(bytes));
         }
     }
 
     /// Takes what is done and makes replies of it.
     fn reap(&mut self) {
         let mut again = std::mem::take(&mut self.again);
-        let structured = self.negotiated.structured;
+        let mode = self.negotiated.mode;
         let Connection { queue, pending, free, out, held, pool, .. } = self;
         queue.reap(|tag, result, payload| {
             let slot = tag as usize;
@@ -378,16 +336,15 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             }
             pending[slot] = None;
             free.push(slot);
-            let error = result.err().map_or(0, error_value);
             let read = request.command == cmd::READ;
-            let head = match (read && structured, error) {
-                (true, 0) => data_chunk(request.cookie, request.offset, request.len),
-                (true, error) => error_chunk(request.cookie, error),
-                (false, error) => simple_reply(request.cookie, error),
+            let head: Head = match result {
+                Ok(()) if read => mode.data(&request),
+                Ok(()) => mode.done(&request),
+                Err(host) => mode.error(&request, error_value(host)),
             };
             let mut body = Body::Nothing;
             match payload {
-                Some(payload) if read && error == 0 => body = Body::Payload(payload),
+                Some(payload) if read && result.is_ok() => body = Body::Payload(payload),
                 Some(payload) => {
                     *held -= request.len as usize;
                     pool.give(payload, request.len as usize);

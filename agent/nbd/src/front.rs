@@ -13,9 +13,9 @@
 use crate::{
     handshake::{
         ClientFlags, GREETING_BYTES, HandshakeError, OPTION_HEADER_BYTES, OptionHeader, REPLY_HEADER_BYTES,
-        export_name_of, reply,
+        export_name_of, raise, reply,
     },
-    wire::{opt, rep},
+    wire::{Mode, opt, rep},
 };
 
 /// Options that one client may send before it names an export.
@@ -53,7 +53,7 @@ enum Phase {
 pub struct Front {
     phase: Phase,
     flags: Option<ClientFlags>,
-    structured: bool,
+    mode: Mode,
     input: Vec<u8>,
     output: Vec<u8>,
     options: u32,
@@ -73,7 +73,7 @@ impl Front {
         Front {
             phase: Phase::Clear,
             flags: None,
-            structured: false,
+            mode: Mode::Simple,
             input: Vec::new(),
             output: crate::handshake::greeting().to_vec(),
             options: 0,
@@ -144,9 +144,8 @@ impl Front {
                 reply(out, option, rep::ERR_TLS_REQD, b"this server speaks only TLS: send NBD_OPT_STARTTLS");
                 FrontStep::Read
             }
-            (Phase::Secure, opt::STRUCTURED_REPLY) if payload.is_empty() => {
-                self.structured = true;
-                reply(out, option, rep::ACK, &[]);
+            (Phase::Secure, opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS) => {
+                raise(&mut self.mode, option, payload, out);
                 FrontStep::Read
             }
             (Phase::Secure, opt::LIST) => {
@@ -179,8 +178,13 @@ impl Front {
         let flags = self.flags.map_or(0, |f| f.bits);
         let mut send = flags.to_be_bytes().to_vec();
         let mut discard = GREETING_BYTES;
-        if self.structured {
-            send.extend(OptionHeader::encode(opt::STRUCTURED_REPLY, &[]));
+        let replayed = match self.mode {
+            Mode::Simple => None,
+            Mode::Structured => Some(opt::STRUCTURED_REPLY),
+            Mode::Extended => Some(opt::EXTENDED_HEADERS),
+        };
+        if let Some(option) = replayed {
+            send.extend(OptionHeader::encode(option, &[]));
             discard += REPLY_HEADER_BYTES;
         }
         send.extend_from_slice(&self.input);

@@ -60,7 +60,7 @@ pub(crate) fn handshake(
             Err(HandshakeError::Aborted) => return Ok(None),
             Err(e) => return Err(e.into()),
         }
-        if wait(stream.as_fd(), PollFlags::POLLIN, &[stop], Some(deadline))? {
+        if wait(stream.as_fd(), PollFlags::POLLIN, &[stop], Some(deadline))?.events[0] {
             return Ok(None);
         }
         let mut reader = stream;
@@ -91,19 +91,28 @@ fn send_all(mut stream: &UnixStream, out: &mut Vec<u8>, deadline: Instant) -> Re
     Ok(())
 }
 
-/// Waits for `flags` on the socket or for one of the events; true when the last event, the stop event, is there.
+/// What [`wait`] found.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ready {
+    /// The socket: what was asked for, its end, or its failure.
+    pub(crate) socket: bool,
+    /// The events, in their order.
+    pub(crate) events: [bool; 2],
+}
+
+/// Waits for `flags` on the socket or for one of at most two events.
 pub(crate) fn wait(
     socket: BorrowedFd<'_>,
     flags: PollFlags,
     events: &[BorrowedFd<'_>],
     deadline: Option<Instant>,
-) -> Result<bool, ConnectionError> {
+) -> Result<Ready, ConnectionError> {
     let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
         None => PollTimeout::NONE,
         Some(left) if left.is_zero() => return Err(ConnectionError::HandshakeTimeout),
         Some(left) => PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX),
     };
-    // At most two events: the queue's and the stop event. A missing one repeats the socket, waiting for nothing.
+    // A missing event repeats the socket, waiting for nothing; it is not looked at.
     let event = |i: usize| match events.get(i) {
         Some(event) => PollFd::new(*event, PollFlags::POLLIN),
         None => PollFd::new(socket, PollFlags::empty()),
@@ -111,8 +120,10 @@ pub(crate) fn wait(
     let mut fds = [PollFd::new(socket, flags), event(0), event(1)];
     let used = fds.get_mut(..=events.len()).unwrap_or_default();
     match poll(used, timeout) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Ok(_) => {}
+        Err(nix::errno::Errno::EINTR) => return Ok(Ready::default()),
         Err(e) => return Err(io::Error::from(e).into()),
     }
-    Ok(!events.is_empty() && used.last().is_some_and(|fd| fd.any() == Some(true)))
+    let ready = |i: usize| used.get(i).is_some_and(|fd| fd.any() == Some(true));
+    Ok(Ready { socket: ready(0), events: [ready(1), ready(2)] })
 }

@@ -20,7 +20,7 @@
 use crate::{
     backend::ExportInfo,
     wire::{
-        FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields, IHAVEOPT, NBDMAGIC, OPTION_REPLY_MAGIC,
+        FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields, IHAVEOPT, Mode, NBDMAGIC, OPTION_REPLY_MAGIC,
         PAYLOAD_BYTES_MAX, flag, info, opt, rep,
     },
 };
@@ -199,13 +199,29 @@ pub fn reply(out: &mut Vec<u8>, option: u32, kind: u32, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
+/// Answers the options for structured replies and for extended headers, which include them: the mode never goes
+/// back, and nothing is negotiated twice.
+pub(crate) fn raise(mode: &mut Mode, option: u32, payload: &[u8], out: &mut Vec<u8>) {
+    let wanted = if option == opt::EXTENDED_HEADERS { Mode::Extended } else { Mode::Structured };
+    let (kind, why) = match *mode {
+        _ if !payload.is_empty() => (rep::ERR_INVALID, "this option has no payload"),
+        now if now == wanted => (rep::ERR_INVALID, "this was negotiated already"),
+        Mode::Extended => (rep::ERR_EXT_HEADER_REQD, "extended headers were negotiated already"),
+        Mode::Simple | Mode::Structured => {
+            *mode = wanted;
+            (rep::ACK, "")
+        }
+    };
+    reply(out, option, kind, why.as_bytes());
+}
+
 /// What the transmission phase starts with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Negotiated {
     /// Position of the export in the list that the handshake was given.
     pub export: usize,
-    /// Structured replies.
-    pub structured: bool,
+    /// How requests and replies look.
+    pub mode: Mode,
     /// Contexts that were set, as positions in [`ExportInfo::contexts`]; the id on the wire is that plus one.
     pub contexts: Vec<usize>,
 }
@@ -221,7 +237,7 @@ pub fn context_id(index: usize) -> u32 {
 pub struct Handshake<'a> {
     exports: &'a [ExportInfo],
     flags: Option<ClientFlags>,
-    structured: bool,
+    mode: Mode,
     /// Of which export the contexts were set, and which.
     contexts: Option<(String, Vec<usize>)>,
     options: u32,
@@ -230,7 +246,7 @@ pub struct Handshake<'a> {
 impl<'a> Handshake<'a> {
     /// A handshake over these exports. Send [`greeting`] first.
     pub fn new(exports: &'a [ExportInfo]) -> Handshake<'a> {
-        Handshake { exports, flags: None, structured: false, contexts: None, options: 0 }
+        Handshake { exports, flags: None, mode: Mode::Simple, contexts: None, options: 0 }
     }
 
     /// Takes whole messages off the front of `input`, appends answers to `out`. `Ok(Some)`: the transmission
@@ -294,13 +310,7 @@ impl<'a> Handshake<'a> {
                 }
                 reply(out, option, rep::ACK, &[]);
             }
-            opt::STRUCTURED_REPLY if !payload.is_empty() => {
-                return error(out, rep::ERR_INVALID, "STRUCTURED_REPLY has no payload");
-            }
-            opt::STRUCTURED_REPLY => {
-                self.structured = true;
-                reply(out, option, rep::ACK, &[]);
-            }
+            opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS => raise(&mut self.mode, option, payload, out),
             opt::INFO | opt::GO => {
                 let Some(request) = ExportRequest::decode(payload) else {
                     return error(out, rep::ERR_INVALID, "malformed request for an export");
@@ -331,21 +341,21 @@ impl<'a> Handshake<'a> {
             (Some((name, contexts)), Some(info)) if name == info.name => contexts,
             _ => Vec::new(),
         };
-        Negotiated { export, structured: self.structured, contexts }
+        Negotiated { export, mode: self.mode, contexts }
     }
 
     /// The transmission flags of an export.
     fn export_flags(&self, export: &ExportInfo) -> u16 {
         // Multi-conn for writable ones too: a flush on any connection covers what all have been answered.
         let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
-        if self.structured {
+        if self.mode.is_structured() {
             flags |= flag::SEND_DF;
         }
         flags
             | if export.read_only {
                 flag::READ_ONLY
             } else {
-                flag::SEND_FUA | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES
+                flag::SEND_FUA | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
             }
     }
 
@@ -395,7 +405,7 @@ impl<'a> Handshake<'a> {
             // Each one replaces the one before, also when it fails.
             self.contexts = None;
         }
-        if !self.structured {
+        if !self.mode.is_structured() {
             return reply(out, option, rep::ERR_INVALID, b"structured replies must be negotiated first");
         }
         let Some(request) = MetaRequest::decode(payload) else {

@@ -10,6 +10,7 @@ fn exports() -> Vec<ExportInfo> {
         description: String::new(),
         size_bytes: 1 << 20,
         read_only,
+        fast_zeroes: true,
         contexts: vec!["base:allocation".into()],
     };
     vec![info("disk", false), info("point", true)]
@@ -81,7 +82,26 @@ fn a_client_goes_with_contexts() {
     assert_ne!(flags & flag::SEND_DF, 0);
     assert_eq!(kinds(&client.send(opt::GO, &named("nope", &[0, 0])).1), [rep::ERR_UNKNOWN]);
     let (result, _) = client.send(opt::GO, &named("disk", &[0, 0]));
-    assert_eq!(result, Ok(Some(Negotiated { export: 0, structured: true, contexts: vec![0] })));
+    assert_eq!(result, Ok(Some(Negotiated { export: 0, mode: Mode::Structured, contexts: vec![0] })));
+}
+
+#[test]
+fn extended_headers_include_structured_replies_and_stay() {
+    let exports = exports();
+    for first in [&[][..], &[opt::STRUCTURED_REPLY]] {
+        let mut client = client(&exports);
+        let mut kind = |option| replies(&client.send(option, &[]).1)[0].0;
+        for option in first {
+            assert_eq!(kind(*option), rep::ACK);
+            assert_eq!(kind(*option), rep::ERR_INVALID, "twice");
+        }
+        assert_eq!(kind(opt::EXTENDED_HEADERS), rep::ACK);
+        assert_eq!(kind(opt::EXTENDED_HEADERS), rep::ERR_INVALID, "twice");
+        assert_eq!(kind(opt::STRUCTURED_REPLY), rep::ERR_EXT_HEADER_REQD);
+        client.send(opt::SET_META_CONTEXT, &queries("disk", &["base:allocation"])).0.expect("ack");
+        let (result, _) = client.send(opt::GO, &named("disk", &[0, 0]));
+        assert_eq!(result, Ok(Some(Negotiated { export: 0, mode: Mode::Extended, contexts: vec![0] })));
+    }
 }
 
 #[test]
@@ -91,14 +111,14 @@ fn contexts_of_another_export_do_not_count() {
     client.send(opt::STRUCTURED_REPLY, &[]).0.expect("ack");
     client.send(opt::SET_META_CONTEXT, &queries("disk", &["base:allocation"])).0.expect("ack");
     let (result, _) = client.send(opt::GO, &named("point", &[0, 0]));
-    assert_eq!(result, Ok(Some(Negotiated { export: 1, structured: true, contexts: vec![] })));
+    assert_eq!(result, Ok(Some(Negotiated { export: 1, mode: Mode::Structured, contexts: vec![] })));
 }
 
 #[test]
 fn old_options_and_errors() {
     let exports = exports();
     let (result, out) = client(&exports).send(opt::EXPORT_NAME, b"point");
-    assert!(matches!(result, Ok(Some(Negotiated { export: 1, structured: false, .. }))));
+    assert!(matches!(result, Ok(Some(Negotiated { export: 1, mode: Mode::Simple, .. }))));
     assert_eq!(out.len(), 10, "no zeroes, as the client asked");
     let (result, _) = client(&exports).send(opt::EXPORT_NAME, b"nope");
     assert_eq!(result, Err(HandshakeError::UnknownExport));
@@ -106,7 +126,7 @@ fn old_options_and_errors() {
     assert_eq!((result, replies(&out)[0].0), (Err(HandshakeError::Aborted), rep::ACK));
     for (option, payload, answer) in [
         (opt::STARTTLS, &b""[..], rep::ERR_UNSUP),
-        (opt::EXTENDED_HEADERS, b"", rep::ERR_UNSUP),
+        (opt::EXTENDED_HEADERS, b"x", rep::ERR_INVALID),
         (77, b"whatever", rep::ERR_UNSUP),
         (opt::LIST, b"x", rep::ERR_INVALID),
         (opt::GO, b"", rep::ERR_INVALID),

@@ -20,8 +20,10 @@ mod connection;
 pub mod front;
 mod greet;
 pub mod handshake;
+mod inbox;
 mod outbox;
 mod pool;
+mod rules;
 pub mod server;
 pub mod wire;
 

@@ -1,9 +1,12 @@
 //! Payload memory that is used again: by size class, bounded.
 
-use crate::backend::{Payload, Queue};
+use crate::{
+    backend::{Payload, Queue},
+    connection::HELD_BYTES_MAX,
+};
 
-/// Memory that idle payloads may hold, bytes, for one connection.
-const IDLE_BYTES_MAX: usize = 16 << 20;
+/// Memory that idle payloads may hold, bytes, for one connection: what was used at once is used again.
+const IDLE_BYTES_MAX: usize = HELD_BYTES_MAX;
 /// Classes are powers of two from 4 KiB.
 const CLASSES: usize = 14;
 

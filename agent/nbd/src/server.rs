@@ -28,7 +28,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        // Each may hold some 33 MiB of payloads.
+        // Each may hold some 8 MiB of payloads, or one of 32 MiB.
         Limits { clients_max: 16 }
     }
 }

@@ -12,6 +12,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Start of a chunk of a structured reply.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Start of a request with extended headers.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Start of a chunk of a reply with extended headers.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag of both sides: fixed newstyle.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1;
@@ -46,6 +50,7 @@ pub mod rep {
     pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+    pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 /// `NBD_INFO_*`.
@@ -69,6 +74,7 @@ pub mod flag {
     pub const SEND_DF: u16 = 1 << 7;
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     pub const SEND_CACHE: u16 = 1 << 10;
+    pub const SEND_FAST_ZERO: u16 = 1 << 11;
 }
 
 /// `NBD_CMD_*`.
@@ -91,14 +97,18 @@ pub mod cmd_flag {
     pub const NO_HOLE: u16 = 1 << 1;
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
+    pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// `NBD_REPLY_TYPE_*`, and the flag of the last chunk.
 pub mod chunk {
     #![allow(missing_docs)]
     pub const FLAG_DONE: u16 = 1;
+    pub const NONE: u16 = 0;
     pub const OFFSET_DATA: u16 = 1;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = 0x8001;
 }
 
@@ -119,11 +129,27 @@ pub mod errno {
 pub const STATE_HOLE: u32 = 1;
 /// `base:allocation`: reads as zeros.
 pub const STATE_ZERO: u32 = 2;
+/// `qemu:dirty-bitmap:…`: has changed.
+pub const STATE_DIRTY: u32 = 1;
 
-/// Bytes of a request without its payload ("Request message").
+/// Bytes of a compact request without its payload ("Request message").
 pub const REQUEST_BYTES: usize = 28;
+/// Bytes of a request with extended headers.
+pub const EXTENDED_REQUEST_BYTES: usize = 32;
 /// Largest payload of one request, and what `NBD_INFO_BLOCK_SIZE` says.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
+
+/// How requests and replies look, as it was negotiated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Compact requests, simple replies.
+    #[default]
+    Simple,
+    /// Compact requests, structured replies where data or extents are asked for.
+    Structured,
+    /// Lengths of 64 bits, and nothing but chunks in reply.
+    Extended,
+}
 
 /// A request, without its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,8 +162,8 @@ pub struct Request {
     pub cookie: u64,
     /// First byte.
     pub offset: u64,
-    /// Bytes.
-    pub len: u32,
+    /// Bytes; of 32 bits unless headers are extended.
+    pub len: u64,
 }
 
 /// The stream does not start with a request: nothing after it can be understood.
@@ -177,10 +203,11 @@ impl<'a> Fields<'a> {
 
 impl Request {
     /// Reads a request. `Ok(None)`: more bytes are needed.
-    pub fn decode(bytes: &[u8]) -> Result<Option<Request>, BadMagic> {
+    pub fn decode(bytes: &[u8], mode: Mode) -> Result<Option<Request>, BadMagic> {
+        let extended = mode == Mode::Extended;
         let mut fields = Fields(bytes);
         let Some(magic) = fields.u32() else { return Ok(None) };
-        if magic != REQUEST_MAGIC {
+        if magic != if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC } {
             return Err(BadMagic(magic));
         }
         Ok((|| {
@@ -189,31 +216,51 @@ impl Request {
                 command: fields.u16()?,
                 cookie: fields.u64()?,
                 offset: fields.u64()?,
-                len: fields.u32()?,
+                len: if extended { fields.u64()? } else { fields.u32()?.into() },
             })
         })())
     }
 
-    /// The bytes of a request.
-    pub fn encode(&self) -> [u8; REQUEST_BYTES] {
+    /// Bytes of a request without its payload.
+    pub fn encoded_bytes(mode: Mode) -> usize {
+        if mode == Mode::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES }
+    }
+
+    /// The bytes of a request. Without extended headers a longer length is cut to 32 bits.
+    pub fn encode(&self, mode: Mode) -> Head {
+        let extended = mode == Mode::Extended;
         let mut out = Head::default();
-        out.u32(REQUEST_MAGIC)
+        out.u32(if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC })
             .u16(self.flags)
             .u16(self.command)
             .u64(self.cookie)
-            .u64(self.offset)
-            .u32(self.len);
-        let mut bytes = [0; REQUEST_BYTES];
-        bytes.copy_from_slice(out.bytes());
-        bytes
+            .u64(self.offset);
+        match extended {
+            true => out.u64(self.len),
+            false => out.u32(u32::try_from(self.len).unwrap_or(u32::MAX)),
+        };
+        out
+    }
+
+    /// Bytes that follow the request.
+    pub fn payload_bytes(&self, mode: Mode) -> u64 {
+        // A write has one whether it says so or not; others may have one only where headers are extended.
+        let says = mode == Mode::Extended && self.flags & cmd_flag::PAYLOAD_LEN != 0;
+        if says || self.command == cmd::WRITE { self.len } else { 0 }
     }
 }
 
 /// The bytes before a payload: small, and without an allocation.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Head {
-    bytes: [u8; 32],
+    bytes: [u8; 40],
     len: usize,
+}
+
+impl Default for Head {
+    fn default() -> Self {
+        Head { bytes: [0; 40], len: 0 }
+    }
 }
 
 impl Head {
@@ -238,45 +285,85 @@ impl Head {
 }
 
 /// "Simple reply message"; a read's data follow.
-pub fn simple_reply(cookie: u64, error: u32) -> Head {
+fn simple_reply(request: &Request, error: u32) -> Head {
     let mut head = Head::default();
-    head.u32(SIMPLE_REPLY_MAGIC).u32(error).u64(cookie);
+    head.u32(SIMPLE_REPLY_MAGIC).u32(error).u64(request.cookie);
     head
 }
 
-/// "Structured reply chunk message": the one and last chunk of kind `kind` with `payload` bytes to follow.
-fn last_chunk(cookie: u64, kind: u16, payload: u32) -> Head {
-    let mut head = Head::default();
-    head.u32(STRUCTURED_REPLY_MAGIC).u16(chunk::FLAG_DONE).u16(kind).u64(cookie).u32(payload);
-    head
-}
+impl Mode {
+    /// Whether replies may come in chunks.
+    pub fn is_structured(self) -> bool {
+        self != Mode::Simple
+    }
 
-/// `NBD_REPLY_TYPE_OFFSET_DATA`; `len` bytes of data follow. `len` is at most [`PAYLOAD_BYTES_MAX`].
-pub fn data_chunk(cookie: u64, offset: u64, len: u32) -> Head {
-    let mut head = last_chunk(cookie, chunk::OFFSET_DATA, len.saturating_add(8));
-    head.u64(offset);
-    head
-}
+    /// "Structured reply chunk message": a chunk of kind `kind` with `payload` bytes to follow.
+    fn chunk(self, request: &Request, flags: u16, kind: u16, payload: u32) -> Head {
+        let mut head = Head::default();
+        match self {
+            Mode::Extended => head
+                .u32(EXTENDED_REPLY_MAGIC)
+                .u16(flags)
+                .u16(kind)
+                .u64(request.cookie)
+                .u64(request.offset)
+                .u64(payload.into()),
+            Mode::Simple | Mode::Structured => {
+                head.u32(STRUCTURED_REPLY_MAGIC).u16(flags).u16(kind).u64(request.cookie).u32(payload)
+            }
+        };
+        head
+    }
 
-/// `NBD_REPLY_TYPE_ERROR` without a message.
-pub fn error_chunk(cookie: u64, error: u32) -> Head {
-    let mut head = last_chunk(cookie, chunk::ERROR, 6);
-    head.u32(error).u16(0);
-    head
-}
+    /// Before the data of a read, all of it in one chunk. The length is at most [`PAYLOAD_BYTES_MAX`].
+    pub fn data(self, request: &Request) -> Head {
+        if self == Mode::Simple {
+            return simple_reply(request, 0);
+        }
+        let len = u32::try_from(request.len).unwrap_or(u32::MAX);
+        let mut head = self.chunk(request, chunk::FLAG_DONE, chunk::OFFSET_DATA, len.saturating_add(8));
+        head.u64(request.offset);
+        head
+    }
 
-/// `NBD_REPLY_TYPE_BLOCK_STATUS` of one context; `descriptors` pairs of u32 (length, flags) follow.
-pub fn status_chunk(cookie: u64, context: u32, descriptors: u32, last: bool) -> Head {
-    let mut head = Head::default();
-    let flags = if last { chunk::FLAG_DONE } else { 0 };
-    let payload = descriptors.saturating_mul(8).saturating_add(4);
-    head.u32(STRUCTURED_REPLY_MAGIC)
-        .u16(flags)
-        .u16(chunk::BLOCK_STATUS)
-        .u64(cookie)
-        .u32(payload)
-        .u32(context);
-    head
+    /// Success of a command without data.
+    pub fn done(self, request: &Request) -> Head {
+        match self {
+            Mode::Extended => self.chunk(request, chunk::FLAG_DONE, chunk::NONE, 0),
+            Mode::Simple | Mode::Structured => simple_reply(request, 0),
+        }
+    }
+
+    /// Failure, as one of [`errno`].
+    pub fn error(self, request: &Request, error: u32) -> Head {
+        // With structured replies a read and a block status must not be answered by a simple one.
+        let asks = matches!(request.command, cmd::READ | cmd::BLOCK_STATUS);
+        if self == Mode::Extended || (self == Mode::Structured && asks) {
+            let mut head = self.chunk(request, chunk::FLAG_DONE, chunk::ERROR, 6);
+            head.u32(error).u16(0);
+            return head;
+        }
+        simple_reply(request, error)
+    }
+
+    /// Before the extents of one context: pairs of length and flags, each of [`Mode::extent_bytes`] / 2.
+    pub fn status(self, request: &Request, context: u32, extents: u32, last: bool) -> Head {
+        let flags = if last { chunk::FLAG_DONE } else { 0 };
+        let bytes = extents.saturating_mul(self.extent_bytes());
+        if self == Mode::Extended {
+            let mut head = self.chunk(request, flags, chunk::BLOCK_STATUS_EXT, bytes.saturating_add(8));
+            head.u32(context).u32(extents);
+            return head;
+        }
+        let mut head = self.chunk(request, flags, chunk::BLOCK_STATUS, bytes.saturating_add(4));
+        head.u32(context);
+        head
+    }
+
+    /// Bytes of one extent.
+    pub fn extent_bytes(self) -> u32 {
+        if self == Mode::Extended { 16 } else { 8 }
+    }
 }
 
 /// The protocol's error value for an errno of the host.
@@ -299,27 +386,55 @@ mod tests {
 
     use super::*;
 
+    const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+
     proptest! {
         #[test]
         fn requests_come_back(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) {
-            let request = Request { flags, command, cookie, offset, len };
-            let bytes = request.encode();
-            prop_assert_eq!(Request::decode(&bytes), Ok(Some(request)));
-            prop_assert_eq!(Request::decode(&bytes[..REQUEST_BYTES - 1]), Ok(None));
+            for mode in MODES {
+                let request = Request { flags, command, cookie, offset, len: len.into() };
+                let head = request.encode(mode);
+                prop_assert_eq!(head.bytes().len(), Request::encoded_bytes(mode));
+                prop_assert_eq!(Request::decode(head.bytes(), mode), Ok(Some(request)));
+                let short = &head.bytes()[..head.bytes().len() - 1];
+                prop_assert_eq!(Request::decode(short, mode), Ok(None));
+            }
+            let long = Request { flags, command, cookie, offset, len: u64::from(len) << 32 };
+            prop_assert_eq!(Request::decode(long.encode(Mode::Extended).bytes(), Mode::Extended), Ok(Some(long)));
         }
 
         #[test]
         fn any_bytes_are_answered(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = Request::decode(&bytes);
+            for mode in MODES {
+                let _ = Request::decode(&bytes, mode);
+            }
         }
     }
 
     #[test]
     fn heads_have_their_lengths() {
-        assert_eq!(simple_reply(1, 0).bytes().len(), 16);
-        assert_eq!(data_chunk(1, 0, PAYLOAD_BYTES_MAX).bytes().len(), 28);
-        assert_eq!(error_chunk(1, 5).bytes().len(), 26);
-        assert_eq!(status_chunk(1, 1, 3, true).bytes().len(), 24);
-        assert_eq!(&status_chunk(1, 1, 3, true).bytes()[16..20], &28u32.to_be_bytes());
+        let max = u64::from(PAYLOAD_BYTES_MAX);
+        let read = Request { flags: 0, command: cmd::READ, cookie: 1, offset: 7, len: max };
+        let write = Request { command: cmd::WRITE, ..read };
+        let lengths = |mode: Mode| {
+            [mode.data(&read), mode.done(&write), mode.error(&read, 5), mode.error(&write, 5)]
+                .map(|head| head.bytes().len())
+        };
+        assert_eq!(lengths(Mode::Simple), [16, 16, 16, 16]);
+        assert_eq!(lengths(Mode::Structured), [28, 16, 26, 16]);
+        assert_eq!(lengths(Mode::Extended), [40, 32, 38, 38]);
+        let compact = Mode::Structured.status(&read, 1, 3, true);
+        assert_eq!((compact.bytes().len(), &compact.bytes()[16..20]), (24, &28u32.to_be_bytes()[..]));
+        let extended = Mode::Extended.status(&read, 1, 3, true);
+        assert_eq!((extended.bytes().len(), &extended.bytes()[24..32]), (40, &56u64.to_be_bytes()[..]));
+    }
+
+    #[test]
+    fn payloads_follow_what_says_so() {
+        let mut request =
+            Request { flags: cmd_flag::PAYLOAD_LEN, command: cmd::TRIM, cookie: 0, offset: 0, len: 9 };
+        assert_eq!((request.payload_bytes(Mode::Extended), request.payload_bytes(Mode::Structured)), (9, 0));
+        request = Request { flags: 0, command: cmd::WRITE, ..request };
+        assert_eq!((request.payload_bytes(Mode::Extended), request.payload_bytes(Mode::Simple)), (9, 9));
     }
 }

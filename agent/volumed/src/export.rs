@@ -23,6 +23,8 @@ impl VolumeExport {
             description: description.to_owned(),
             size_bytes: volume.size_bytes(),
             read_only: volume.is_read_only(),
+            // With a map zeroes are marks in it; what a raw file's file system does is unknown.
+            fast_zeroes: volume.head_header().is_some(),
             contexts: vec!["base:allocation".to_owned()],
         };
         VolumeExport { volume, info }

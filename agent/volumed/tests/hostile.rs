@@ -12,7 +12,7 @@ use std::{
 use common::{Serving, image, noise, volumed};
 use serio_nbd::{
     handshake::{GREETING_BYTES, OptionHeader},
-    wire::{PAYLOAD_BYTES_MAX, Request, cmd, opt},
+    wire::{Mode, PAYLOAD_BYTES_MAX, Request, cmd, opt},
 };
 use tempfile::TempDir;
 
@@ -44,8 +44,8 @@ fn ready(serving: &Serving) -> UnixStream {
     stream
 }
 
-fn request(command: u16, cookie: u64, offset: u64, len: u32) -> [u8; 28] {
-    Request { flags: 0, command, cookie, offset, len }.encode()
+fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    Request { flags: 0, command, cookie, offset, len: len.into() }.encode(Mode::Simple).bytes().to_vec()
 }
 
 /// The error of the next simple reply, whose cookie must be `cookie`.

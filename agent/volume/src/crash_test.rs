@@ -230,6 +230,8 @@ fn read_all(volume: &Volume) -> Vec<u8> {
 }
 
 fn check(files: &[(Media, Media)], model: &Model, context: &str) {
+    let report = crate::check::check_media(files);
+    assert_eq!(report.problems, [], "{context}: the verifier");
     let volume = Volume::open_media(files.to_vec(), Access::ReadWrite, None)
         .unwrap_or_else(|e| panic!("{context}: does not open: {e:?}"));
     for (i, byte) in read_all(&volume).iter().enumerate() {

@@ -22,6 +22,7 @@
 #![deny(unsafe_code)]
 
 mod changes;
+mod check;
 mod dir;
 mod error;
 mod header;
@@ -32,6 +33,7 @@ mod media;
 mod op;
 mod plan;
 mod queue;
+mod scan;
 mod shared;
 mod stack;
 #[allow(unsafe_code)]
@@ -39,11 +41,14 @@ mod uring;
 mod volume;
 
 #[cfg(test)]
+mod check_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
 mod stack_test;
 
 pub use changes::{ChangedExtent, ChangesError};
+pub use check::{CheckReport, LayerReport, Problem};
 pub use dir::{VolumeDir, VolumeDirError};
 pub use error::{CreateError, IoError, OpenError, SnapshotError};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};

@@ -16,6 +16,7 @@ use serio_volume::{Access, Inspection, SIZE_BYTES_MAX, Volume, VolumeDir};
 
 use crate::{
     agent::{self, Log},
+    check::{self, CheckArgs},
     copy::{self, Progress},
     export::VolumeExport,
 };
@@ -65,6 +66,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Verify headers, chain, sizes and maps. Exit code 0: clean, 1: problems. It may be in use.
+    #[command(after_help = "Example:\n  serio-volumed check vol")]
+    Check(CheckArgs),
     /// Serve a volume, a point of it, or a raw file over NBD until SIGINT or SIGTERM.
     #[command(after_help = "Examples:
   serio-volumed serve vol --socket /tmp/vol.sock
@@ -133,6 +137,7 @@ impl Cli {
             Command::Import(args) => import(&args),
             Command::Snapshot { volume, name } => snapshot(volume, &name),
             Command::Info { volume, json } => info(&volume, json),
+            Command::Check(args) => check::run(&args),
             Command::Serve(args) => serve(&args),
             Command::Agent { control_fd } => agent::main(control_fd),
         }

@@ -2,7 +2,8 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`cli`] | `serio-volumed create|import|snapshot|info|serve`, for people |
+//! | [`cli`] | `serio-volumed create|import|snapshot|info|check|serve`, for people |
+//! | [`check`] | the table that `serio-volumed check` prints |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod check;
 pub mod cli;
 pub mod copy;
 pub mod export;

@@ -74,7 +74,8 @@ enum Command {
   serio-volumed serve vol --socket /tmp/vol.sock
   serio-volumed serve disk.raw --socket /tmp/disk.sock --read-only
   serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --export-name monday
-  nbdinfo nbd+unix:///monday?socket=/tmp/vol.sock")]
+  nbdinfo nbd+unix:///monday?socket=/tmp/vol.sock
+  nbdinfo --map=qemu:dirty-bitmap:monday nbd+unix:///?socket=/tmp/vol.sock   # what has changed since monday")]
     Serve(ServeArgs),
     /// One job for seriod (not for people).
     #[command(hide = true)]

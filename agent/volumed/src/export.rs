@@ -1,23 +1,34 @@
 //! A volume behind the NBD server's seam ([`serio_nbd::Backend`]).
+//!
+//! Metadata contexts: `base:allocation`, and `qemu:dirty-bitmap:NAME` for each snapshot NAME below what is exported:
+//! what has changed since, for incremental copies.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{io, os::fd::BorrowedFd, sync::Arc};
 
 use serio_nbd::{
     Backend, Command, ExportInfo, Payload, Queue,
-    wire::{STATE_HOLE, STATE_ZERO},
+    wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO},
 };
 use serio_volume::{Buffers, IoQueue, Op, Volume};
+
+/// Extents of changes that are looked up at once.
+const CHANGES_MAX: usize = 512;
 
 /// A volume that is exported.
 #[derive(Debug)]
 pub struct VolumeExport {
     volume: Volume,
     info: ExportInfo,
+    /// The snapshots behind the contexts, from the second context on.
+    since: Arc<[String]>,
 }
 
 impl VolumeExport {
     /// Exports `volume` as `name`; it is read-only if the volume is.
     pub fn new(volume: Volume, name: &str, description: &str) -> VolumeExport {
+        let known = volume.snapshots().into_iter().map(|s| s.name);
+        let since: Arc<[String]> = known.filter(|name| volume.knows_changes_since(name)).collect();
+        let bitmaps = since.iter().map(|name| format!("qemu:dirty-bitmap:{name}"));
         let info = ExportInfo {
             name: name.to_owned(),
             description: description.to_owned(),
@@ -25,9 +36,9 @@ impl VolumeExport {
             read_only: volume.is_read_only(),
             // With a map zeroes are marks in it; what a raw file's file system does is unknown.
             fast_zeroes: volume.head_header().is_some(),
-            contexts: vec!["base:allocation".to_owned()],
+            contexts: std::iter::once("base:allocation".to_owned()).chain(bitmaps).collect(),
         };
-        VolumeExport { volume, info }
+        VolumeExport { volume, info, since }
     }
 }
 
@@ -39,7 +50,8 @@ impl Backend for VolumeExport {
     }
 
     fn open(&self, depth: u16) -> io::Result<ExportQueue> {
-        Ok(ExportQueue { queue: self.volume.queue(depth)?, volume: self.volume.clone() })
+        let (queue, since) = (self.volume.queue(depth)?, Arc::clone(&self.since));
+        Ok(ExportQueue { queue, volume: self.volume.clone(), since })
     }
 }
 
@@ -65,6 +77,27 @@ impl Payload for Memory {
 pub struct ExportQueue {
     queue: IoQueue,
     volume: Volume,
+    since: Arc<[String]>,
+}
+
+impl ExportQueue {
+    /// What has changed since a snapshot. All, should it be gone meanwhile: too much is copied then, never too little.
+    fn changes(&self, since: &str, offset: u64, len: u64, each: &mut impl FnMut(u64, u32) -> bool) {
+        let (mut at, end) = (offset, offset.saturating_add(len));
+        while at < end {
+            let found = self.volume.changed_extents(since, at, end - at, CHANGES_MAX).unwrap_or_default();
+            if found.is_empty() {
+                each(end - at, STATE_DIRTY);
+                return;
+            }
+            for extent in found {
+                if !each(extent.len, if extent.dirty { STATE_DIRTY } else { 0 }) {
+                    return;
+                }
+                at = extent.offset.saturating_add(extent.len);
+            }
+        }
+    }
 }
 
 impl Queue for ExportQueue {
@@ -102,9 +135,12 @@ impl Queue for ExportQueue {
         self.queue.event_fd()
     }
 
-    fn status(&mut self, _context: usize, offset: u64, len: u64, mut each: impl FnMut(u64, u32) -> bool) {
-        self.volume.extents(offset, len, |extent| {
-            each(extent.len, if extent.hole { STATE_HOLE | STATE_ZERO } else { 0 })
-        });
+    fn status(&mut self, context: usize, offset: u64, len: u64, mut each: impl FnMut(u64, u32) -> bool) {
+        match context.checked_sub(1).and_then(|i| self.since.get(i)) {
+            Some(since) => self.changes(since, offset, len, &mut each),
+            None => self.volume.extents(offset, len, |extent| {
+                each(extent.len, if extent.hole { STATE_HOLE | STATE_ZERO } else { 0 })
+            }),
+        }
     }
 }

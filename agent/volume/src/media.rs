@@ -2,7 +2,10 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::{
+    fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl},
+    sys::statfs::{TMPFS_MAGIC, fstatfs},
+};
 
 #[cfg(test)]
 use crate::crash_test::SimFile;
@@ -38,6 +41,15 @@ impl Lock {
 impl Media {
     pub(crate) fn new(file: File) -> Media {
         Media::File(Arc::new(file))
+    }
+
+    /// Whether the file lies in memory (tmpfs): a call on it never waits for a device.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        match self {
+            Media::File(file) => fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC),
+            #[cfg(test)]
+            Media::Sim(_) => false,
+        }
     }
 
     pub(crate) fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {

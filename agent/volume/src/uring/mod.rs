@@ -153,7 +153,9 @@ unsafe impl Send for Driver {}
 impl Driver {
     /// A driver with `slots` slots. Falls back to inline calls when io_uring is not to be had or cannot be used.
     pub(crate) fn new(slots: u16, event: Arc<EventFd>, files: &[Media]) -> Driver {
-        let real = files.iter().all(|m| matches!(m, Media::File(_)));
+        // The kernel hands reads and writes of a tmpfs to threads of the ring, which costs more than the copy.
+        let waits = !files.iter().all(Media::is_in_memory);
+        let real = waits && files.iter().all(|m| matches!(m, Media::File(_)));
         let engine = match real.then(|| Ring::new(u32::from(slots), event.as_fd())) {
             Some(Ok(ring)) => Engine::Ring(Box::new(ring)),
             _ => Engine::Inline(Vec::with_capacity(usize::from(slots))),

@@ -23,5 +23,8 @@ pub mod net;
 pub mod seed;
 pub mod state;
 pub mod supervise;
-#[allow(unsafe_code, reason = "the one home of unsafe code in this crate: system calls without a safe wrapper")]
+#[allow(
+    unsafe_code,
+    reason = "the one home of unsafe code in this crate: system calls without a safe wrapper"
+)]
 pub mod sys;

@@ -54,6 +54,8 @@ pub struct Disk {
     /// Its queues.
     pub queues: Vec<Queue>,
     header: Dma,
+    /// Kept between requests: the heap never takes memory back.
+    segments: Vec<Segment>,
 }
 
 impl Disk {
@@ -74,7 +76,7 @@ impl Disk {
             (0..count).map(|index| device.queue(index, queue_size, NO_VECTOR)).collect::<Result<_>>()?;
         device.driver_ok();
         let sectors = device.config64(0);
-        Ok(Self { device, features, sectors, queues, header: Dma::new(4096) })
+        Ok(Self { device, features, sectors, queues, header: Dma::new(4096), segments: Vec::new() })
     }
 
     /// Whether writes are refused.
@@ -89,11 +91,12 @@ impl Disk {
         head.set32(4, 0);
         head.set64(8, sector);
         status.set8(0, 0xee);
-        let mut segments = alloc::vec![Segment::out(head)];
-        segments.extend_from_slice(data);
-        segments.push(Segment::into(status));
+        self.segments.clear();
+        self.segments.push(Segment::out(head));
+        self.segments.extend_from_slice(data);
+        self.segments.push(Segment::into(status));
         let queue = self.queues.get_mut(queue).ok_or("no such queue")?;
-        queue.request(&segments)?;
+        queue.request(&self.segments)?;
         match status.get8(0) {
             0xee => Err("completed without a status".into()),
             status => Ok(status),

@@ -23,6 +23,7 @@ mod pci;
 mod serial;
 mod suite;
 mod virtio;
+mod writer;
 
 /// Entered from the shim at CPL3, interrupts off, the first GiB mapped.
 #[unsafe(no_mangle)]

@@ -6,7 +6,7 @@ use crate::boot::Boot;
 use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
-use crate::{apic, bench, blk, clock, cpu, println, serial};
+use crate::{apic, bench, blk, clock, cpu, println, serial, writer};
 
 /// Does what the command line asks for, then powers off.
 pub fn run(boot: Boot) -> ! {
@@ -39,6 +39,7 @@ pub fn run(boot: Boot) -> ! {
     match test.as_str() {
         "poweroff" => {}
         "heartbeat" => heartbeat(),
+        "writer" => writer::run(&machine),
         "echo" => echo(),
         "reset" => reset_once(&mut machine),
         _ => match machine.boot.option("mini.bench").map(alloc::string::String::from) {
@@ -71,14 +72,19 @@ pub fn give_up() -> ! {
 fn heartbeat() -> ! {
     let start = clock::now_ns();
     for count in 1u64.. {
-        while clock::now_ns() < start + count * 100_000_000 {
-            let seen = cpu::interrupt_count(apic::vector::TIMER);
-            apic::timer_after_ns(5_000_000);
-            cpu::wait_for_interrupt(apic::vector::TIMER, seen);
-        }
+        sleep_until(start + count * 100_000_000);
         println!("heartbeat {count} {} ms", (clock::now_ns() - start) / 1_000_000);
     }
     cpu::stop()
+}
+
+/// Leaves the processor to others until the clock says `end_ns`.
+pub fn sleep_until(end_ns: u64) {
+    while clock::now_ns() < end_ns {
+        let seen = cpu::interrupt_count(apic::vector::TIMER);
+        apic::timer_after_ns(5_000_000);
+        cpu::wait_for_interrupt(apic::vector::TIMER, seen);
+    }
 }
 
 /// Sends serial input back, until an end-of-transmission byte.

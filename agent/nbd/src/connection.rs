@@ -3,10 +3,10 @@
 //! ```text
 //! socket ──► input ──► requests ──► Queue::submit … kick … reap ──► out ──► socket
 //! ```
-//! Each turn reads what is there, submits all of it, kicks once, reaps, and sends what is ready with one vectored
-//! write; then it polls the socket, the queue's event and the stop event. Nothing is read while the
-//! connection holds [`HELD_BYTES_MAX`] or has all its slots in use, so a client that does not read its replies
-//! stops itself and nobody else.
+//! Each turn reads what is there, submits up to [`TURN_BYTES`] of it, kicks once, reaps, and sends what is ready with
+//! one vectored write; then it polls the socket, the queue's event and the stop event, unless more can be begun at
+//! once. Nothing is read while the connection holds [`HELD_BYTES_MAX`], has all its slots in use, or a turn's worth of
+//! replies waits for the client, so a client that does not read its replies stops itself and nobody else.
 
 use std::os::{
     fd::{AsFd, BorrowedFd},
@@ -29,7 +29,7 @@ use crate::{
 /// Payloads that one connection may hold, bytes; a single larger request is let through when it is alone.
 pub(crate) const HELD_BYTES_MAX: usize = 8 << 20;
 /// Payloads that are begun before the answers are sent: what was read is sent while the processor still has it.
-const TURN_BYTES: usize = 512 << 10;
+const TURN_BYTES: usize = 256 << 10;
 /// Operations under way on one connection.
 pub(crate) const DEPTH: u16 = 128;
 /// Extents in one answer to BLOCK_STATUS.
@@ -74,8 +74,8 @@ struct Receiving<P> {
 enum Pause {
     /// The next one has not come, or not whole.
     Input,
-    /// Answers must come or go first.
-    Room,
+    /// Answers must come or go first: the next one holds so many bytes.
+    Room(usize),
     /// Enough was begun in this turn.
     Turn,
 }
@@ -134,7 +134,6 @@ impl<'a, Q: Queue> Connection<'a, Q> {
                 self.queue.kick();
                 answered = true;
             }
-            let before = (self.held, self.free.len(), self.out.len());
             if std::mem::take(&mut answered) {
                 self.reap();
             }
@@ -148,9 +147,14 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             if self.leaving && self.free.len() == self.pending.len() && self.out.is_empty() {
                 return Ok(());
             }
-            // Requests that wait in the input announce themselves by nothing but this.
-            let moved = before != (self.held, self.free.len(), self.out.len());
-            if pause == Pause::Turn || (pause == Pause::Room && moved) {
+            // Requests that wait in the input announce themselves by nothing but this. Where the client does not take
+            // its answers as fast as they come, the socket is waited for instead.
+            let goes_on = match pause {
+                Pause::Input => false,
+                Pause::Room(len) => self.has_room(len),
+                Pause::Turn => true,
+            };
+            if goes_on && self.out.is_empty() {
                 continue;
             }
             let reads = pause == Pause::Input && !self.leaving;
@@ -173,6 +177,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
     fn has_room(&self, len: usize) -> bool {
         !self.free.is_empty()
             && self.out.len() < OUT_MAX
+            && self.out.bytes() < TURN_BYTES
             && (self.held == 0 || self.held.saturating_add(len) <= HELD_BYTES_MAX)
     }
 
@@ -214,8 +219,9 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             }
             // Refused later if it is longer than any may be, so what does not fit is of no matter here.
             let len = usize::try_from(request.len).unwrap_or(usize::MAX);
-            if !self.has_room(if rules::carries(&request) { len } else { 0 }) {
-                return Ok(Pause::Room);
+            let len = if rules::carries(&request) { len } else { 0 };
+            if !self.has_room(len) {
+                return Ok(Pause::Room(len));
             }
             self.input.consume(Request::encoded_bytes(mode));
             self.request(request);

@@ -30,6 +30,10 @@ impl<P: Payload> Out<P> {
             Body::Bytes(bytes) => bytes,
         }
     }
+
+    fn len(&self) -> usize {
+        self.head.bytes().len() + self.body_bytes().len()
+    }
 }
 
 /// See the head of this file.
@@ -37,15 +41,22 @@ pub(crate) struct Outbox<P> {
     replies: VecDeque<Out<P>>,
     /// Bytes of the first reply that are sent.
     sent: usize,
+    /// Bytes of all replies, those of the first that are sent included.
+    bytes: usize,
 }
 
 impl<P: Payload> Outbox<P> {
     pub(crate) fn new() -> Outbox<P> {
-        Outbox { replies: VecDeque::new(), sent: 0 }
+        Outbox { replies: VecDeque::new(), sent: 0, bytes: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
         self.replies.len()
+    }
+
+    /// Bytes that wait, about.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -53,7 +64,9 @@ impl<P: Payload> Outbox<P> {
     }
 
     pub(crate) fn push(&mut self, head: Head, body: Body<P>) {
-        self.replies.push_back(Out { head, body });
+        let out = Out { head, body };
+        self.bytes += out.len();
+        self.replies.push_back(out);
     }
 
     /// Sends until the socket is full or nothing is left; `freed` gets the payloads that were sent.
@@ -75,11 +88,12 @@ impl<P: Payload> Outbox<P> {
                 Err(e) => return Err(e),
             }
             while let Some(first) = self.replies.front() {
-                let len = first.head.bytes().len() + first.body_bytes().len();
+                let len = first.len();
                 if self.sent < len {
                     break;
                 }
                 self.sent -= len;
+                self.bytes -= len;
                 if let Some(Out { body: Body::Payload(payload), .. }) = self.replies.pop_front() {
                     freed(payload);
                 }

@@ -121,6 +121,37 @@ fn a_client_that_reads_no_replies_holds_bounded_memory() {
 }
 
 #[test]
+fn a_flood_of_small_requests_is_answered_whole() {
+    let temp = TempDir::new().expect("tempdir");
+    let disk = temp.path().join("raw");
+    fs::write(&disk, image()).expect("write");
+    let serving = Serving::start(&disk, &temp.path().join("s"), &[]);
+    let mut stream = ready(&serving);
+    // More than fit into the server's buffer at once, in one write, and answered without the disk.
+    let count = 10_000;
+    let flood: Vec<u8> = (0..count).flat_map(|cookie| request(cmd::CACHE, cookie, 0, 4096)).collect();
+    let mut writer = stream.try_clone().expect("clone");
+    let sender = std::thread::spawn(move || writer.write_all(&flood).expect("flood"));
+    for cookie in 0..count {
+        assert_eq!(reply(&mut stream, cookie), 0);
+    }
+    sender.join().expect("sender");
+    // And large ones, which fill all the memory of the connection again and again.
+    for cookie in 0..100 {
+        stream.write_all(&request(cmd::READ, cookie, 0, 5 << 20)).expect("read");
+    }
+    let mut seen = [false; 100];
+    let mut data = vec![0; 5 << 20];
+    for _ in 0..100 {
+        let mut head = [0; 16];
+        stream.read_exact(&mut head).expect("reply");
+        seen[usize::from(head[15])] = true;
+        stream.read_exact(&mut data).expect("data");
+    }
+    assert!(seen.iter().all(|s| *s));
+}
+
+#[test]
 fn bad_requests_are_answered_and_the_stream_goes_on() {
     let temp = TempDir::new().expect("tempdir");
     let volume = temp.path().join("vol");

@@ -6,6 +6,8 @@
     reason = "each test binary uses a part; a test may panic"
 )]
 
+pub mod writer;
+
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -122,6 +124,16 @@ impl Seriod {
             .await
     }
 
+    /// Ends one of [`Seriod::vmms`] by `kill -9`; returns when it is gone.
+    pub fn kill_vmm(&self, pid: u32) {
+        let process = nix::unistd::Pid::from_raw(pid.try_into().unwrap());
+        // It may have ended by itself just now.
+        let _ = nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL);
+        while self.vmms().contains(&pid) {
+            std::thread::yield_now();
+        }
+    }
+
     /// Living processes of this directory's VMM.
     pub fn vmms(&self) -> Vec<u32> {
         let vmm = self.dir.path().join("serio-vmm");
@@ -152,19 +164,15 @@ fn processes() -> Vec<(u32, PathBuf)> {
     pids.filter_map(|pid: u32| Some((pid, fs::read_link(format!("/proc/{pid}/exe")).ok()?))).collect()
 }
 
-/// The mini guest, built if need be; `Err` says why it is not there.
+/// The mini guest, built if it is not fresh; `Err` says why it is not there.
 pub fn mini_guest() -> Result<Vec<u8>, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let elf = root.join("target/images/mini/mini.elf");
-    if !elf.exists() {
-        let built = Command::new(root.join("images/mini/build"))
-            .output()
-            .map_err(|e| format!("images/mini/build: {e}"))?;
-        if !built.status.success() {
-            return Err("images/mini/build failed".to_owned());
-        }
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images/mini/build");
+    let built = Command::new(recipe).output().map_err(|e| format!("images/mini/build: {e}"))?;
+    if !built.status.success() {
+        return Err(format!("images/mini/build: {}", String::from_utf8_lossy(&built.stderr)));
     }
-    fs::read(&elf).map_err(|e| format!("{}: {e}", elf.display()))
+    let elf = String::from_utf8_lossy(&built.stdout).trim().to_owned();
+    fs::read(&elf).map_err(|e| format!("{elf}: {e}"))
 }
 
 /// The messages that import an image.

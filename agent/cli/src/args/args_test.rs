@@ -32,6 +32,7 @@ fn the_promised_command_lines() {
         "serio pki init DIR --name CA",
         "serio pki issue DIR node-a --role node --host a --host 10.0.0.1 --days 9",
         "serio completion zsh",
+        "serio man DIR",
     ] {
         parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
     }

@@ -125,6 +125,14 @@ pub enum Noun {
         #[arg(value_parser = clap::builder::PossibleValuesParser::new(["bash", "zsh", "fish"]))]
         shell: String,
     },
+    /// Write the manual pages, one for each command
+    #[command(after_help = "Examples:
+  serio man /usr/local/share/man/man1
+  serio man . && man ./serio-vm-run.1")]
+    Man {
+        /// A folder that is there
+        dir: PathBuf,
+    },
 }
 
 /// `doctor`.

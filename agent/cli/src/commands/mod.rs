@@ -6,6 +6,7 @@ mod console;
 mod doctor;
 mod events;
 mod image;
+mod man;
 mod node;
 mod pki;
 mod vdc;
@@ -30,6 +31,7 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Doctor(args) => return doctor::run(&global, args, output).await,
         Noun::Pki(verb) => return pki::run(verb, matches, output),
         Noun::Completion { shell } => return completion::run(&shell),
+        Noun::Man { dir } => return man::run(&dir),
         Noun::Vm(crate::args::VmVerb::Console(args)) => return console::run(&global, args, matches).await,
         _ => {}
     }
@@ -42,7 +44,7 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Vm(verb) => vm::run(&client, &global, verb, output).await,
         Noun::Capacity => capacity::run(&client, output).await,
         Noun::Events(args) => events::run(&client, args, output).await,
-        Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } => Ok(()),
+        Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } | Noun::Man { .. } => Ok(()),
     }
 }
 

@@ -14,6 +14,8 @@
 use std::{fs::File, io};
 
 use crate::{
+    chain,
+    error::OpenError,
     header::{Header, HeaderError, HeaderState, SLOT_BYTES},
     layer,
     media::{Lock, Media},
@@ -190,23 +192,17 @@ pub(crate) fn check_media(files: &[(Media, Media)]) -> CheckReport {
 
 /// The chain as the headers have it, as far as it goes, and what is wrong with it.
 fn follow(headers: &[Result<Header, HeaderError>], problems: &mut Vec<Problem>) -> Vec<(usize, Header)> {
-    let bottom = match headers.first() {
-        None => {
-            problems.push(Problem::NoBottom("no file was given".into()));
+    let mut chain = match chain::bottom(headers) {
+        Ok(bottom) => vec![bottom],
+        Err(OpenError::Header { index, source }) => {
+            problems.push(Problem::Header { index, source });
             return Vec::new();
         }
-        Some(Err(source)) => {
-            problems.push(Problem::Header { index: 0, source: source.clone() });
+        Err(e) => {
+            problems.push(Problem::NoBottom(e.to_string()));
             return Vec::new();
         }
-        Some(Ok(header)) => header.clone(),
     };
-    if let Some(parent) = bottom.parent {
-        let why = format!("layer {} comes first, and stands on layer {parent}", bottom.layer);
-        problems.push(Problem::NoBottom(why));
-        return Vec::new();
-    }
-    let mut chain = vec![(0, bottom)];
     while let Some((_, top)) = chain.last()
         && let HeaderState::Sealed { successor } = top.state
     {
@@ -248,7 +244,7 @@ fn successor_of(
         if header.layer != successor {
             continue;
         }
-        why = match (header.volume == top.volume, header.parent == Some(top.layer)) {
+        why = match (header.volume == top.volume, chain::stands_on(header, top.layer)) {
             (true, true) => return Ok((index, header.clone())),
             (true, false) => "stands on another layer",
             (false, _) => "belongs to another volume",

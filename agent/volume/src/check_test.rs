@@ -125,7 +125,15 @@ fn each_kind_of_damage_is_named() {
     };
     let wrong = |p: &Problem, words| matches!(p, Problem::Successor { layer: 0, why, .. } if *why == words);
     named(&|d| rewrite(d, &|h| h.volume = [0; 16]), &|p| wrong(p, "belongs to another volume"));
-    named(&|d| rewrite(d, &|h| h.parent = None), &|p| wrong(p, "stands on another layer"));
+    let stray = |d: &VolumeDir| {
+        let bytes = fs::read(d.path().join("00000002.map")).expect("read");
+        let header = Header { parent: Some(0), ..Header::decode(&bytes).expect("header") };
+        patch(d, "00000002.map", header.slot_offset(), &header.encode());
+    };
+    named(
+        &stray,
+        &|p| matches!(p, Problem::Successor { layer: 1, why, .. } if *why == "stands on another layer"),
+    );
     named(&|d| rewrite(d, &|h| h.layer = 5), &|p| wrong(p, "is missing"));
     named(&|d| rewrite(d, &|h| h.snapshot = "a".into()), &|p| {
         matches!(p, Problem::SnapshotTwice { first: 0, second: 1, .. })

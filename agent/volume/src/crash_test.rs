@@ -144,6 +144,8 @@ struct Model {
     snapshots: Vec<(String, Vec<u8>)>,
     /// A snapshot that was under way when the power went.
     maybe: Option<(String, Vec<u8>)>,
+    /// One whose deletion was.
+    maybe_gone: Option<String>,
 }
 
 impl Model {
@@ -177,6 +179,22 @@ impl World {
                 return false;
             }
         }
+        true
+    }
+
+    /// Deletes a snapshot of the closed volume; the files of its layer stay as leftovers.
+    fn delete(&mut self, model: &mut Model, rng: &mut StdRng) -> bool {
+        if model.snapshots.is_empty() {
+            return true;
+        }
+        let at = rng.random_range(0..model.snapshots.len());
+        let name = model.snapshots[at].0.clone();
+        model.maybe_gone = Some(name.clone());
+        if crate::merge::delete(&self.files, &name, 4).is_err() {
+            return false;
+        }
+        model.maybe_gone = None;
+        model.snapshots.remove(at);
         true
     }
 
@@ -245,6 +263,9 @@ fn check(files: &[(Media, Media)], model: &Model, context: &str) {
     if found.len() > expected.len() {
         expected.extend(model.maybe.iter().map(|s| s.0.clone()));
     }
+    if found.len() < expected.len() {
+        expected.retain(|name| model.maybe_gone.as_ref() != Some(name));
+    }
     assert_eq!(found, expected, "{context}: snapshots");
     drop(volume);
     for (name, bytes) in model.snapshots.iter().chain(&model.maybe) {
@@ -263,11 +284,16 @@ fn life(seed: u64, steps: i64) -> bool {
     let files = vec![(SimFile::media(&power), SimFile::media(&power))];
     create_media(&files[0].0, &files[0].1, SIZE as u64, [7; 16], false).expect("create");
     let mut world = World { files, power: Arc::clone(&power) };
-    let mut model = Model { states: vec![vec![0; SIZE]], snapshots: Vec::new(), maybe: None };
-    let volume = Volume::open_media(world.files.clone(), Access::ReadWrite, None).expect("open");
+    let mut model =
+        Model { states: vec![vec![0; SIZE]], snapshots: Vec::new(), maybe: None, maybe_gone: None };
     power.0.store(steps, Ordering::SeqCst);
-    let survived = world.run(&volume, &mut model, &mut rng, 40);
-    drop(volume);
+    let mut survived = true;
+    for _ in 0..3 {
+        let volume = Volume::open_media(world.files.clone(), Access::ReadWrite, None).expect("open");
+        survived = survived && world.run(&volume, &mut model, &mut rng, 14);
+        drop(volume);
+        survived = survived && world.delete(&mut model, &mut rng);
+    }
 
     let context = format!("seed {seed}, power cut at step {steps}");
     let power = Arc::new(Power(AtomicI64::new(i64::MAX)));
@@ -285,10 +311,17 @@ fn life(seed: u64, steps: i64) -> bool {
     {
         model.snapshots.push(maybe);
     }
+    if let Some(gone) = model.maybe_gone.take()
+        && !volume.snapshots().iter().any(|s| s.name == gone)
+    {
+        model.snapshots.retain(|s| s.0 != gone);
+    }
     assert!(world.run(&volume, &mut model, &mut luck, 15), "{context}: works after recovery");
     drop(volume);
     model.states = vec![model.now().clone()];
     check(&world.files, &model, &format!("{context}, then an orderly end"));
+    assert!(world.delete(&mut model, &mut luck), "{context}: a deletion after recovery");
+    check(&world.files, &model, &format!("{context}, then a deletion"));
     !survived
 }
 

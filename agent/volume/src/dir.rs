@@ -8,7 +8,8 @@ use std::{
 };
 
 use crate::{
-    error::{CreateError, OpenError, SnapshotError},
+    error::{CreateError, DeleteError, OpenError, SnapshotError},
+    merge::Deleted,
     stack::LAYERS_MAX,
     volume::{Access, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer},
 };
@@ -31,7 +32,7 @@ pub enum VolumeDirError {
     #[error("{0} holds a volume already: choose another directory, or remove it")]
     Exists(PathBuf),
     /// No layer is there.
-    #[error("{0} is not a volume directory: it has no 00000000.map")]
+    #[error("{0} is not a volume directory: it has no map file such as 00000000.map")]
     NotAVolume(PathBuf),
     /// Opening it.
     #[error("cannot open the volume in {path}")]
@@ -50,6 +51,15 @@ pub enum VolumeDirError {
         /// Why.
         #[source]
         source: CreateError,
+    },
+    /// Deleting a snapshot.
+    #[error("cannot delete a snapshot of the volume in {path}")]
+    Delete {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: DeleteError,
     },
     /// Taking a snapshot.
     #[error("cannot take a snapshot of the volume in {path}")]
@@ -92,7 +102,7 @@ impl VolumeDir {
     pub fn begin(&self) -> Result<LayerFiles, VolumeDirError> {
         fs::create_dir_all(&self.path).map_err(self.io("create", self.path.clone()))?;
         // A map without a header is what an interrupted import left; a volume has one.
-        if self.file(0, "map").metadata().is_ok_and(|m| m.len() > 0) {
+        if self.numbers()?.iter().any(|n| self.file(*n, "map").metadata().is_ok_and(|m| m.len() > 0)) {
             return Err(VolumeDirError::Exists(self.path.clone()));
         }
         let files = self.open_layer(0, true, true)?;
@@ -131,14 +141,49 @@ impl VolumeDir {
     /// The files of all layers, oldest first.
     pub fn files(&self, access: Access) -> Result<VolumeFiles, VolumeDirError> {
         let mut layers = Vec::new();
-        // Numbers have no gaps: merges, when they come, keep the numbers in the headers.
-        while layers.len() <= LAYERS_MAX && self.file(layers.len() as u64, "map").exists() {
-            layers.push(self.open_layer(layers.len() as u64, access == Access::ReadWrite, false)?);
+        for layer in self.numbers()? {
+            layers.push(self.open_layer(layer, access == Access::ReadWrite, false)?);
         }
         if layers.is_empty() {
             return Err(VolumeDirError::NotAVolume(self.path.clone()));
         }
         Ok(VolumeFiles { layers })
+    }
+
+    /// Numbers of the layers that have a map file, ascending. They have gaps where snapshots were deleted.
+    fn numbers(&self) -> Result<Vec<u64>, VolumeDirError> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(VolumeDirError::NotAVolume(self.path.clone()));
+            }
+            other => other.map_err(self.io("list", self.path.clone()))?,
+        };
+        let mut numbers = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(self.io("list", self.path.clone()))?.file_name();
+            let number = name.to_str().and_then(|n| n.strip_suffix(".map")?.parse().ok());
+            // Only names that we would give: `1.map` is somebody else's.
+            numbers.extend(number.filter(|n| self.file(*n, "map").file_name() == Some(&name)));
+        }
+        numbers.sort_unstable();
+        // A chain has so many at most; twice that leaves room for leftovers, and descriptors are not endless.
+        numbers.truncate(2 * LAYERS_MAX);
+        Ok(numbers)
+    }
+
+    /// Deletes a snapshot of a volume that nobody has open, and removes the files of its layer.
+    pub fn delete_snapshot(&self, name: &str) -> Result<Deleted, VolumeDirError> {
+        let deleted = self
+            .files(Access::ReadWrite)?
+            .delete_snapshot(name)
+            .map_err(|source| VolumeDirError::Delete { path: self.path.clone(), source })?;
+        // The map first: a layer is there if its map is.
+        for suffix in ["map", "data"] {
+            let path = self.file(deleted.layer, suffix);
+            fs::remove_file(&path).map_err(self.io("remove", path))?;
+        }
+        self.sync()?;
+        Ok(deleted)
     }
 
     fn open_layer(&self, layer: u64, write: bool, create: bool) -> Result<LayerFiles, VolumeDirError> {

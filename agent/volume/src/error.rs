@@ -166,3 +166,21 @@ pub enum SnapshotError {
         source: io::Error,
     },
 }
+
+/// Why a snapshot was not deleted. Whatever the reason, all points but perhaps this one are as before, and asking again
+/// goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// The volume cannot be opened for it, is in use, or has no such snapshot.
+    #[error("cannot delete the snapshot")]
+    Open(#[from] OpenError),
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}

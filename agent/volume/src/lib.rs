@@ -21,6 +21,7 @@
 //! volume has one more thread, the keeper, that commits the map; it is named `volume-keeper`.
 #![deny(unsafe_code)]
 
+mod chain;
 mod changes;
 mod check;
 mod dir;
@@ -30,6 +31,7 @@ mod keeper;
 mod layer;
 mod map;
 mod media;
+mod merge;
 mod op;
 mod plan;
 mod queue;
@@ -50,8 +52,9 @@ mod stack_test;
 pub use changes::{ChangedExtent, ChangesError};
 pub use check::{CheckReport, LayerReport, Problem};
 pub use dir::{VolumeDir, VolumeDirError};
-pub use error::{CreateError, IoError, OpenError, SnapshotError};
+pub use error::{CreateError, DeleteError, IoError, OpenError, SnapshotError};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
+pub use merge::Deleted;
 pub use op::{Full, Op};
 pub use queue::IoQueue;
 pub use stack::Extent;

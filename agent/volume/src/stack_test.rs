@@ -20,6 +20,8 @@ enum Step {
     Batch(Vec<(u64, u64, u8)>),
     Snapshot,
     Reopen,
+    /// Delete a snapshot: the n-th, counted round.
+    Delete(usize),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -28,6 +30,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => proptest::collection::vec(op, 1..10).prop_map(Step::Batch),
         1 => Just(Step::Snapshot),
         1 => Just(Step::Reopen),
+        1 => (0..8usize).prop_map(Step::Delete),
     ];
     proptest::collection::vec(step, 1..14)
 }
@@ -125,6 +128,23 @@ proptest! {
                     volume = dir.open(Access::ReadWrite).expect("reopen");
                     prop_assert!(read_all(&volume) == model);
                 }
+                Step::Delete(n) if !snapshots.is_empty() => {
+                    let (name, _) = snapshots.remove(n % snapshots.len());
+                    prop_assert!(dir.delete_snapshot(&name).is_err(), "it is in use");
+                    drop(volume);
+                    // Who reads a point goes on, whatever is merged above or below it.
+                    let points: Vec<_> = snapshots.iter().map(|s| dir.open_snapshot(&s.0).expect("open")).collect();
+                    dir.delete_snapshot(&name).expect("delete");
+                    for (point, (_, bytes)) in points.iter().zip(&snapshots) {
+                        prop_assert!(read_all(point) == *bytes);
+                    }
+                    let report = dir.files(Access::ReadOnly).expect("files").check().expect("check");
+                    prop_assert!(report.is_clean() && report.leftovers.is_empty(), "{:?}", report);
+                    prop_assert!(dir.delete_snapshot(&name).is_err(), "it is gone");
+                    volume = dir.open(Access::ReadWrite).expect("reopen");
+                    prop_assert!(read_all(&volume) == model);
+                }
+                Step::Delete(_) => {}
             }
         }
         // Points are readable while the head is open for writing.

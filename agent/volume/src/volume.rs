@@ -8,8 +8,9 @@ use std::{
 };
 
 use crate::{
+    chain::walk,
     error::{CreateError, IoError, OpenError, SnapshotError},
-    header::{Header, HeaderError, HeaderState, NAME_BYTES_MAX},
+    header::{Header, HeaderState, NAME_BYTES_MAX},
     keeper::{self, Keeper},
     layer::{self, Layer},
     map::BlockMap,
@@ -426,65 +427,6 @@ fn take_lock(data: &Media, access: Access, layer: u64) -> Result<(), OpenError> 
             }
             Ok(false) => return Err(OpenError::InUse { layer }),
             Err(source) => return Err(OpenError::Io { what: "lock the data file", source }),
-        }
-    }
-}
-
-/// Follows the headers from the bottom to the head, or to the snapshot that was asked for. Positions in `files`
-/// with their headers, bottom first.
-fn walk(
-    files: &[(Media, Media)],
-    access: Access,
-    snapshot: Option<&str>,
-) -> Result<Vec<(usize, Header)>, OpenError> {
-    let headers: Vec<Result<Header, HeaderError>> =
-        files.iter().map(|(_, map)| layer::read_header(map)).collect();
-    let bottom = match &headers[0] {
-        Ok(header) => header.clone(),
-        Err(source) => return Err(OpenError::Header { index: 0, source: source.clone() }),
-    };
-    if let Some(parent) = bottom.parent {
-        return Err(OpenError::Chain(format!(
-            "layer {} was given first, its parent {parent} was not",
-            bottom.layer
-        )));
-    }
-    let mut chain = vec![(0, bottom)];
-    loop {
-        let (_, top) = chain.last().expect("it starts with the bottom");
-        if snapshot.is_some_and(|name| top.state != HeaderState::Head && top.snapshot == name) {
-            return Ok(chain);
-        }
-        let HeaderState::Sealed { successor } = top.state else { break };
-        let next = headers.iter().enumerate().find_map(|(index, header)| {
-            let header = header.as_ref().ok()?;
-            let fits =
-                header.layer == successor && header.parent == Some(top.layer) && header.volume == top.volume;
-            fits.then(|| (index, header.clone()))
-        });
-        match next {
-            Some(next) => chain.push(next),
-            // The layers below a point are enough to read it.
-            None if access == Access::ReadOnly && snapshot.is_none() => break,
-            None => return Err(missing(top.layer, successor, &headers)),
-        }
-        if chain.len() > LAYERS_MAX {
-            return Err(OpenError::TooManyLayers(chain.len()));
-        }
-    }
-    match snapshot {
-        Some(name) => Err(OpenError::NoSuchSnapshot(name.to_owned())),
-        None => Ok(chain),
-    }
-}
-
-/// The best reason why a successor is not there: a damaged header if there is one.
-fn missing(layer: u64, successor: u64, headers: &[Result<Header, HeaderError>]) -> OpenError {
-    let damaged = headers.iter().enumerate().find_map(|(i, h)| Some((i, h.as_ref().err()?)));
-    match damaged {
-        Some((index, source)) => OpenError::Header { index, source: source.clone() },
-        None => {
-            OpenError::Chain(format!("layer {layer} is sealed, and its successor {successor} is missing"))
         }
     }
 }

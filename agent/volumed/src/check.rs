@@ -70,7 +70,7 @@ fn render_into(report: &CheckReport, out: &mut String) -> std::fmt::Result {
         let bytes = report.leftover_bytes;
         writeln!(
             out,
-            "note: {files} layers ({bytes} bytes) are not part of the chain; the next snapshot uses their names"
+            "note: {files} layers ({bytes} bytes) are not part of the chain: an unfinished or a deleted snapshot"
         )?;
     }
     if report.is_clean() {

@@ -14,7 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Seriod, import_image, mini_guest, writer::Logs};
+use common::{
+    Seriod, import_image, mini_guest,
+    writer::{Logs, Shown, examine},
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serio_api::v1::{
     CreateVdcRequest, CreateVmRequest, DeleteVmRequest, ListVmsRequest, ListVolumesRequest, Quota,
@@ -264,4 +267,29 @@ async fn seriod_is_killed_a_hundred_times() {
     );
     assert!(kills < 20 || (adopted > 0 && continued > 0), "VMs survive, and so do their disks");
     clear(&seriod, &seriod.connect().await.unwrap()).await;
+}
+
+#[test]
+fn a_log_shows_what_is_lost_and_who_else_writes() {
+    let start = "\nmini: started by Pvh\n";
+    let first = format!("{start}writer: found 0\nwriter: 1\nwriter: 2\n");
+    assert_eq!(examine(&first), Ok(Shown { safe: 2, runs: 1, continued: 0 }));
+    for good in ["writer: found 2\nwriter: 3\nwri", "writer: found 3\nwriter: 4"] {
+        let shown = examine(&format!("{first}{start}{good}")).unwrap();
+        assert_eq!(shown, Shown { safe: 3, runs: 2, continued: 1 }, "{good}");
+    }
+    // Cut off by a kill, twice: neither number counts.
+    let cut = format!("{first}writer: 1{start}writer: found 2\nwriter: 3\nwriter: found{start}");
+    assert_eq!(examine(&cut).unwrap().safe, 3);
+    for (bad, why) in [
+        ("writer: found 1\n", "flushed rounds are lost"),
+        ("writer: found 99\n", "somebody else has written"),
+        ("writer: found 2\nwriter: 3\nwriter: 3\n", "out of order"),
+        ("writer: found 2\nwriter: found 2\n", "two runs in one"),
+        ("writer: 3\n", "a run without a start"),
+        ("writer: found 2\nwriter: damaged block 0: checksum of round 2\n", "not as it was written"),
+    ] {
+        let error = examine(&format!("{first}{start}{bad}")).unwrap_err();
+        assert!(error.contains(why), "{bad}: {error}");
+    }
 }

@@ -92,6 +92,30 @@ fn the_heart_beats_in_real_time() {
 }
 
 #[test]
+fn what_a_killed_guest_had_flushed_is_there() {
+    if !kvm_usable() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("disk");
+    std::fs::File::create(&path).expect("a file in our own folder").set_len(1 << 20).expect("sparse");
+    let arguments = ["--memory=32MiB", "--cpus=1", "--disk", &path.display().to_string()];
+    let mut safe = 0u64;
+    for rounds in [1, 9, 4] {
+        let mut guest = start(Entry::Pvh, "mini.test=writer", &arguments);
+        let found = guest.wait_for("writer: ");
+        let found: u64 = found.strip_prefix("writer: found ").and_then(|n| n.parse().ok()).expect(&found);
+        assert!(found >= safe, "found {found}, flushed {safe}");
+        guest.wait_for(&format!("writer: {}", found + rounds));
+        kill(guest.pid(), Signal::SIGKILL).expect("our own child");
+        // Its last line may be cut off.
+        let done = guest.finish();
+        assert!(!has(&done, "writer: damaged") && !has(&done, "writer: failed"), "{}", done.text());
+        safe = found + rounds;
+    }
+}
+
+#[test]
 fn serial_input_reaches_the_guest() {
     if !kvm_usable() {
         return;

@@ -1,30 +1,6 @@
 //! Resource names of the API and back: `ardesio/web` is `vdcs/ardesio/vms/web` there.
 
-use serio_types::{Name, VdcName};
-
-/// `vdcs/ardesio`.
-#[must_use]
-pub fn vdc(name: &Name) -> String {
-    format!("vdcs/{name}")
-}
-
-/// `images/tiny`.
-#[must_use]
-pub fn image(name: &Name) -> String {
-    format!("images/{name}")
-}
-
-/// `vdcs/ardesio/vms/web`.
-#[must_use]
-pub fn vm(name: &VdcName) -> String {
-    format!("vdcs/{}/vms/{}", name.vdc, name.name)
-}
-
-/// `vdcs/ardesio/volumes/web-root`.
-#[must_use]
-pub fn volume(name: &VdcName) -> String {
-    format!("vdcs/{}/volumes/{}", name.vdc, name.name)
-}
+pub use serio_types::resource::{image, vdc, vm, volume};
 
 /// As people write it: the collections left out. A name of another shape stays as it is.
 #[must_use]
@@ -61,6 +37,8 @@ pub fn short_point(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serio_types::VdcName;
+
     use super::*;
 
     #[test]

@@ -36,7 +36,7 @@ enum RunError {
         #[source]
         source: std::io::Error,
     },
-    #[error("memory: {asked} bytes are more than the {total} bytes that this host has; ask for less")]
+    #[error("memory: {}", too_much_memory(*.asked, *.total))]
     Memory { asked: u64, total: u64 },
     #[error(transparent)]
     Device(#[from] crate::devices::DeviceError),
@@ -50,6 +50,15 @@ enum RunError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// What is wrong with a guest larger than its host, in whole MiB.
+pub(crate) fn too_much_memory(asked_bytes: u64, total_bytes: u64) -> String {
+    format!(
+        "{} MiB are more than the {} MiB that this host has; ask for less",
+        asked_bytes >> 20,
+        total_bytes >> 20
+    )
 }
 
 fn field_prefix(error: &MachineError) -> String {

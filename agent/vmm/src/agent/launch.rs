@@ -154,10 +154,7 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
 
 fn check(launch: &Launch) -> Result<(), LaunchError> {
     if let Some(total) = crate::run::host_memory_bytes().filter(|total| launch.memory_bytes > *total) {
-        let what = format!(
-            "{} bytes are more than the {total} bytes that this host has; ask for less",
-            launch.memory_bytes
-        );
+        let what = crate::run::too_much_memory(launch.memory_bytes, total);
         return Err(LaunchError::invalid("memory", what));
     }
     Ok(())

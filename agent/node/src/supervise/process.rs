@@ -146,7 +146,7 @@ fn runs(pid: u32, program: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
+    use std::process::{ChildStdin, Command, Stdio};
 
     /// Its number; it is reaped by pidfd, which is what is tested.
     #[allow(clippy::zombie_processes, reason = "see above")]
@@ -163,13 +163,16 @@ mod tests {
         }
     }
 
-    fn cat() -> u32 {
-        spawn(Command::new("cat").stdin(Stdio::piped()))
+    /// A process that lives until what it reads from is dropped.
+    #[allow(clippy::zombie_processes, reason = "reaped by pidfd, which is what is tested")]
+    fn cat() -> (u32, ChildStdin) {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        (child.id(), child.stdin.take().unwrap())
     }
 
     #[tokio::test]
     async fn a_child_is_found_killed_and_reaped() {
-        let child = cat();
+        let (child, _open) = cat();
         let process = Process::child(child).unwrap();
         let cat_path = fs::read_link(format!("/proc/{}/exe", child));
         // Between fork and exec it is still us: wait until it is cat.

@@ -30,7 +30,7 @@ pub enum FrontStep {
     StartTls,
     /// The client wants this export.
     Relay {
-        /// The name: a one-time token.
+        /// The name: the token that seriod made for the export.
         name: String,
         /// Bytes for the export's server.
         send: Vec<u8>,

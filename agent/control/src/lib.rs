@@ -27,6 +27,7 @@
 pub mod channel;
 pub mod frame;
 pub mod message;
+mod volumes;
 
 /// How long a process waits for its first `Launch`, `Export` or job before it ends by itself.
 pub const LAUNCH_WAIT: std::time::Duration = std::time::Duration::from_secs(10);

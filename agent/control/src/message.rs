@@ -1,6 +1,8 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
+pub use crate::volumes::*;
+
 /// One frame: a request, its reply, or an event.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Frame {
@@ -13,12 +15,14 @@ pub struct Frame {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 40"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
+                53, 54, 60, 61, 62, 63"
     )]
     pub body: Option<Body>,
 }
 
-/// What a frame says. 10 to 19 are asked of a VMM, 20 to 29 of `serio-volumed`, 30 to 39 are replies, 40 on events.
+/// What a frame says. 10 to 19 are asked of a VMM, 20 to 29 of `serio-volumed`, 30 to 39 are replies,
+/// 40 to 49 events, 50 to 59 are asked of whoever has a volume's head open, 60 on of `serio-volumed`.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Body {
     /// → vmm: start this VM. Descriptors as the config's indexes say. Once.
@@ -79,9 +83,51 @@ pub enum Body {
     #[prost(message, tag = "34")]
     VolumeInfo(VolumeInfo),
 
+    /// ← writes are held.
+    #[prost(message, tag = "35")]
+    Prepared(Prepared),
+    /// ← how far a merge is.
+    #[prost(message, tag = "36")]
+    MergeState(MergeState),
+    /// ← what a check found.
+    #[prost(message, tag = "37")]
+    VolumeReport(VolumeReport),
+    /// ← a page of changes.
+    #[prost(message, tag = "38")]
+    ChangedRanges(ChangedRanges),
+
     /// ← event: the VM's state changed.
     #[prost(message, tag = "40")]
     VmChanged(VmStatus),
+
+    /// → vmm: hold writes for a snapshot.
+    #[prost(message, tag = "50")]
+    PrepareSnapshot(PrepareSnapshot),
+    /// → vmm: seal what was prepared, or let go.
+    #[prost(message, tag = "51")]
+    FinishSnapshot(FinishSnapshot),
+    /// → vmm, volumed: grow a volume.
+    #[prost(message, tag = "52")]
+    ResizeVolume(ResizeVolume),
+    /// → vmm, volumed: merge a layer into the one above.
+    #[prost(message, tag = "53")]
+    MergeLayer(MergeLayer),
+    /// → vmm: how far is the merge?
+    #[prost(message, tag = "54")]
+    MergeQuery(MergeQuery),
+
+    /// → volumed: make a volume over shared layers.
+    #[prost(message, tag = "60")]
+    CloneVolume(CloneVolume),
+    /// → volumed: go back to a snapshot.
+    #[prost(message, tag = "61")]
+    RollbackVolume(RollbackVolume),
+    /// → volumed: check or scrub.
+    #[prost(message, tag = "62")]
+    CheckVolume(CheckVolume),
+    /// → volumed: what has changed between two points?
+    #[prost(message, tag = "63")]
+    ListChanges(ListChanges),
 }
 
 /// Nothing.
@@ -194,6 +240,9 @@ pub struct Disk {
     /// The guest cannot write.
     #[prost(bool, tag = "3")]
     pub read_only: bool,
+    /// Opens the layers of an encrypted volume.
+    #[prost(message, optional, tag = "4")]
+    pub key: Option<VdcKey>,
 }
 
 /// The descriptors of a layer, as indexes into the frame's.
@@ -318,6 +367,9 @@ pub struct CreateVolume {
     /// The third descriptor is an image to start from.
     #[prost(bool, tag = "3")]
     pub from_image: bool,
+    /// The volume's bytes are encrypted under this key.
+    #[prost(message, optional, tag = "4")]
+    pub key: Option<VdcKey>,
 }
 
 /// Read an image.
@@ -343,6 +395,9 @@ pub struct SnapshotStopped {
     /// The snapshot's name.
     #[prost(string, tag = "2")]
     pub snapshot: String,
+    /// Of an encrypted volume.
+    #[prost(message, optional, tag = "3")]
+    pub key: Option<VdcKey>,
 }
 
 /// Serve NBD.
@@ -363,6 +418,9 @@ pub struct Export {
     /// The user and group that the process becomes, or 0.
     #[prost(uint32, tag = "5")]
     pub uid: u32,
+    /// Opens the layers of an encrypted volume.
+    #[prost(message, optional, tag = "6")]
+    pub key: Option<VdcKey>,
 }
 
 /// Ask for [`VolumeInfo`].
@@ -385,6 +443,9 @@ pub struct VolumeInfo {
     /// How many of the passed layers are in the chain; those beyond are leftovers of a snapshot that did not happen.
     #[prost(uint32, tag = "3")]
     pub layers: u32,
+    /// Numbers of the layers in the chain, oldest first.
+    #[prost(uint64, repeated, tag = "4")]
+    pub chain: Vec<u64>,
 }
 
 /// A sealed point.

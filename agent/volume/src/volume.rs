@@ -330,6 +330,8 @@ pub struct Inspection {
     pub size_bytes: u64,
     /// Layers in the chain; further files are leftovers.
     pub layers: usize,
+    /// Their numbers, oldest first.
+    pub chain: Vec<u64>,
     /// The snapshots, oldest first.
     pub snapshots: Vec<SnapshotInfo>,
     /// The volume's identity.
@@ -354,7 +356,8 @@ impl VolumeFiles {
         let (_, top) = chain.last().expect("a walk has at least the bottom");
         let (size_bytes, volume) = (top.size_bytes, top.volume);
         let snapshots = chain.iter().filter_map(|(_, header)| snapshot_of(header)).collect();
-        Ok(Inspection { size_bytes, layers: chain.len(), snapshots, volume })
+        let numbers = chain.iter().map(|(_, header)| header.layer).collect();
+        Ok(Inspection { size_bytes, layers: chain.len(), chain: numbers, snapshots, volume })
     }
 }
 

@@ -186,6 +186,7 @@ pub fn inspect_volume(descriptors: Vec<OwnedFd>) -> JobResult {
         size_bytes: found.size_bytes,
         snapshots: snapshots.collect(),
         layers: u32::try_from(found.layers).unwrap_or(u32::MAX),
+        chain: found.chain,
     }))
 }
 

@@ -100,7 +100,7 @@ fn describe(inner: &Inner, plan: &LaunchPlan) -> Result<(Launch, Descriptors), L
     for (index, disk) in plan.disks.iter().enumerate() {
         let opened = open_disk(inner, &disk.source, disk.read_only, &mut descriptors);
         let (volume_id, layers) = opened.map_err(|source| LaunchError::Disk { index, source })?;
-        disks.push(Disk { volume_id, layers, read_only: disk.read_only });
+        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None });
     }
     let log = inner.log_path(plan.uid);
     if let Some(dir) = log.parent() {

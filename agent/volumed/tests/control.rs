@@ -88,7 +88,7 @@ fn an_image_becomes_a_volume_a_snapshot_and_an_export() {
 
     let mut job = start(dir, "create");
     let [data, map] = layer(dir, 0);
-    let ask = |size_bytes| CreateVolume { volume_id: ID.into(), size_bytes, from_image: true };
+    let ask = |size_bytes| CreateVolume { volume_id: ID.into(), size_bytes, from_image: true, key: None };
     let files = [data, map, file(&dir.join("disk.raw"))];
     job.channel.call(Body::CreateVolume(ask(40 << 20)), &fds(&files)).expect("create");
     assert_eq!(refused(job.channel.call(Body::CreateVolume(ask(1)), &fds(&files))).0, Code::Precondition);
@@ -99,7 +99,7 @@ fn an_image_becomes_a_volume_a_snapshot_and_an_export() {
     drop((job.ends(), files));
 
     let mut job = start(dir, "snapshot");
-    let ask = SnapshotStopped { volume_id: ID.into(), snapshot: "monday".into() };
+    let ask = SnapshotStopped { volume_id: ID.into(), snapshot: "monday".into(), key: None };
     let files = [layer(dir, 0), layer(dir, 1)].into_iter().flatten().collect::<Vec<_>>();
     job.channel.call(Body::SnapshotStopped(ask), &fds(&files)).expect("snapshot");
     assert!(job.ends());
@@ -126,6 +126,7 @@ fn export(dir: &Path, image: &[u8]) {
         let mut all = vec![File::from(std::os::fd::OwnedFd::from(listener))];
         all.extend(files());
         let ask = Export {
+            key: None,
             volume_id: ID.into(),
             export_name: "token".into(),
             snapshot: snapshot.into(),

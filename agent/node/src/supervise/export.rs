@@ -146,6 +146,7 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         snapshot: plan.snapshot.clone().unwrap_or_default(),
         read_only,
         uid: 0,
+        key: None,
     });
     let served = match rundir::write_meta(&files.meta, &meta) {
         Ok(()) => ask(files, &watched, body, &descriptors).await,

@@ -190,6 +190,7 @@ async fn fill_volume(
         volume_id: uid.to_string(),
         size_bytes,
         from_image: from_image.is_some(),
+        key: None,
     });
     done(&run(inner, body, descriptors).await?)?;
     rundir::sync_parent(dir).map_err(FileError::at("sync", dir))?;
@@ -244,7 +245,8 @@ pub(super) async fn snapshot_stopped(inner: Arc<Inner>, volume: Uuid, name: Stri
     descriptors.push_layers(&dir, layers)?;
     descriptors.push(new.0);
     descriptors.push(new.1);
-    let body = Body::SnapshotStopped(SnapshotStopped { volume_id: volume.to_string(), snapshot: name });
+    let body =
+        Body::SnapshotStopped(SnapshotStopped { volume_id: volume.to_string(), snapshot: name, key: None });
     let answer = run(&inner, body, descriptors).await;
     if answer.is_err() {
         // The process is gone, whatever it did: the headers say.

@@ -1,4 +1,4 @@
-//! The devices a guest sees: blk, net, rng, console over virtio, and the serial port.
+//! The devices a guest sees: blk, net, rng, console and named ports over virtio, and the serial port.
 //!
 //! - A virtio device here is its configuration space plus threads that own its queues while it is active.
 //!   The transport (registers, PCI, interrupts' delivery) is `serio-virtio`'s.
@@ -12,6 +12,7 @@
 pub mod blk;
 pub mod console;
 pub mod net;
+pub mod ports;
 pub mod rng;
 pub mod serial;
 mod worker;

@@ -7,8 +7,8 @@ use uuid::Uuid;
 use crate::{
     EVENTS_MAX, REQUEST_KEPT_MS,
     record::{
-        EventRecord, ExportRecord, ImageRecord, RequestRecord, SnapshotRecord, VdcRecord, VmRecord,
-        VolumeRecord,
+        EventRecord, ExportRecord, ImageRecord, OperationRecord, RequestRecord, SnapshotRecord, VdcRecord,
+        VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 
@@ -27,6 +27,10 @@ pub enum Key {
     Snapshot(Uuid, Name),
     /// An export.
     Export(Name),
+    /// A vdc's snapshot.
+    VdcSnapshot(Uuid),
+    /// An operation.
+    Operation(Uuid),
     /// A request, because what it made was undone.
     Request(Uuid),
     /// All requests about a resource, because its making was undone.
@@ -50,6 +54,10 @@ pub enum Change {
     Snapshot(SnapshotRecord),
     /// An export.
     Export(ExportRecord),
+    /// A vdc's snapshot.
+    VdcSnapshot(VdcSnapshotRecord),
+    /// A long operation.
+    Operation(OperationRecord),
     /// An event; the oldest beyond [`EVENTS_MAX`] go.
     Event(EventRecord),
     /// A request; those older than [`REQUEST_KEPT_MS`] go.
@@ -82,6 +90,8 @@ impl Change {
             Self::Volume(r) => volume(tx, r),
             Self::Snapshot(r) => snapshot(tx, r),
             Self::Export(r) => export(tx, r),
+            Self::VdcSnapshot(r) => vdc_snapshot(tx, r),
+            Self::Operation(r) => operation(tx, r),
             Self::Event(r) => event(tx, r),
             Self::Request(r) => request(tx, r),
             Self::Delete(key) => delete(tx, key),
@@ -160,9 +170,10 @@ fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
 
 fn volume(tx: &Transaction<'_>, r: &VolumeRecord) -> Result<(), rusqlite::Error> {
     tx.prepare_cached(
-        "INSERT INTO volumes (uid, vdc, name, generation, create_time_ms, state, size_bytes, source_image, vm)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
-         ON CONFLICT (uid) DO UPDATE SET generation = ?4, state = ?6, size_bytes = ?7, vm = ?9",
+        "INSERT INTO volumes (uid, vdc, name, generation, create_time_ms, state, size_bytes, source_image, vm,
+             source_snapshot, unsure)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+         ON CONFLICT (uid) DO UPDATE SET generation = ?4, state = ?6, size_bytes = ?7, vm = ?9, unsure = ?11",
     )?
     .execute(params![
         r.uid.to_string(),
@@ -173,16 +184,18 @@ fn volume(tx: &Transaction<'_>, r: &VolumeRecord) -> Result<(), rusqlite::Error>
         r.state.as_str(),
         int(r.size_bytes),
         r.source_image.as_ref().map(Name::as_str),
-        r.vm.map(|u| u.to_string())
+        r.vm.map(|u| u.to_string()),
+        r.source_snapshot.as_deref(),
+        r.unsure
     ])
     .map(drop)
 }
 
 fn snapshot(tx: &Transaction<'_>, r: &SnapshotRecord) -> Result<(), rusqlite::Error> {
     tx.prepare_cached(
-        "INSERT INTO snapshots (volume, name, number, create_time_ms, state, size_bytes)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-         ON CONFLICT (volume, name) DO UPDATE SET create_time_ms = ?4, state = ?5, size_bytes = ?6",
+        "INSERT INTO snapshots (volume, name, number, create_time_ms, state, size_bytes, group_uid, class, reason)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+         ON CONFLICT (volume, name) DO UPDATE SET create_time_ms = ?4, state = ?5, size_bytes = ?6, class = ?8, reason = ?9",
     )?
     .execute(params![
         r.volume.to_string(),
@@ -190,7 +203,48 @@ fn snapshot(tx: &Transaction<'_>, r: &SnapshotRecord) -> Result<(), rusqlite::Er
         int(r.number),
         r.create_time.0,
         r.state.as_str(),
-        int(r.size_bytes)
+        int(r.size_bytes),
+        r.group.map(|u| u.to_string()),
+        r.class.as_str(),
+        r.reason
+    ])
+    .map(drop)
+}
+
+fn vdc_snapshot(tx: &Transaction<'_>, r: &VdcSnapshotRecord) -> Result<(), rusqlite::Error> {
+    tx.prepare_cached(
+        "INSERT INTO vdc_snapshots (uid, vdc, name, create_time_ms, state) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (uid) DO UPDATE SET create_time_ms = ?4, state = ?5",
+    )?
+    .execute(params![
+        r.uid.to_string(),
+        r.vdc.to_string(),
+        r.name.as_str(),
+        r.create_time.0,
+        r.state.as_str()
+    ])
+    .map(drop)
+}
+
+fn operation(tx: &Transaction<'_>, r: &OperationRecord) -> Result<(), rusqlite::Error> {
+    tx.prepare_cached(
+        "INSERT INTO operations (uid, kind, target, subject, point, state, done_bytes, total_bytes, error,
+             create_time_ms, end_time_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+         ON CONFLICT (uid) DO UPDATE SET state = ?6, done_bytes = ?7, total_bytes = ?8, error = ?9, end_time_ms = ?11",
+    )?
+    .execute(params![
+        r.uid.to_string(),
+        r.kind.as_str(),
+        r.target,
+        r.subject.map(|u| u.to_string()),
+        r.point.as_ref().map(Name::as_str),
+        r.state.as_str(),
+        int(r.done_bytes),
+        int(r.total_bytes),
+        r.error,
+        r.create_time.0,
+        r.end_time.map(|t| t.0)
     ])
     .map(drop)
 }
@@ -248,6 +302,8 @@ fn delete(tx: &Transaction<'_>, key: &Key) -> Result<(), rusqlite::Error> {
             .execute(params![volume.to_string(), name.as_str()])
             .map(drop),
         Key::Export(id) => one("DELETE FROM exports WHERE id = ?1", id.as_str().to_owned()),
+        Key::VdcSnapshot(uid) => one("DELETE FROM vdc_snapshots WHERE uid = ?1", uid.to_string()),
+        Key::Operation(uid) => one("DELETE FROM operations WHERE uid = ?1", uid.to_string()),
         Key::Request(id) => one("DELETE FROM requests WHERE id = ?1", id.to_string()),
         Key::RequestsOf(resource) => one("DELETE FROM requests WHERE resource = ?1", resource.clone()),
     }

@@ -9,8 +9,8 @@ use uuid::Uuid;
 use crate::{
     error::LoadError,
     record::{
-        End, EventRecord, ExportRecord, ImageRecord, Millis, RequestRecord, SnapshotRecord, VdcRecord,
-        VmRecord, VolumeRecord,
+        End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, RequestRecord, SnapshotRecord,
+        VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 
@@ -31,6 +31,10 @@ pub struct Contents {
     pub snapshots: Vec<SnapshotRecord>,
     /// All exports.
     pub exports: Vec<ExportRecord>,
+    /// All snapshots of vdcs.
+    pub vdc_snapshots: Vec<VdcSnapshotRecord>,
+    /// All operations that are kept.
+    pub operations: Vec<OperationRecord>,
     /// The newest event's number; 0 if there is none.
     pub last_event: u64,
 }
@@ -100,6 +104,8 @@ pub(crate) fn load(connection: &Connection) -> Result<Contents, LoadError> {
         volumes: all(connection, "volumes", "uid", volume)?,
         snapshots: all(connection, "snapshots", "volume, number", snapshot)?,
         exports: all(connection, "exports", "id", export)?,
+        vdc_snapshots: all(connection, "vdc_snapshots", "uid", vdc_snapshot)?,
+        operations: all(connection, "operations", "uid", operation)?,
         last_event: connection
             .query_row("SELECT coalesce(max(number), 0) FROM events", [], |row| row.get::<_, i64>(0))
             .map(i64::unsigned_abs)?,
@@ -176,6 +182,8 @@ fn volume(f: &Fields<'_>) -> Result<VolumeRecord, LoadError> {
         state: f.parse("state")?,
         size_bytes: f.unsigned("size_bytes")?,
         source_image: f.parse_optional("source_image")?,
+        source_snapshot: f.get("source_snapshot")?,
+        unsure: f.get("unsure")?,
         vm: f.parse_optional("vm")?,
     })
 }
@@ -188,6 +196,35 @@ fn snapshot(f: &Fields<'_>) -> Result<SnapshotRecord, LoadError> {
         create_time: f.millis("create_time_ms")?,
         state: f.parse("state")?,
         size_bytes: f.unsigned("size_bytes")?,
+        group: f.parse_optional("group_uid")?,
+        class: f.parse("class")?,
+        reason: f.get("reason")?,
+    })
+}
+
+fn vdc_snapshot(f: &Fields<'_>) -> Result<VdcSnapshotRecord, LoadError> {
+    Ok(VdcSnapshotRecord {
+        uid: f.parse("uid")?,
+        vdc: f.parse("vdc")?,
+        name: f.parse("name")?,
+        create_time: f.millis("create_time_ms")?,
+        state: f.parse("state")?,
+    })
+}
+
+fn operation(f: &Fields<'_>) -> Result<OperationRecord, LoadError> {
+    Ok(OperationRecord {
+        uid: f.parse("uid")?,
+        kind: f.parse("kind")?,
+        target: f.get("target")?,
+        subject: f.parse_optional("subject")?,
+        point: f.parse_optional("point")?,
+        state: f.parse("state")?,
+        done_bytes: f.unsigned("done_bytes")?,
+        total_bytes: f.unsigned("total_bytes")?,
+        error: f.get("error")?,
+        create_time: f.millis("create_time_ms")?,
+        end_time: f.get::<Option<i64>>("end_time_ms")?.map(Millis),
     })
 }
 

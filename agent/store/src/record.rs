@@ -74,6 +74,47 @@ words! {
 }
 
 words! {
+    /// What a long operation does. Those above the line go on after a restart of seriod, the others end with it.
+    OperationKind {
+        /// Merges a snapshot's layer away.
+        DeleteSnapshot = "delete-snapshot",
+        /// Makes a volume independent of what it shares.
+        FlattenVolume = "flatten-volume",
+        /// Merges the layers of all snapshots of a vdc's point away.
+        DeleteVdcSnapshot = "delete-vdc-snapshot",
+        // ----------
+        /// Reads a volume in.
+        ImportVolume = "import-volume",
+        /// Compares a volume with its checksums.
+        CheckVolume = "check-volume",
+    }
+}
+
+words! {
+    /// How far a long operation is.
+    OperationState {
+        /// It goes on.
+        Running = "running",
+        /// It is done.
+        Done = "done",
+        /// It ended by failure.
+        Failed = "failed",
+        /// It was asked to end.
+        Cancelled = "cancelled",
+    }
+}
+
+words! {
+    /// What a point is good for.
+    PointClass {
+        /// As after a power cut at one instant.
+        Crash = "crash",
+        /// File systems were frozen and applications told.
+        App = "app",
+    }
+}
+
+words! {
     /// How a run ended.
     EndWord {
         /// The guest powered off.
@@ -152,6 +193,10 @@ pub struct VolumeRecord {
     pub size_bytes: u64,
     /// The image that it was made from (which may be gone).
     pub source_image: Option<Name>,
+    /// The snapshot that it was cloned from, as the API names it (it may be gone).
+    pub source_snapshot: Option<String>,
+    /// Something was begun whose end is not known here: the headers are read at the next start.
+    pub unsure: bool,
     /// The VM that has it.
     pub vm: Option<Uuid>,
 }
@@ -171,6 +216,54 @@ pub struct SnapshotRecord {
     pub state: Made,
     /// The volume's size then.
     pub size_bytes: u64,
+    /// The vdc's snapshot that it is a part of.
+    pub group: Option<Uuid>,
+    /// What it is good for.
+    pub class: PointClass,
+    /// Why it is not better although that was asked, or empty.
+    pub reason: String,
+}
+
+/// A point of all volumes of a vdc.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VdcSnapshotRecord {
+    /// Its id; its parts have it as `group`.
+    pub uid: Uuid,
+    /// Its vdc.
+    pub vdc: Uuid,
+    /// Its name in the vdc, and in each volume.
+    pub name: Name,
+    /// When it was made.
+    pub create_time: Millis,
+    /// How far it is made.
+    pub state: Made,
+}
+
+/// A long operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OperationRecord {
+    /// Its id.
+    pub uid: Uuid,
+    /// What it does.
+    pub kind: OperationKind,
+    /// To what, as the API names it.
+    pub target: String,
+    /// The id of the volume, or of the vdc's snapshot.
+    pub subject: Option<Uuid>,
+    /// The volume's snapshot that it is about.
+    pub point: Option<Name>,
+    /// How far it is.
+    pub state: OperationState,
+    /// Bytes done; while it goes on, kept in memory only.
+    pub done_bytes: u64,
+    /// Bytes in all, 0 if not known.
+    pub total_bytes: u64,
+    /// Why it failed, or empty.
+    pub error: String,
+    /// When it was asked.
+    pub create_time: Millis,
+    /// When it ended.
+    pub end_time: Option<Millis>,
 }
 
 /// How a run ended.

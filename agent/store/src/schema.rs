@@ -7,7 +7,8 @@ use rusqlite::Connection;
 use crate::StoreError;
 
 /// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
-const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001_first.sql")];
+const MIGRATIONS: [&str; 2] =
+    [include_str!("migrations/0001_first.sql"), include_str!("migrations/0002_operations.sql")];
 
 /// How long a lock of another program (a backup, `sqlite3`) is waited for.
 const BUSY: Duration = Duration::from_secs(5);

@@ -55,6 +55,8 @@ fn volume(vdc: Uuid) -> VolumeRecord {
         state: Made::Creating,
         size_bytes: 1 << 30,
         source_image: Some("tiny".parse().unwrap()),
+        source_snapshot: Some("vdcs/a/volumes/b/snapshots/c".to_owned()),
+        unsure: true,
         vm: None,
     }
 }
@@ -75,6 +77,29 @@ fn what_was_written_comes_back() {
         create_time: Millis(9),
         state: Made::Ready,
         size_bytes: 5,
+        group: Some(Uuid::new_v4()),
+        class: PointClass::App,
+        reason: "r".to_owned(),
+    };
+    let operation = OperationRecord {
+        uid: Uuid::new_v4(),
+        kind: OperationKind::DeleteSnapshot,
+        target: "vdcs/ardesio/volumes/web-root/snapshots/before".to_owned(),
+        subject: Some(volume.uid),
+        point: Some("before".parse().unwrap()),
+        state: OperationState::Running,
+        done_bytes: 1,
+        total_bytes: 2,
+        error: String::new(),
+        create_time: Millis(4),
+        end_time: None,
+    };
+    let vdc_snapshot = VdcSnapshotRecord {
+        uid: Uuid::new_v4(),
+        vdc: vdc.uid,
+        name: "monday".parse().unwrap(),
+        create_time: Millis(8),
+        state: Made::Creating,
     };
     store
         .commit(&[
@@ -83,6 +108,8 @@ fn what_was_written_comes_back() {
             Change::Vm(Box::new(vm.clone())),
             Change::Volume(volume.clone()),
             Change::Snapshot(snapshot.clone()),
+            Change::Operation(operation.clone()),
+            Change::VdcSnapshot(vdc_snapshot.clone()),
         ])
         .unwrap();
     drop(store);
@@ -90,12 +117,18 @@ fn what_was_written_comes_back() {
     assert_eq!(contents.node, Some(node));
     assert_eq!((contents.vdcs, contents.vms), (vec![vdc.clone()], vec![vm.clone()]));
     assert_eq!((contents.volumes, contents.snapshots), (vec![volume.clone()], vec![snapshot]));
+    assert_eq!(
+        (&contents.operations, &contents.vdc_snapshots),
+        (&vec![operation.clone()], &vec![vdc_snapshot.clone()])
+    );
     // A vdc with VMs cannot go, whatever the caller thinks; the whole commit is refused.
     assert!(
         store.commit(&[Change::Delete(Key::Volume(volume.uid)), Change::Delete(Key::Vdc(vdc.uid))]).is_err()
     );
     store
         .commit(&[
+            Change::Delete(Key::Operation(operation.uid)),
+            Change::Delete(Key::VdcSnapshot(vdc_snapshot.uid)),
             Change::Delete(Key::Vm(vm.uid)),
             Change::Delete(Key::Volume(volume.uid)),
             Change::Delete(Key::Vdc(vdc.uid)),

@@ -35,6 +35,9 @@ pub enum NameError {
     /// Not `VDC/NAME`.
     #[error("`{0}` is not of the form VDC/NAME")]
     NotInVdc(String),
+    /// Not `VDC/NAME@SNAPSHOT`.
+    #[error("`{0}` is not of the form VDC/NAME@SNAPSHOT")]
+    NotASnapshot(String),
 }
 
 impl Name {

@@ -1,5 +1,7 @@
 //! Names of resources in the API: `vdcs/ardesio/vms/web`. One place makes and reads them.
 
+use std::{fmt, str::FromStr};
+
 use crate::{Name, NameError, VdcName};
 
 /// Why a text is not the name of such a resource.
@@ -31,6 +33,23 @@ pub struct SnapshotName {
     pub volume: VdcName,
     /// Its own name.
     pub snapshot: Name,
+}
+
+impl FromStr for SnapshotName {
+    type Err = NameError;
+
+    /// As people write it: `VDC/NAME@SNAPSHOT`.
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let (volume, snapshot) =
+            text.rsplit_once('@').ok_or_else(|| NameError::NotASnapshot(text.to_owned()))?;
+        Ok(Self { volume: volume.parse()?, snapshot: snapshot.parse()? })
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.volume, self.snapshot)
+    }
 }
 
 fn parts<const N: usize>(text: &str, form: &'static str) -> Result<[Name; N], ResourceError> {
@@ -66,6 +85,16 @@ pub fn parse_image(text: &str) -> Result<Name, ResourceError> {
 /// `exports/ID`.
 pub fn parse_export(text: &str) -> Result<Name, ResourceError> {
     parts::<1>(text, "exports/ID").map(|[name]| name)
+}
+
+/// `operations/ID`.
+pub fn parse_operation(text: &str) -> Result<Name, ResourceError> {
+    parts::<1>(text, "operations/ID").map(|[name]| name)
+}
+
+/// `vdcs/VDC/snapshots/NAME`: of the whole vdc.
+pub fn parse_vdc_snapshot(text: &str) -> Result<VdcName, ResourceError> {
+    parts::<2>(text, "vdcs/VDC/snapshots/NAME").map(|[vdc, name]| VdcName { vdc, name })
 }
 
 /// `vdcs/VDC/vms/NAME`.
@@ -108,6 +137,12 @@ pub fn volume(name: &VdcName) -> String {
     format!("vdcs/{}/volumes/{}", name.vdc, name.name)
 }
 
+/// `vdcs/VDC/snapshots/NAME`.
+#[must_use]
+pub fn vdc_snapshot(name: &VdcName) -> String {
+    format!("vdcs/{}/snapshots/{}", name.vdc, name.name)
+}
+
 /// `vdcs/VDC/volumes/NAME/snapshots/SNAPSHOT`.
 #[must_use]
 pub fn snapshot(volume_name: &VdcName, snapshot: &Name) -> String {
@@ -127,6 +162,11 @@ mod tests {
         assert_eq!(parse_volume(&volume(&web)).unwrap(), web);
         let point = parse_snapshot(&snapshot(&web, &"before".parse().unwrap())).unwrap();
         assert_eq!(point, SnapshotName { volume: web, snapshot: "before".parse().unwrap() });
+        assert_eq!(parse_vdc_snapshot(&vdc_snapshot(&web)).unwrap(), web);
+        let typed: SnapshotName = "ardesio/web@before".parse().unwrap();
+        assert_eq!((typed.to_string().as_str(), typed.snapshot.as_str()), ("ardesio/web@before", "before"));
+        assert!("ardesio/web".parse::<SnapshotName>().is_err() && "web@x".parse::<SnapshotName>().is_err());
+        assert_eq!(parse_operation("operations/5f0c-1").unwrap().as_str(), "5f0c-1");
         assert_eq!(parse_vdc("vdcs/a").unwrap().as_str(), "a");
         assert!(matches!(parse_vdc("a"), Err(ResourceError::Form { .. })));
         assert!(matches!(parse_vdc("vdcs/A"), Err(ResourceError::Part { .. })));

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serio_store::{
     Change, Contents, Key,
-    record::{ExportRecord, ImageRecord, Made, Millis, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord},
+    record::{
+        ExportRecord, ImageRecord, Made, Millis, OperationRecord, SnapshotRecord, VdcRecord,
+        VdcSnapshotRecord, VmRecord, VolumeRecord,
+    },
 };
 use serio_types::{Name, Quota, VdcName, resource};
 use serio_vdc::add;
@@ -29,6 +32,10 @@ pub struct Model {
     pub snapshots: BTreeMap<(Uuid, u64), SnapshotRecord>,
     /// By id.
     pub exports: BTreeMap<Name, ExportRecord>,
+    /// By id.
+    pub vdc_snapshots: BTreeMap<Uuid, VdcSnapshotRecord>,
+    /// By id.
+    pub operations: BTreeMap<Uuid, OperationRecord>,
     /// The newest event.
     pub last_event: u64,
 }
@@ -45,6 +52,8 @@ impl Model {
             volumes: contents.volumes.into_iter().map(|r| (r.uid, r)).collect(),
             snapshots: contents.snapshots.into_iter().map(|r| ((r.volume, r.number), r)).collect(),
             exports: contents.exports.into_iter().map(|r| (r.id.clone(), r)).collect(),
+            vdc_snapshots: contents.vdc_snapshots.into_iter().map(|r| (r.uid, r)).collect(),
+            operations: contents.operations.into_iter().map(|r| (r.uid, r)).collect(),
             last_event: contents.last_event,
         }
     }
@@ -59,6 +68,8 @@ impl Model {
             Change::Volume(r) => drop(self.volumes.insert(r.uid, r)),
             Change::Snapshot(r) => drop(self.snapshots.insert((r.volume, r.number), r)),
             Change::Export(r) => drop(self.exports.insert(r.id.clone(), r)),
+            Change::VdcSnapshot(r) => drop(self.vdc_snapshots.insert(r.uid, r)),
+            Change::Operation(r) => drop(self.operations.insert(r.uid, r)),
             Change::Event(r) => self.last_event = r.number,
             Change::Request(_) => {}
             Change::Delete(key) => self.delete(&key),
@@ -78,6 +89,8 @@ impl Model {
                 self.snapshots.retain(|(volume, _), r| volume != uid || r.name != *name)
             }
             Key::Export(id) => drop(self.exports.remove(id)),
+            Key::VdcSnapshot(uid) => drop(self.vdc_snapshots.remove(uid)),
+            Key::Operation(uid) => drop(self.operations.remove(uid)),
             Key::Request(_) | Key::RequestsOf(_) => {}
         }
     }
@@ -121,6 +134,32 @@ impl Model {
     /// The export of that id.
     pub fn export(&self, id: &Name) -> Result<&ExportRecord, Error> {
         self.exports.get(id).ok_or_else(|| Error::not_found(format!("exports/{id}")))
+    }
+
+    /// The snapshot of a vdc of that name.
+    pub fn vdc_snapshot(&self, name: &VdcName) -> Result<&VdcSnapshotRecord, Error> {
+        let vdc = self.vdc(&name.vdc)?;
+        self.vdc_snapshots
+            .values()
+            .find(|r| r.vdc == vdc.uid && r.name == name.name)
+            .ok_or_else(|| Error::not_found(resource::vdc_snapshot(name)))
+    }
+
+    /// The parts of a vdc's snapshot.
+    pub fn parts_of(&self, group: Uuid) -> impl Iterator<Item = &SnapshotRecord> {
+        self.snapshots.values().filter(move |r| r.group == Some(group))
+    }
+
+    /// `VDC/NAME` of a vdc's snapshot.
+    #[must_use]
+    pub fn vdc_snapshot_name(&self, record: &VdcSnapshotRecord) -> VdcName {
+        VdcName { vdc: self.vdc_name(record.vdc), name: record.name.clone() }
+    }
+
+    /// A volume's snapshot.
+    #[must_use]
+    pub fn snapshot(&self, volume: Uuid, name: &Name) -> Option<&SnapshotRecord> {
+        self.snapshots_of(volume).find(|r| r.name == *name)
     }
 
     fn vdc_name(&self, uid: Uuid) -> Name {

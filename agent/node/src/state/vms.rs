@@ -103,6 +103,8 @@ impl State {
             state: Made::Creating,
             size_bytes: size.bytes(),
             source_image: Some(image.name.clone()),
+            source_snapshot: None,
+            unsure: false,
             vm: Some(uid),
         };
         let vm = VmRecord {

@@ -2,7 +2,7 @@
 
 use serio_store::{
     Change, Key,
-    record::{Made, SnapshotRecord, VolumeRecord},
+    record::{Made, PointClass, SnapshotRecord, VolumeRecord},
 };
 use serio_types::{Generation, Name, Quota, SnapshotName, VdcName, VolumeSize, resource};
 use uuid::Uuid;
@@ -80,6 +80,8 @@ impl State {
             state: Made::Creating,
             size_bytes: size.bytes(),
             source_image: image,
+            source_snapshot: None,
+            unsure: false,
             vm: None,
         })
     }
@@ -225,6 +227,9 @@ impl State {
             create_time: self.now,
             state: Made::Creating,
             size_bytes: volume.size_bytes,
+            group: None,
+            class: PointClass::Crash,
+            reason: String::new(),
         };
         Ok((record, vm))
     }

@@ -146,11 +146,24 @@ struct Model {
     maybe: Option<(String, Vec<u8>)>,
     /// One whose deletion was.
     maybe_gone: Option<String>,
+    /// A size to which the volume was growing.
+    maybe_size: Option<usize>,
 }
 
 impl Model {
     fn now(&self) -> &Vec<u8> {
         self.states.last().expect("never empty")
+    }
+
+    fn size(&self) -> usize {
+        self.now().len()
+    }
+
+    fn grow(&mut self, size: usize) {
+        for state in &mut self.states {
+            state.resize(size, 0);
+        }
+        self.maybe_size = None;
     }
 }
 
@@ -164,15 +177,17 @@ impl World {
     fn run(&mut self, volume: &Volume, model: &mut Model, rng: &mut StdRng, ops: u32) -> bool {
         let mut queue = volume.queue(4).expect("queue");
         for _ in 0..ops {
-            let offset = rng.random_range(0..SIZE);
-            let len = rng.random_range(1..=(SIZE - offset).min(2 * BLOCK_BYTES as usize + 100));
-            let ok = match rng.random_range(0..16) {
+            let size = model.size();
+            let offset = rng.random_range(0..size);
+            let len = rng.random_range(1..=(size - offset).min(2 * BLOCK_BYTES as usize + 100));
+            let ok = match rng.random_range(0..17) {
                 0..=8 => {
                     let fua = rng.random_range(0..8) == 0;
                     write(&mut queue, model, offset, &vec![rng.random_range(1..=255); len], fua)
                 }
                 9..=10 => zeroes(&mut queue, model, offset, len, rng.random()),
                 11..=13 => flush(&mut queue, model),
+                14 => grow(volume, model, rng.random_range(1..6000)),
                 _ => self.snapshot(volume, model),
             };
             if !ok {
@@ -232,6 +247,16 @@ fn zeroes(queue: &mut IoQueue, model: &mut Model, offset: usize, len: usize, unm
     queue.run(Op::WriteZeroes { offset: offset as u64, len: len as u64, unmap }).0.is_ok()
 }
 
+fn grow(volume: &Volume, model: &mut Model, bytes: usize) -> bool {
+    let size = model.size() + bytes;
+    model.maybe_size = Some(size);
+    let ok = volume.resize(size as u64).is_ok();
+    if ok {
+        model.grow(size);
+    }
+    ok
+}
+
 fn flush(queue: &mut IoQueue, model: &mut Model) -> bool {
     let ok = queue.run(Op::Flush).0.is_ok();
     if ok {
@@ -247,11 +272,17 @@ fn read_all(volume: &Volume) -> Vec<u8> {
     buffers.as_slice().expect("owned").to_vec()
 }
 
-fn check(files: &[(Media, Media)], model: &Model, context: &str) {
+fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
     let report = crate::check::check_media(files);
     assert_eq!(report.problems, [], "{context}: the verifier");
     let volume = Volume::open_media(files.to_vec(), Access::ReadWrite, None)
         .unwrap_or_else(|e| panic!("{context}: does not open: {e:?}"));
+    if let Some(size) = model.maybe_size.take()
+        && volume.size_bytes() == size as u64
+    {
+        model.grow(size);
+    }
+    assert_eq!(volume.size_bytes(), model.size() as u64, "{context}: size");
     for (i, byte) in read_all(&volume).iter().enumerate() {
         assert!(
             model.states.iter().any(|state| state[i] == *byte),
@@ -284,8 +315,13 @@ fn life(seed: u64, steps: i64) -> bool {
     let files = vec![(SimFile::media(&power), SimFile::media(&power))];
     create_media(&files[0].0, &files[0].1, SIZE as u64, [7; 16], false).expect("create");
     let mut world = World { files, power: Arc::clone(&power) };
-    let mut model =
-        Model { states: vec![vec![0; SIZE]], snapshots: Vec::new(), maybe: None, maybe_gone: None };
+    let mut model = Model {
+        states: vec![vec![0; SIZE]],
+        snapshots: Vec::new(),
+        maybe: None,
+        maybe_gone: None,
+        maybe_size: None,
+    };
     power.0.store(steps, Ordering::SeqCst);
     let mut survived = true;
     for _ in 0..3 {
@@ -301,7 +337,7 @@ fn life(seed: u64, steps: i64) -> bool {
     let mut after = |m: &Media| crash(m, &mut luck, &power);
     world.files = world.files.iter().map(|(d, m)| (after(d), after(m))).collect();
     world.power = Arc::clone(&power);
-    check(&world.files, &model, &context);
+    check(&world.files, &mut model, &context);
 
     // What the disk has now is the truth; life goes on from there.
     let volume = Volume::open_media(world.files.clone(), Access::ReadWrite, None).expect("open again");
@@ -319,9 +355,9 @@ fn life(seed: u64, steps: i64) -> bool {
     assert!(world.run(&volume, &mut model, &mut luck, 15), "{context}: works after recovery");
     drop(volume);
     model.states = vec![model.now().clone()];
-    check(&world.files, &model, &format!("{context}, then an orderly end"));
+    check(&world.files, &mut model, &format!("{context}, then an orderly end"));
     assert!(world.delete(&mut model, &mut luck), "{context}: a deletion after recovery");
-    check(&world.files, &model, &format!("{context}, then a deletion"));
+    check(&world.files, &mut model, &format!("{context}, then a deletion"));
     !survived
 }
 

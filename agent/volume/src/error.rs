@@ -112,6 +112,11 @@ pub enum CreateError {
     /// A size of zero or beyond [`crate::SIZE_BYTES_MAX`].
     #[error("a volume has 1 to {max} bytes, not {0}", max = crate::header::SIZE_BYTES_MAX)]
     Size(u64),
+    /// Another volume has the data file too, and would lose what it has there.
+    #[error(
+        "the new data file has {0} names, so another volume shares it: remove this one, and make a new file"
+    )]
+    Shared(u64),
     /// Somebody else has the files open.
     #[error("the files of the new layer are in use by another process")]
     InUse,
@@ -156,6 +161,46 @@ pub enum SnapshotError {
     /// The new head could not be made.
     #[error("the new head could not be made")]
     Create(#[from] CreateError),
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a volume was not grown. It goes on as before, except after [`ResizeError::Io`] at the commit point, which
+/// poisons it.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// A plain raw file.
+    #[error("a plain raw file cannot grow while it is open: close it, make the file longer, open it again")]
+    Raw,
+    /// Opened read-only.
+    #[error("the volume is open read-only")]
+    ReadOnly,
+    /// An earlier sync failed.
+    #[error("an earlier sync of this volume failed; reopen it first")]
+    Poisoned,
+    /// Less than it has.
+    #[error(
+        "the volume has {from} bytes and cannot shrink to {to}: make a smaller volume and copy what is needed into it"
+    )]
+    Shrink {
+        /// Bytes that it has.
+        from: u64,
+        /// Bytes that were asked for.
+        to: u64,
+    },
+    /// More than a volume may have.
+    #[error("a volume has at most {max} bytes, not {0}", max = crate::header::SIZE_BYTES_MAX)]
+    TooLarge(u64),
+    /// I/O under way did not end in time.
+    #[error("I/O on the volume did not drain in time; nothing was changed")]
+    NotDrained,
     /// The host answered an error.
     #[error("cannot {what}")]
     Io {

@@ -102,6 +102,11 @@ impl Header {
         (self.sequence % 2) * SLOT_BYTES as u64
     }
 
+    /// Bytes of the layer's map file, header and padding included.
+    pub(crate) fn map_file_bytes(&self) -> u64 {
+        MAP_OFFSET + self.blocks().div_ceil(4).next_multiple_of(crate::map::PAGE_BYTES as u64)
+    }
+
     /// The bytes of one slot.
     pub fn encode(&self) -> [u8; SLOT_BYTES] {
         assert!(self.snapshot.len() <= NAME_BYTES_MAX, "names are checked before they are written");

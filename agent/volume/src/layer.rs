@@ -99,14 +99,18 @@ pub(crate) fn initialize(
     if !data.try_lock(Lock::Exclusive).map_err(io("lock the new data file"))? {
         return Err(CreateError::InUse);
     }
+    // A snapshot's leftover that a clone has too must not be emptied under it.
+    match data.links().map_err(io("look at the new data file"))? {
+        0 | 1 => {}
+        names => return Err(CreateError::Shared(names)),
+    }
     if !keep_data {
         data.set_len(0).map_err(io("empty the new data file"))?;
     }
     data.set_len(header.size_bytes).map_err(io("size the new data file"))?;
     data.sync_data().map_err(io("sync the new data file"))?;
     map_file.set_len(0).map_err(io("empty the new map file"))?;
-    let map_bytes = header.blocks().div_ceil(4).next_multiple_of(crate::map::PAGE_BYTES as u64);
-    map_file.set_len(MAP_OFFSET + map_bytes).map_err(io("size the new map file"))?;
+    map_file.set_len(header.map_file_bytes()).map_err(io("size the new map file"))?;
     // Last: the header is what makes the files a layer.
     write_header(map_file, header).map_err(io("write the new header"))
 }

@@ -35,8 +35,10 @@ mod merge;
 mod op;
 mod plan;
 mod queue;
+mod resize;
 mod scan;
 mod shared;
+mod snapshot;
 mod stack;
 #[allow(unsafe_code)]
 mod uring;
@@ -47,16 +49,19 @@ mod check_test;
 #[cfg(test)]
 mod crash_test;
 #[cfg(test)]
+mod layers_test;
+#[cfg(test)]
 mod stack_test;
 
 pub use changes::{ChangedExtent, ChangesError};
 pub use check::{CheckReport, LayerReport, Problem};
 pub use dir::{VolumeDir, VolumeDirError};
-pub use error::{CreateError, DeleteError, IoError, OpenError, SnapshotError};
+pub use error::{CreateError, DeleteError, IoError, OpenError, ResizeError, SnapshotError};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
 pub use merge::Deleted;
 pub use op::{Full, Op};
 pub use queue::IoQueue;
+pub use snapshot::Held;
 pub use stack::Extent;
 pub use uring::{Buffers, GuestMemory, GuestRangeError};
 pub use volume::{Access, Inspection, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer};

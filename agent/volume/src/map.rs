@@ -98,6 +98,23 @@ impl BlockMap {
         Ok(())
     }
 
+    /// The same map with more blocks, which are absent. Nobody may change either while it is made.
+    pub(crate) fn grown(&self, blocks: u64) -> BlockMap {
+        assert!(blocks >= self.blocks, "a volume never shrinks");
+        let map = BlockMap::new(blocks);
+        for (new, old) in map.pages.iter().zip(&self.pages) {
+            if let Some(old) = old.get() {
+                let copy = old.iter().map(|word| AtomicU64::new(word.load(Ordering::Acquire)));
+                // It was made a moment ago, so every page of it is free to be set.
+                let _ = new.set(copy.collect());
+            }
+        }
+        for (new, old) in map.dirty.iter().zip(&self.dirty) {
+            new.store(old.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        map
+    }
+
     fn page(&self, index: usize) -> &Page {
         self.pages[index].get_or_init(|| (0..WORDS).map(|_| AtomicU64::new(0)).collect())
     }
@@ -222,6 +239,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_grown_map_keeps_what_it_has() {
+        let map = BlockMap::new(100);
+        map.set(90, 10, State::Data);
+        let map = map.grown(50_000);
+        assert_eq!(map.run(0, 50_000), (State::Absent, 90));
+        assert_eq!(map.run(90, 50_000), (State::Data, 10));
+        assert_eq!(map.run(100, 50_000), (State::Absent, 49_900));
+        assert!(map.any_dirty());
+        map.set(49_999, 1, State::Zero);
+        assert_eq!(map.run(49_999, 1), (State::Zero, 1));
     }
 
     #[test]

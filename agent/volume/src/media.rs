@@ -92,6 +92,15 @@ impl Media {
         }
     }
 
+    /// How many names the file has: more than one, and other volumes share it.
+    pub(crate) fn links(&self) -> io::Result<u64> {
+        match self {
+            Media::File(file) => Ok(std::os::unix::fs::MetadataExt::nlink(&file.metadata()?)),
+            #[cfg(test)]
+            Media::Sim(_) => Ok(1),
+        }
+    }
+
     /// `fallocate` with `mode`; also what [`crate::uring`] does inline.
     pub(crate) fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         match self {

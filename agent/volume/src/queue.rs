@@ -178,7 +178,7 @@ impl IoQueue {
         slot.range = Range { offset, len };
         slot.stage = Stage::Parked;
         slot.error = None;
-        let size = self.core.size_bytes;
+        let size = self.core.size_bytes();
         if offset.checked_add(len).is_none_or(|end| end > size) {
             self.finish(index, Err(IoError::OutOfRange { offset, len, size }));
         } else if kind.changes() && kind != Kind::Flush && self.core.read_only {
@@ -309,7 +309,7 @@ impl IoQueue {
             Kind::Read | Kind::Flush => return true,
             Kind::Write { .. } if map.all_data(touched.first, touched.count) => return true,
             Kind::Write { .. } | Kind::WriteZeroes { .. } => touched,
-            Kind::Discard => slot.range.covered(self.core.size_bytes),
+            Kind::Discard => slot.range.covered(self.stack.head().size_bytes),
         };
         if claim.count == 0 {
             return true;
@@ -333,7 +333,7 @@ impl IoQueue {
         };
         let file = stack.head_index() as u32;
         let layered = stack.head_map().is_some();
-        let covered = range.covered(self.core.size_bytes);
+        let covered = range.covered(stack.head().size_bytes);
         let hole = |mode| Io::Allocate { file, mode, offset: range.offset, len: range.len };
         slot.stage = Stage::Transfer;
         match slot.kind {
@@ -406,7 +406,7 @@ impl IoQueue {
             match slot.kind {
                 Kind::Discard => map.set(claim.first, claim.count, State::Zero),
                 Kind::WriteZeroes { .. } => {
-                    let covered = slot.range.covered(self.core.size_bytes);
+                    let covered = slot.range.covered(self.stack.head().size_bytes);
                     for (edge, _) in edges(slot.range, covered) {
                         let touched = edge.touched();
                         map.set(touched.first, touched.count, State::Data);

@@ -1,7 +1,7 @@
 //! What the queues of a volume share: the current stack, the gate, the claims, the mailboxes.
 //!
-//! - **Gate**: an operation enters before it looks at the stack and leaves when it is answered. A snapshot
-//!   closes the gate, waits until nobody is inside, changes the stack, opens it. Entering is two operations on
+//! - **Gate**: an operation enters before it looks at the stack and leaves when it is answered. Who changes the stack
+//!   (a snapshot, a resize, the end of a merge) closes the gate, waits until nobody is inside, changes it, opens it. Entering is two operations on
 //!   atomics; the counter is the queue's own, so queues do not share a cache line.
 //! - **Claims**: a write to blocks that the head does not hold yet has them for itself until its bits are set,
 //!   else two partial writes would each copy the block up over the other's bytes. Blocks that are data already
@@ -10,9 +10,10 @@
 //!   releases signals the queues that have parked something, and their `reap` tries again.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, Weak,
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
@@ -65,35 +66,41 @@ struct Claims {
 
 /// See the head of this file.
 pub(crate) struct Core {
-    pub(crate) size_bytes: u64,
+    /// That of the head; changes with the stack.
+    size_bytes: AtomicU64,
     pub(crate) read_only: bool,
     stack: Mutex<Arc<Stack>>,
     /// Counts changes of `stack`.
     pub(crate) stack_epoch: AtomicU64,
     pub(crate) poisoned: AtomicBool,
     closed: AtomicBool,
+    /// Whether somebody has the gate closed, who is the only one that may change the stack.
+    holder: Mutex<bool>,
+    holder_gone: Condvar,
     claims: Mutex<Claims>,
     queues: Mutex<Vec<Weak<QueueShared>>>,
     /// Held while the map is committed or the stack changes.
     pub(crate) commit: Mutex<()>,
     pub(crate) keeper: Mutex<KeeperState>,
-    pub(crate) keeper_wake: std::sync::Condvar,
+    pub(crate) keeper_wake: Condvar,
 }
 
 impl Core {
-    pub(crate) fn new(stack: Stack, size_bytes: u64, read_only: bool) -> Core {
+    pub(crate) fn new(stack: Stack, read_only: bool) -> Core {
         Core {
-            size_bytes,
+            size_bytes: AtomicU64::new(stack.head().size_bytes),
             read_only,
             stack: Mutex::new(Arc::new(stack)),
             stack_epoch: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            holder: Mutex::new(false),
+            holder_gone: Condvar::new(),
             claims: Mutex::default(),
             queues: Mutex::default(),
             commit: Mutex::new(()),
             keeper: Mutex::default(),
-            keeper_wake: std::sync::Condvar::new(),
+            keeper_wake: Condvar::new(),
         }
     }
 
@@ -101,10 +108,8 @@ impl Core {
         Arc::clone(&lock(&self.stack))
     }
 
-    /// Only while the gate is closed and nobody is inside.
-    pub(crate) fn replace_stack(&self, stack: Stack) {
-        *lock(&self.stack) = Arc::new(stack);
-        self.stack_epoch.fetch_add(1, Ordering::SeqCst);
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::SeqCst)
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {
@@ -142,17 +147,35 @@ impl Core {
         queue.inside.fetch_sub(1, Ordering::SeqCst);
     }
 
-    pub(crate) fn close(&self) {
+    /// Closes the gate and waits until nobody is inside: then the stack is the caller's. One at a time; others wait
+    /// for their turn. None, and nothing has happened, when that takes longer than `limit`.
+    pub(crate) fn close(self: &Arc<Self>, limit: Duration) -> Option<Closed> {
+        let start = Instant::now();
+        let left = || limit.saturating_sub(start.elapsed());
+        let holder = lock(&self.holder);
+        let waited = self.holder_gone.wait_timeout_while(holder, limit, |held| *held);
+        let (mut holder, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() && *holder {
+            return None;
+        }
+        *holder = true;
+        drop(holder);
+        let closed = Closed { core: Arc::clone(self) };
         self.closed.store(true, Ordering::SeqCst);
-    }
-
-    pub(crate) fn open(&self) {
-        self.closed.store(false, Ordering::SeqCst);
-        self.wake_parked();
+        let mut pause = Duration::from_micros(20);
+        while !self.is_drained() {
+            if left().is_zero() {
+                return None;
+            }
+            // This is rare: looking often for a short time beats a wake-up on every completion.
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(1));
+        }
+        Some(closed)
     }
 
     /// Whether no operation is inside the gate.
-    pub(crate) fn is_drained(&self) -> bool {
+    fn is_drained(&self) -> bool {
         lock(&self.queues)
             .iter()
             .filter_map(Weak::upgrade)
@@ -187,6 +210,31 @@ impl Core {
             drop(claims);
             self.wake_parked();
         }
+    }
+}
+
+/// The gate, closed, with nobody inside. Opened when it is dropped.
+pub(crate) struct Closed {
+    core: Arc<Core>,
+}
+
+impl Closed {
+    /// New I/O goes to `stack` from the opening on. Its head may be larger than before, never smaller.
+    pub(crate) fn replace_stack(&self, stack: Stack) {
+        let size_bytes = stack.head().size_bytes;
+        *lock(&self.core.stack) = Arc::new(stack);
+        self.core.stack_epoch.fetch_add(1, Ordering::SeqCst);
+        // Last: who sees the size finds the stack that has it.
+        self.core.size_bytes.store(size_bytes, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.core.closed.store(false, Ordering::SeqCst);
+        self.core.wake_parked();
+        *lock(&self.core.holder) = false;
+        self.core.holder_gone.notify_one();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The engine against a plain array, on real files: snapshots interleaved, several operations under way at once in
 //! two queues, lengths that align with nothing; locks, hostile headers, leftovers.
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, sync::Arc, time::Duration};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -19,6 +19,10 @@ enum Step {
     /// Operations with disjoint ranges, under way together.
     Batch(Vec<(u64, u64, u8)>),
     Snapshot,
+    /// Held for a moment, then let go.
+    Hold,
+    /// By so many bytes.
+    Grow(u64),
     Reopen,
     /// Delete a snapshot: the n-th, counted round.
     Delete(usize),
@@ -28,7 +32,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let op = (0..SIZE, 1..6 * BLOCK_BYTES, 0..8u8);
     let step = prop_oneof![
         6 => proptest::collection::vec(op, 1..10).prop_map(Step::Batch),
-        1 => Just(Step::Snapshot),
+        2 => Just(Step::Snapshot),
+        1 => Just(Step::Hold),
+        1 => (0..3 * BLOCK_BYTES).prop_map(Step::Grow),
         1 => Just(Step::Reopen),
         1 => (0..8usize).prop_map(Step::Delete),
     ];
@@ -36,10 +42,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Drops what overlaps an earlier one, so that the outcome does not depend on the order.
-fn disjoint(ops: &[(u64, u64, u8)]) -> Vec<(u64, u64, u8)> {
+fn disjoint(ops: &[(u64, u64, u8)], size: u64) -> Vec<(u64, u64, u8)> {
     let mut taken: Vec<(u64, u64, u8)> = Vec::new();
     for &(offset, len, what) in ops {
-        let len = len.min(SIZE - offset);
+        let len = len.min(size - offset);
         if taken.iter().all(|&(o, l, _)| offset + len <= o || o + l <= offset) {
             taken.push((offset, len, what));
         }
@@ -50,7 +56,7 @@ fn disjoint(ops: &[(u64, u64, u8)]) -> Vec<(u64, u64, u8)> {
 fn batch(volume: &Volume, model: &mut [u8], ops: &[(u64, u64, u8)], fill: u8) {
     let mut queues = [volume.queue(3).expect("queue"), volume.queue(16).expect("queue")];
     let mut discarded = Vec::new();
-    for (i, (offset, len, what)) in disjoint(ops).into_iter().enumerate() {
+    for (i, (offset, len, what)) in disjoint(ops, model.len() as u64).into_iter().enumerate() {
         let range = offset as usize..(offset + len) as usize;
         let op = match what {
             0..=4 => {
@@ -122,6 +128,14 @@ proptest! {
                     dir.snapshot(&volume, &name).expect("snapshot");
                     snapshots.push((name, model.clone()));
                 }
+                Step::Hold => drop(volume.hold(Duration::from_secs(9)).expect("hold")),
+                Step::Grow(bytes) => {
+                    let size = volume.size_bytes() + bytes;
+                    volume.resize(size).expect("grow");
+                    model.resize(size as usize, 0);
+                    prop_assert_eq!(volume.size_bytes(), size);
+                    prop_assert!(read_all(&volume) == model);
+                }
                 Step::Reopen => {
                     prop_assert!(volume.queue(1).expect("queue").run(Op::Flush).0.is_ok());
                     drop(volume);
@@ -152,13 +166,13 @@ proptest! {
             let point = dir.open_snapshot(name).expect("open a snapshot");
             prop_assert!(read_all(&point) == *bytes, "snapshot {}", name);
             let mut at = 0;
-            point.extents(0, SIZE, |extent| {
+            point.extents(0, u64::MAX, |extent| {
                 let end = at + extent.len as usize;
                 assert!(!extent.hole || bytes[at..end].iter().all(|&b| b == 0));
                 at = end;
                 true
             });
-            prop_assert_eq!(at as u64, SIZE);
+            prop_assert_eq!(at, bytes.len());
         }
         for (i, (since, before)) in snapshots.iter().enumerate() {
             changed_ranges_cover(&volume, since, before, &model);
@@ -167,7 +181,7 @@ proptest! {
                 let point = dir.open_snapshot(later).expect("open a snapshot");
                 changed_ranges_cover(&point, since, before, after);
                 if since == later {
-                    prop_assert!(!point.changed_extents(since, 0, SIZE, 9).expect("known")[0].dirty);
+                    prop_assert!(!point.changed_extents(since, 0, u64::MAX, 9).expect("known")[0].dirty);
                 } else {
                     let early = dir.open_snapshot(since).expect("open a snapshot");
                     prop_assert!(early.changed_extents(later, 0, 1, 1).is_err(), "it is not below");
@@ -179,9 +193,12 @@ proptest! {
 
 /// Every byte that differs lies in a changed range, in one answer as in many small ones from odd offsets.
 fn changed_ranges_cover(volume: &Volume, since: &str, before: &[u8], after: &[u8]) {
+    let size = after.len() as u64;
+    let mut before = before.to_vec();
+    before.resize(after.len(), 0);
     for (start, extents_max) in [(0, usize::MAX), (1001, 1), (3 * BLOCK_BYTES, 2)] {
         let mut at = start;
-        while at < SIZE {
+        while at < size {
             let extents = volume.changed_extents(since, at, u64::MAX, extents_max).expect("known");
             assert!(!extents.is_empty() && extents.len() <= extents_max);
             assert!(extents.windows(2).all(|pair| pair[0].dirty != pair[1].dirty));
@@ -192,9 +209,9 @@ fn changed_ranges_cover(volume: &Volume, since: &str, before: &[u8], after: &[u8
                 assert!(extent.dirty || before[range.clone()] == after[range], "{extent:?} since {since}");
             }
         }
-        assert_eq!(at, SIZE);
+        assert_eq!(at, size);
     }
-    assert_eq!(volume.changed_extents(since, SIZE, 1, 9), Ok(vec![]));
+    assert_eq!(volume.changed_extents(since, size, 1, 9), Ok(vec![]));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! A volume: opened from its files, shared by its queues, snapshotted.
+//! A volume: opened from its files, shared by its queues. What changes its layers has files of its own: `snapshot.rs`,
+//! `resize.rs`, `merge.rs`.
 
 use std::{
     fs::File,
@@ -9,19 +10,17 @@ use std::{
 
 use crate::{
     chain::walk,
-    error::{CreateError, IoError, OpenError, SnapshotError},
-    header::{Header, HeaderState, NAME_BYTES_MAX},
-    keeper::{self, Keeper},
+    error::{CreateError, OpenError},
+    header::{Header, HeaderState},
+    keeper::Keeper,
     layer::{self, Layer},
     map::BlockMap,
     media::{Lock, Media},
     queue::IoQueue,
-    shared::{Core, lock},
-    stack::{Extent, LAYERS_MAX, Stack},
+    shared::Core,
+    stack::{Extent, Stack},
 };
 
-/// How long a snapshot waits for I/O under way. The guest's new I/O waits as long.
-const DRAIN_MS_MAX: u64 = 5_000;
 /// Times that an open starts over because the head was sealed under its eyes.
 const OPEN_TRIES_MAX: u32 = 4;
 /// How long an open waits for a lock: the kernel gives up that of a killed process a moment after its end.
@@ -68,14 +67,14 @@ pub struct SnapshotInfo {
 /// A virtual disk. Clones share it.
 #[derive(Clone)]
 pub struct Volume {
-    core: Arc<Core>,
+    pub(crate) core: Arc<Core>,
     /// Of a writable layered volume. Declared here so that the thread ends with the last clone.
     keeper: Option<Arc<Keeper>>,
 }
 
 impl std::fmt::Debug for Volume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Volume({} bytes, {} layers)", self.core.size_bytes, self.core.stack().layers.len())
+        write!(f, "Volume({} bytes, {} layers)", self.size_bytes(), self.layer_count())
     }
 }
 
@@ -95,7 +94,7 @@ impl Volume {
         }
         take_lock(&media, access, 0)?;
         let stack = Stack { layers: vec![Arc::new(Layer::raw(media, size_bytes))] };
-        let core = Core::new(stack, size_bytes, access == Access::ReadOnly);
+        let core = Core::new(stack, access == Access::ReadOnly);
         Ok(Volume { core: Arc::new(core), keeper: None })
     }
 
@@ -157,8 +156,7 @@ impl Volume {
             layers.push(Arc::new(Layer::new(data, map_file, header, map)));
         }
         let stack = Stack { layers };
-        let size_bytes = stack.head().size_bytes;
-        let core = Arc::new(Core::new(stack, size_bytes, access == Access::ReadOnly));
+        let core = Arc::new(Core::new(stack, access == Access::ReadOnly));
         let keeper = match access {
             Access::ReadOnly => None,
             Access::ReadWrite => Some(Arc::new(
@@ -173,9 +171,9 @@ impl Volume {
         self.core.stack()
     }
 
-    /// Size, bytes. Not always a multiple of 512.
+    /// Size, bytes. Not always a multiple of 512. It grows by [`Volume::resize`].
     pub fn size_bytes(&self) -> u64 {
-        self.core.size_bytes
+        self.core.size_bytes()
     }
 
     /// Whether changes are refused.
@@ -206,120 +204,16 @@ impl Volume {
 
     /// Calls `each` with the extents of a range in order, until it returns false. The range is cut to the volume.
     pub fn extents(&self, offset: u64, len: u64, each: impl FnMut(Extent) -> bool) {
-        let end = offset.saturating_add(len).min(self.core.size_bytes);
+        let stack = self.core.stack();
+        let end = offset.saturating_add(len).min(stack.head().size_bytes);
         if offset < end {
-            self.core.stack().extents(offset, end - offset, each);
+            stack.extents(offset, end - offset, each);
         }
     }
 
     /// A queue that may have `depth` operations under way (1 to 4096). One for each virtqueue or connection.
     pub fn queue(&self, depth: u16) -> io::Result<IoQueue> {
         IoQueue::new(Arc::clone(&self.core), self.keeper.clone(), depth.clamp(1, 4096))
-    }
-
-    /// Seals the head under the name `name` and goes on in `new_head`, whose files are emptied and become layer
-    /// `head + 1`: the caller named them so and has synced their directory.
-    ///
-    /// Waits for I/O under way in every queue, so it must not be called by a thread that has to reap one.
-    /// After a crash at any point the volume opens either as before or with the snapshot, see README.md.
-    pub fn snapshot(&self, new_head: LayerFiles, name: &str) -> Result<SnapshotInfo, SnapshotError> {
-        self.snapshot_media((Media::new(new_head.data), Media::new(new_head.map)), name)
-    }
-
-    pub(crate) fn snapshot_media(
-        &self,
-        new_head: (Media, Media),
-        name: &str,
-    ) -> Result<SnapshotInfo, SnapshotError> {
-        self.check_snapshot(name)?;
-        self.core.close();
-        let result = self.drain().and_then(|()| self.seal_and_switch(new_head, name));
-        self.core.open();
-        result
-    }
-
-    fn check_snapshot(&self, name: &str) -> Result<(), SnapshotError> {
-        let bad = |why| Err(SnapshotError::Name { name: name.to_owned(), why });
-        if self.core.read_only {
-            return Err(SnapshotError::ReadOnly);
-        }
-        if self.core.is_poisoned() {
-            return Err(SnapshotError::Poisoned);
-        }
-        if self.head_header().is_none() {
-            return Err(SnapshotError::Raw);
-        }
-        if name.is_empty() || name.len() > NAME_BYTES_MAX {
-            return bad("it must have 1 to 255 bytes");
-        }
-        if self.snapshots().iter().any(|s| s.name == name) {
-            return bad("a snapshot of this volume has it already");
-        }
-        match self.layer_count() {
-            n if n >= LAYERS_MAX => Err(SnapshotError::TooManyLayers(n)),
-            _ => Ok(()),
-        }
-    }
-
-    /// Waits until nothing is inside the gate.
-    fn drain(&self) -> Result<(), SnapshotError> {
-        let start = Instant::now();
-        let mut pause = Duration::from_micros(20);
-        while !self.core.is_drained() {
-            if start.elapsed() > Duration::from_millis(DRAIN_MS_MAX) {
-                return Err(SnapshotError::NotDrained(DRAIN_MS_MAX));
-            }
-            // Snapshots are rare: looking often for a short time beats a wake-up on every completion.
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(1));
-        }
-        Ok(())
-    }
-
-    /// The order of the syncs is the crash argument.
-    fn seal_and_switch(
-        &self,
-        (data, map_file): (Media, Media),
-        name: &str,
-    ) -> Result<SnapshotInfo, SnapshotError> {
-        let io_error = |what| move |source| SnapshotError::Io { what, source };
-        // 1. What the snapshot will promise is on disk.
-        keeper::commit(&self.core).map_err(|e| match e {
-            IoError::Host { what, errno } => io_error(what)(io::Error::from_raw_os_error(errno)),
-            _ => SnapshotError::Poisoned,
-        })?;
-        let _no_commit = lock(&self.core.commit);
-        let old = self.core.stack();
-        let Some(sealed) = old.head().header() else { return Err(SnapshotError::Raw) };
-        // 2. The new head is complete and names its parent. Nobody names it yet.
-        let header = Header {
-            layer: sealed.layer + 1,
-            parent: Some(sealed.layer),
-            state: HeaderState::Head,
-            snapshot: String::new(),
-            time_s: now_s(),
-            sequence: 0,
-            ..sealed.clone()
-        };
-        layer::initialize(&data, &map_file, &header, false)?;
-        // 3. The commit point: one header slot, written and synced.
-        let time_s = now_s();
-        let seal = old.head().update_header(|h| {
-            h.state = HeaderState::Sealed { successor: header.layer };
-            h.snapshot = name.to_owned();
-            h.time_s = time_s;
-        });
-        if let Err(e) = seal {
-            // Whether it is on disk is unknown: only a reopening tells.
-            self.core.poison();
-            return Err(io_error("seal the head")(e));
-        }
-        // 4. From here on new I/O goes to the new head.
-        let map = BlockMap::new(header.blocks());
-        let mut layers = old.layers.clone();
-        layers.push(Arc::new(Layer::new(data, map_file, header, Some(map))));
-        self.core.replace_stack(Stack { layers });
-        Ok(SnapshotInfo { name: name.to_owned(), layer: sealed.layer, time_s, size_bytes: sealed.size_bytes })
     }
 }
 
@@ -412,7 +306,7 @@ pub(crate) fn create_media(
     layer::initialize(data, map_file, &header, keep_data)
 }
 
-fn now_s() -> u64 {
+pub(crate) fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 

@@ -61,6 +61,7 @@ fn create_failed(error: CreateError) -> Failed {
     match &error {
         CreateError::Size(_) => failed(Code::Invalid, "size_bytes", &error),
         CreateError::InUse => failed(Code::InUse, "", &error),
+        CreateError::Shared(_) => failed(Code::Precondition, "", &error),
         CreateError::Io { source, .. } => failed(io_code(source), "", &error),
     }
 }

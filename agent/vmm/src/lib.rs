@@ -18,6 +18,7 @@ pub mod cli;
 pub mod console;
 pub mod devices;
 pub mod end;
+pub mod guest_agent;
 pub mod layout;
 pub mod machine;
 pub mod run;

@@ -131,13 +131,14 @@ impl HostPort {
         }
     }
 
-    /// Begins to listen; what the guest has sent until now is gone.
-    pub fn session(&self) -> Result<Session, PortError> {
-        let mut state = self.shared.lock();
+    /// Begins to listen, when nobody else does any more; what the guest has sent until then is gone.
+    pub fn session(&self, deadline: Instant) -> Result<Session, PortError> {
+        let state = self.shared.lock();
+        let (mut state, free) = self.shared.wait_while(state, deadline, |s| s.session && s.open && !s.ended);
         if state.ended {
             return Err(PortError::Ended);
         }
-        if state.session {
+        if !free {
             return Err(PortError::Busy);
         }
         if !state.open {
@@ -155,7 +156,8 @@ impl HostPort {
     }
 
     /// The device's side.
-    pub(super) fn device(&self) -> DeviceEnd {
+    #[must_use]
+    pub fn device(&self) -> DeviceEnd {
         DeviceEnd { shared: self.shared.clone() }
     }
 }
@@ -218,23 +220,25 @@ impl Drop for Session {
         state.session = false;
         state.from_guest.clear();
         drop(state);
+        self.shared.changed.notify_all();
         self.shared.ring();
     }
 }
 
-/// What the device's thread does with the buffers. Never waits.
-pub(super) struct DeviceEnd {
+/// What the device's thread does with the buffers. Never waits. Public for tests that play the guest.
+pub struct DeviceEnd {
     shared: Arc<Shared>,
 }
 
 impl DeviceEnd {
     /// Rung when there is something to carry, or room again.
-    pub(super) fn bell(&self) -> &EventFd {
+    #[must_use]
+    pub fn bell(&self) -> &EventFd {
         &self.shared.bell
     }
 
     /// The guest says whether a program has the port open. What was meant for the one before is gone.
-    pub(super) fn set_open(&self, open: bool) {
+    pub fn set_open(&self, open: bool) {
         let mut state = self.shared.lock();
         if open && !state.open {
             state.opened = state.opened.wrapping_add(1);
@@ -249,12 +253,13 @@ impl DeviceEnd {
     }
 
     /// Whether something waits for the guest.
-    pub(super) fn has_some(&self) -> bool {
+    #[must_use]
+    pub fn has_some(&self) -> bool {
         !self.shared.lock().to_guest.is_empty()
     }
 
     /// Takes what waits for the guest, as far as it fits; the number of bytes.
-    pub(super) fn take(&self, into: &mut [u8]) -> usize {
+    pub fn take(&self, into: &mut [u8]) -> usize {
         let mut state = self.shared.lock();
         let count = state.to_guest.len().min(into.len());
         for (byte, value) in into.iter_mut().zip(state.to_guest.drain(..count)) {
@@ -264,13 +269,14 @@ impl DeviceEnd {
     }
 
     /// How many bytes a session takes now; `None`: nobody listens, and all of them may be dropped.
-    pub(super) fn room(&self) -> Option<usize> {
+    #[must_use]
+    pub fn room(&self) -> Option<usize> {
         let state = self.shared.lock();
         (state.session && state.open).then(|| BUFFER_BYTES_MAX.saturating_sub(state.from_guest.len()))
     }
 
     /// Gives the session what the guest has sent, at most [`DeviceEnd::room`] bytes.
-    pub(super) fn offer(&self, bytes: &[u8]) {
+    pub fn offer(&self, bytes: &[u8]) {
         let mut state = self.shared.lock();
         // It may have gone since it was asked.
         if state.session && state.open {

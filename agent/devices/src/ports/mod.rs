@@ -24,7 +24,7 @@ mod ports_test;
 
 use serio_virtio::{ActivateError, Activation, VirtioDevice};
 
-pub use self::host::{BUFFER_BYTES_MAX, HostPort, PortError, Session};
+pub use self::host::{BUFFER_BYTES_MAX, DeviceEnd, HostPort, PortError, Session};
 use self::worker::PortWorker;
 use crate::worker::{Worker, join_all};
 

@@ -134,12 +134,12 @@ fn the_configuration_says_two_ports() {
 #[test]
 fn a_program_opens_the_port_and_bytes_go_both_ways() {
     let mut guest = Guest::new();
-    assert!(matches!(guest.host.session(), Err(PortError::NotOpen)));
+    assert!(matches!(guest.host.session(soon()), Err(PortError::NotOpen)));
     guest.open();
     guest.send(b"nobody listens");
     guest.used(TX);
-    let session = guest.host.session().unwrap();
-    assert!(matches!(guest.host.session(), Err(PortError::Busy)));
+    let session = guest.host.session(soon()).unwrap();
+    assert!(matches!(guest.host.session(Instant::now()), Err(PortError::Busy)));
     session.send(b"hello, guest").unwrap();
     assert_eq!(guest.receive(5), b"hello");
     assert_eq!(guest.receive(100), b", guest");
@@ -157,7 +157,7 @@ fn a_program_opens_the_port_and_bytes_go_both_ways() {
     guest.send(&long);
     drop(session);
     guest.used(TX);
-    let session = guest.host.session().unwrap();
+    let session = guest.host.session(soon()).unwrap();
     guest.send(b"new");
     assert_eq!(heard(&session, 3), b"new");
     assert!(!guest.rig.needs_reset());
@@ -167,7 +167,7 @@ fn a_program_opens_the_port_and_bytes_go_both_ways() {
 fn what_a_closed_port_was_to_get_is_gone() {
     let mut guest = Guest::new();
     guest.open();
-    let session = guest.host.session().unwrap();
+    let session = guest.host.session(soon()).unwrap();
     session.send(b"for the first").unwrap();
     let seen = guest.host.times_opened();
     guest.tell(1, 6, 0);
@@ -180,7 +180,7 @@ fn what_a_closed_port_was_to_get_is_gone() {
     // The session was with somebody else.
     assert_eq!(session.send(b"x"), Err(PortError::NotOpen));
     drop(session);
-    guest.host.session().unwrap().send(b"for the second").unwrap();
+    guest.host.session(soon()).unwrap().send(b"for the second").unwrap();
     assert_eq!(guest.receive(100), b"for the second", "it outlives the session");
 }
 
@@ -188,7 +188,7 @@ fn what_a_closed_port_was_to_get_is_gone() {
 fn nobody_waits_for_ever() {
     let mut guest = Guest::new();
     guest.open();
-    let session = guest.host.session().unwrap();
+    let session = guest.host.session(soon()).unwrap();
     let mut bytes = Vec::new();
     let brief = Instant::now() + Duration::from_millis(20);
     assert_eq!(session.receive(&mut bytes, 10, brief), Err(PortError::TimedOut));
@@ -207,7 +207,7 @@ fn nobody_waits_for_ever() {
     });
     assert_eq!(ended, Err(PortError::Ended));
     drop(session);
-    assert!(matches!(guest.host.session(), Err(PortError::Ended)));
+    assert!(matches!(guest.host.session(soon()), Err(PortError::Ended)));
     assert_eq!(guest.host.wait_opened(99, soon()), Err(PortError::Ended));
 }
 
@@ -234,7 +234,7 @@ fn a_reset_ends_the_talk_and_the_next_driver_begins_anew() {
     let mut guest = Guest::new();
     for round in 0..5 {
         guest.open();
-        let session = guest.host.session().unwrap();
+        let session = guest.host.session(soon()).unwrap();
         session.send(b"lost").unwrap();
         guest.send(&[7; 100_000]);
         guest.ports.reset();
@@ -248,7 +248,7 @@ fn a_reset_ends_the_talk_and_the_next_driver_begins_anew() {
         assert_eq!(guest.host.times_opened(), round + 1);
     }
     guest.open();
-    guest.host.session().unwrap().send(b"kept").unwrap();
+    guest.host.session(soon()).unwrap().send(b"kept").unwrap();
     assert_eq!(guest.receive(100), b"kept");
 }
 
@@ -264,7 +264,7 @@ fn broken_rings_cost_the_device_only() {
     ] {
         let mut guest = Guest::new();
         guest.open();
-        let session = guest.host.session().unwrap();
+        let session = guest.host.session(soon()).unwrap();
         session.send(b"something").unwrap();
         match buffer {
             None => guest.queue(queue).offer_head(99),
@@ -355,13 +355,13 @@ proptest! {
                     guest.kick(queue);
                 }
                 Step::Send(len) => {
-                    session = session.or_else(|| guest.host.session().ok());
+                    session = session.or_else(|| guest.host.session(Instant::now()).ok());
                     if let Some(session) = &session {
                         let _ = session.send(&vec![b'x'; len]);
                     }
                 }
                 Step::Receive => {
-                    session = session.or_else(|| guest.host.session().ok());
+                    session = session.or_else(|| guest.host.session(Instant::now()).ok());
                     if let Some(session) = &session {
                         bytes.clear();
                         let _ = session.receive(&mut bytes, 1000, Instant::now() + Duration::from_micros(100));
@@ -386,7 +386,7 @@ proptest! {
         (guest.drivers, guest.rig) = (drivers, rig);
         guest.ports.activate(activation).unwrap();
         guest.open();
-        let session = guest.host.session().unwrap();
+        let session = guest.host.session(soon()).unwrap();
         guest.send(b"all is well");
         prop_assert_eq!(heard(&session, 11), b"all is well");
     }

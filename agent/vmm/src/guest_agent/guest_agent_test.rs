@@ -1,0 +1,287 @@
+//! The client against guests that behave, lie, flood and stay silent.
+
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use serio_devices::ports::DeviceEnd;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::lines::LINE_BYTES_MAX;
+use super::*;
+
+/// What a guest does with a request: the bytes of its answer.
+type Behaviour = Box<dyn FnMut(&Value) -> Vec<u8> + Send>;
+
+/// A guest with an agent, on a thread: reads lines, answers as it likes.
+struct FakeGuest {
+    port: HostPort,
+    /// Each command that it got.
+    asked: Receiver<String>,
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FakeGuest {
+    fn new(behaviour: impl FnMut(&Value) -> Vec<u8> + Send + 'static) -> FakeGuest {
+        let port = HostPort::new().expect("an eventfd");
+        let stop = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let (sender, asked) = channel();
+        let device = port.device();
+        device.set_open(true);
+        let stopped = stop.try_clone().expect("an eventfd");
+        let behaviour = Box::new(behaviour);
+        let thread = std::thread::spawn(move || live(&device, &stopped, behaviour, &sender));
+        FakeGuest { port, asked, stop, thread: Some(thread) }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.try_iter().filter(|command| command != "guest-sync-delimited").collect()
+    }
+}
+
+impl Drop for FakeGuest {
+    fn drop(&mut self) {
+        self.stop.write(1).expect("room");
+        self.thread.take().expect("until now").join().expect("no panic");
+    }
+}
+
+fn live(device: &DeviceEnd, stop: &EventFd, mut behaviour: Behaviour, asked: &Sender<String>) {
+    let epoll = Epoll::new().expect("an epoll");
+    for (event, set) in [(stop, EventSet::IN), (device.bell(), EventSet::IN | EventSet::EDGE_TRIGGERED)] {
+        let add = EpollEvent::new(set, event.as_raw_fd() as u64);
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), add).expect("added");
+    }
+    let stopped = |wait_ms: i32| {
+        let mut events = [EpollEvent::default(); 2];
+        let count = epoll.wait(wait_ms, &mut events).expect("waited");
+        events[..count].iter().any(|event| event.data() == stop.as_raw_fd() as u64)
+    };
+    let mut line = Vec::new();
+    let mut piece = [0; 100];
+    loop {
+        let count = device.take(&mut piece);
+        if count == 0 && stopped(-1) {
+            return;
+        }
+        for byte in &piece[..count] {
+            match byte {
+                0xff => line.clear(),
+                b'\n' => {
+                    let request: Value = serde_json::from_slice(&line).expect("we send JSON");
+                    line.clear();
+                    let _ = asked.send(request["execute"].as_str().expect("a command").to_owned());
+                    let mut answer = &*behaviour(&request);
+                    while !answer.is_empty() {
+                        let room = device.room().unwrap_or(answer.len()).min(answer.len());
+                        device.offer(&answer[..room]);
+                        answer = &answer[room..];
+                        if room == 0 && stopped(-1) {
+                            return;
+                        }
+                    }
+                }
+                byte => line.push(*byte),
+            }
+        }
+    }
+}
+
+/// What a stock agent answers.
+fn answer_well(request: &Value, frozen: &mut bool) -> Vec<u8> {
+    let id = &request["arguments"]["id"];
+    match request["execute"].as_str().expect("a command") {
+        "guest-sync-delimited" => [b"\xff{\"return\": ".to_vec(), format!("{id}}}\n").into_bytes()].concat(),
+        STATUS => format!("{{\"return\": \"{}\"}}\n", if *frozen { "frozen" } else { "thawed" }).into_bytes(),
+        FREEZE if *frozen => b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"disabled\"}}\n".to_vec(),
+        FREEZE => {
+            *frozen = true;
+            b"{\"return\": 2}\n".to_vec()
+        }
+        THAW => {
+            let count = if std::mem::take(frozen) { 2 } else { 0 };
+            format!("{{\"return\": {count}}}\n").into_bytes()
+        }
+        other => panic!("{other}"),
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+fn brief() -> Instant {
+    Instant::now() + Duration::from_millis(50)
+}
+
+fn silent(error: &AgentError) {
+    panic!("told of {error}");
+}
+
+#[test]
+fn a_good_guest_is_frozen_and_thawed() {
+    let mut frozen = false;
+    let guest = FakeGuest::new(move |request| answer_well(request, &mut frozen));
+    let agent = GuestAgent::new(guest.port.clone());
+    for _ in 0..3 {
+        assert_eq!(agent.freeze(soon()), Ok(2));
+        assert_eq!(agent.confirm(soon()), Ok(()));
+        agent.settle(silent);
+        assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
+        assert_eq!(guest.asked(), [FREEZE, STATUS, STATUS, THAW, STATUS]);
+        agent.settle(silent);
+        assert!(guest.asked().is_empty(), "nothing is owed any more");
+    }
+}
+
+#[test]
+fn without_an_agent_it_is_said_at_once() {
+    let agent = GuestAgent::new(HostPort::new().expect("an eventfd"));
+    assert_eq!(agent.freeze(soon()), Err(AgentError::Port(PortError::NotOpen)));
+    agent.settle(silent);
+}
+
+#[test]
+fn a_silent_agent_is_not_asked_to_freeze() {
+    let guest = FakeGuest::new(|_| Vec::new());
+    let agent = GuestAgent::new(guest.port.clone());
+    assert_eq!(agent.freeze(brief()), Err(AgentError::Port(PortError::TimedOut)));
+    assert!(guest.asked().is_empty());
+    agent.settle(silent);
+}
+
+#[test]
+fn a_freeze_without_an_answer_is_thawed_when_the_agent_wakes() {
+    let mut frozen = false;
+    let mut late = Vec::new();
+    let guest = FakeGuest::new(move |request| {
+        let answer = answer_well(request, &mut frozen);
+        // Its answer to the freeze comes when the next question does.
+        if request["execute"] == FREEZE {
+            late = answer;
+            return Vec::new();
+        }
+        [std::mem::take(&mut late), answer].concat()
+    });
+    let agent = GuestAgent::new(guest.port.clone());
+    assert_eq!(agent.freeze(brief()), Err(AgentError::Port(PortError::TimedOut)));
+    agent.settle(silent);
+    assert_eq!(guest.asked(), [FREEZE, THAW]);
+    assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
+}
+
+#[test]
+fn a_thaw_is_asked_again_of_the_agent_that_comes_back() {
+    let (mut frozen, mut deaf) = (false, true);
+    let guest = FakeGuest::new(move |request| {
+        let answer = answer_well(request, &mut frozen);
+        if request["execute"] == THAW && std::mem::take(&mut deaf) {
+            return b"{\"error\": {\"desc\": \"not\\u0007now\"}}\n".to_vec();
+        }
+        answer
+    });
+    let agent = GuestAgent::new(guest.port.clone());
+    agent.freeze(soon()).expect("frozen");
+    let (sender, told) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| agent.settle(|error| sender.send(error.clone()).expect("heard")));
+        let said = told.recv().expect("told").to_string();
+        assert_eq!(said, "the guest agent refused guest-fsfreeze-thaw: not now");
+        guest.port.device().set_open(false);
+        guest.port.device().set_open(true);
+    });
+    assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
+}
+
+#[test]
+fn the_end_of_the_vm_ends_every_wait() {
+    let guest = FakeGuest::new(|_| Vec::new());
+    let agent = GuestAgent::new(guest.port.clone());
+    agent.owed.store(true, Ordering::Release);
+    std::thread::scope(|scope| {
+        scope.spawn(|| agent.settle(|_| {}));
+        scope.spawn(|| assert!(agent.freeze(soon()).is_err()));
+        guest.port.end();
+    });
+    assert_eq!(agent.freeze(soon()), Err(AgentError::Port(PortError::Ended)));
+}
+
+/// Answers the sync as it should be, and everything else with these bytes.
+fn liar(lie: &'static [u8]) -> FakeGuest {
+    FakeGuest::new(move |request| match request["execute"].as_str() {
+        Some("guest-sync-delimited") => answer_well(request, &mut false),
+        _ => lie.to_vec(),
+    })
+}
+
+#[test]
+fn lies_are_refused() {
+    let nonsense = AgentError::Nonsense(FREEZE);
+    let refused = |said: &str| AgentError::Refused { command: FREEZE, said: said.to_owned() };
+    let cases: [(&'static [u8], AgentError); 10] = [
+        (b"{\"return\": 0}\n", AgentError::Nothing),
+        (b"{\"return\": -1}\n", nonsense.clone()),
+        (b"{\"return\": 1e99}\n", nonsense.clone()),
+        (b"{\"return\": 99999999999}\n", nonsense.clone()),
+        (b"{\"return\": {}}\n", nonsense.clone()),
+        (b"[]\n", nonsense.clone()),
+        (b"\xff\n", nonsense.clone()),
+        (b"\n", nonsense.clone()),
+        (b"{\"error\": 1}\n", refused("without a reason")),
+        (b"{\"return\": 1}\n{\"return\": \"thawed\"}\n", AgentError::NotFrozen),
+    ];
+    for (lie, error) in cases {
+        let guest = liar(lie);
+        assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(error), "{lie:?}");
+    }
+    let deep = [vec![b'['; LINE_BYTES_MAX - 1], vec![b'\n']].concat();
+    let guest = liar(deep.leak());
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(nonsense.clone()));
+    let long = [vec![b' '; 3 * LINE_BYTES_MAX], vec![b'\n']].concat();
+    let guest = liar(long.leak());
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(nonsense));
+}
+
+#[test]
+fn a_flood_ends_the_exchange() {
+    let guest = FakeGuest::new(|_| b"{\"return\": 1}\n".repeat(1 << 17));
+    let agent = GuestAgent::new(guest.port.clone());
+    assert_eq!(agent.freeze(soon()), Err(AgentError::Flood));
+    // And one that never ends a line.
+    let guest = FakeGuest::new(|_| vec![b'x'; 2 << 20]);
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(AgentError::Flood));
+}
+
+#[test]
+fn stale_answers_are_skipped() {
+    let mut frozen = false;
+    let guest = FakeGuest::new(move |request| {
+        let answer = answer_well(request, &mut frozen);
+        if request["execute"] == "guest-sync-delimited" {
+            let stale = b"{\"return\": 3}\n\xff{\"return\": 7}\n\xff[\n\xff\xff";
+            return [stale.to_vec(), answer].concat();
+        }
+        answer
+    });
+    let agent = GuestAgent::new(guest.port.clone());
+    assert_eq!(agent.freeze(soon()), Ok(2));
+}
+
+#[test]
+fn lines_come_out_however_they_are_cut() {
+    let text = [&b"one\n"[..], b"half\xfftwo\n", &[b'y'; LINE_BYTES_MAX + 1], b"\nthree\n"].concat();
+    for step in [1, 2, 3, 1000, text.len()] {
+        let (mut lines, mut said) = (Lines::default(), Vec::new());
+        for mut part in text.chunks(step) {
+            while !part.is_empty() {
+                let (used, word) = lines.feed(part);
+                said.extend(word);
+                part = &part[used..];
+            }
+        }
+        let line = |text: &str| Said::Line(text.as_bytes().to_vec());
+        assert_eq!(said, [line("one"), Said::Delimiter, line("two"), Said::TooLong, line("three")]);
+    }
+}

@@ -247,6 +247,65 @@ fn several_queues_work_side_by_side() {
     }
 }
 
+/// A layered volume, which can grow.
+fn growing(folder: &std::path::Path) -> Volume {
+    let file = |name: &str| {
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).open(folder.join(name)).unwrap()
+    };
+    let files = || serio_volume::LayerFiles { data: file("data"), map: file("map") };
+    serio_volume::create_layer(&files(), 1 << 20, [7; 16], false).unwrap();
+    Volume::open(serio_volume::VolumeFiles { layers: vec![files()] }, Access::ReadWrite).unwrap()
+}
+
+#[test]
+fn a_disk_that_grows_tells_its_driver() {
+    let folder = tempfile::tempdir().unwrap();
+    let volume = growing(folder.path());
+    let bell = CapacityBell::default();
+    let mut blk =
+        Blk::new(volume.clone(), &BlkConfig { serial: String::new(), queues: 1 }).with_bell(bell.clone());
+    let capacity = |blk: &Blk| {
+        let mut bytes = [0; 8];
+        blk.read_config(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    };
+    assert_eq!(capacity(&blk), 2048);
+    // Nobody is there to be told, and the driver has read the old size: it hears of it as soon as it is ready.
+    volume.resize(2 << 20).unwrap();
+    bell.ring();
+    let memory = memory(4 << 20);
+    let mut driver = DriverQueue::new(&memory, RING, 16);
+    let (rig, activation) = Rig::activation(&memory, vec![driver.queue(false)], FLUSH);
+    let config_interrupts =
+        || rig.platform.take_delivered().iter().filter(|message| message.data == 1).count();
+    blk.activate(activation).unwrap();
+    assert_eq!(config_interrupts(), 1);
+    assert_eq!(capacity(&blk), 4096);
+
+    let read_at = |sector: u64, driver: &mut DriverQueue| {
+        memory.write_obj(0u32, GuestAddress(HEADER)).unwrap();
+        memory.write_obj(sector.to_le(), GuestAddress(HEADER + 8)).unwrap();
+        let last = Buffer::writable(HEADER + 64, 1);
+        driver.offer(&[Buffer::readable(HEADER, 16), Buffer::writable(DATA, 512), last]).unwrap();
+        rig.kicks[0].write(1).unwrap();
+        while driver.used().is_none() {
+            rig.wait();
+        }
+        memory.read_obj::<u8>(GuestAddress(HEADER + 64)).unwrap()
+    };
+    assert_eq!(read_at(6143, &mut driver), request::S_IOERR);
+    config_interrupts();
+    volume.resize(3 << 20).unwrap();
+    bell.ring();
+    assert_eq!((config_interrupts(), capacity(&blk)), (1, 6144));
+    assert_eq!(read_at(6143, &mut driver), request::S_OK);
+    blk.reset();
+    config_interrupts();
+    bell.ring();
+    assert_eq!(config_interrupts(), 0, "no driver, no interrupt");
+}
+
 #[derive(Clone, Debug)]
 struct Attempt {
     kind: u32,

@@ -8,6 +8,8 @@
 //!   is answered), as §5.2.6.2 wants it.
 //! - Sectors are 512 bytes for the guest; the topology says 4096, which is the volume's grain.
 //! - DISCARD and WRITE_ZEROES take one range a request (`max_…_seg` is 1).
+//! - A volume may grow while it is a disk: whoever grows it rings the [`CapacityBell`], and the driver reads the capacity
+//!   again (§5.2.5, a configuration change). Requests beyond what the driver knows are fine as soon as the volume has it.
 
 mod config;
 mod request;
@@ -16,7 +18,10 @@ mod worker;
 #[cfg(test)]
 mod blk_test;
 
-use serio_virtio::{ActivateError, Activation, VirtioDevice};
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serio_virtio::{ActivateError, Activation, ConfigInterrupt, VirtioDevice};
 use serio_volume::Volume;
 
 use self::config::{F_FLUSH, features, render};
@@ -39,9 +44,35 @@ pub struct BlkConfig {
     pub queues: u16,
 }
 
+/// Tells the driver of a disk, if there is one, that the capacity has changed. Stays the same over resets.
+#[derive(Clone, Default)]
+pub struct CapacityBell(Arc<Mutex<Option<ConfigInterrupt>>>);
+
+impl CapacityBell {
+    /// The volume has its new size: the driver may look.
+    pub fn ring(&self) {
+        if let Some(interrupt) = &*self.lock() {
+            interrupt.trigger();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<ConfigInterrupt>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for CapacityBell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CapacityBell").field("active", &self.lock().is_some()).finish()
+    }
+}
+
 /// A disk.
 pub struct Blk {
     volume: Volume,
+    bell: CapacityBell,
+    /// The size when the driver last began to read the capacity.
+    told_bytes: Cell<u64>,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
     workers: Vec<Worker>,
@@ -56,7 +87,21 @@ impl Blk {
             *to = *from;
         }
         let queues = usize::from(config.queues.clamp(1, QUEUES_MAX));
-        Self { volume, serial, queue_sizes: vec![QUEUE_SIZE; queues], workers: Vec::new() }
+        Self {
+            told_bytes: Cell::new(volume.size_bytes()),
+            volume,
+            bell: CapacityBell::default(),
+            serial,
+            queue_sizes: vec![QUEUE_SIZE; queues],
+            workers: Vec::new(),
+        }
+    }
+
+    /// The same, with a bell to ring when its volume has grown.
+    #[must_use]
+    pub fn with_bell(mut self, bell: CapacityBell) -> Self {
+        self.bell = bell;
+        self
     }
 }
 
@@ -74,7 +119,12 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, out: &mut [u8]) {
-        let image = render(self.volume.size_bytes(), self.queue_sizes.len());
+        let size_bytes = self.volume.size_bytes();
+        if offset == 0 {
+            // The capacity's lower half comes first: if it grows before the upper one is read, it counts as not told.
+            self.told_bytes.set(size_bytes);
+        }
+        let image = render(size_bytes, self.queue_sizes.len());
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
         out.fill(0);
         for (byte, value) in out.iter_mut().zip(image.iter().skip(skip)) {
@@ -94,11 +144,7 @@ impl VirtioDevice for Blk {
                 name,
                 queue,
                 io,
-                worker::Rules {
-                    limits: request::Limits::of(&self.volume),
-                    serial: self.serial,
-                    write_through,
-                },
+                worker::Rules { volume: self.volume.clone(), serial: self.serial, write_through },
                 activation.failure.clone(),
             );
             match started {
@@ -109,10 +155,16 @@ impl VirtioDevice for Blk {
                 }
             }
         }
+        *self.bell.lock() = Some(activation.config_interrupt);
+        if self.told_bytes.get() != self.volume.size_bytes() {
+            // It grew after the driver had read the capacity, and before there was somebody to tell.
+            self.bell.ring();
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
+        *self.bell.lock() = None;
         join_all(&mut self.workers);
     }
 }

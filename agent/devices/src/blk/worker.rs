@@ -13,7 +13,7 @@
 
 use serio_hv::GuestMemory;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError, Segment};
-use serio_volume::{Buffers, Full, IoError, IoQueue, Op};
+use serio_volume::{Buffers, Full, IoError, IoQueue, Op, Volume};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::SERIAL_BYTES;
@@ -24,9 +24,9 @@ const KICK: u64 = 0;
 const COMPLETIONS: u64 = 1;
 
 /// What holds for all requests of a disk.
-#[derive(Clone, Copy)]
 pub(super) struct Rules {
-    pub(super) limits: Limits,
+    /// Says how large the disk is now.
+    pub(super) volume: Volume,
     pub(super) serial: [u8; SERIAL_BYTES],
     pub(super) write_through: bool,
 }
@@ -172,7 +172,9 @@ impl QueueWorker {
             }
             taken = true;
             let head = self.chain.head();
-            let parsed = parse(&mut self.chain, &self.requests.memory, &self.rules.limits)?;
+            // Asked for each request: whoever knows that the disk has grown may use all of it.
+            let limits = Limits::of(&self.rules.volume);
+            let parsed = parse(&mut self.chain, &self.requests.memory, &limits)?;
             match self.operation(parsed.request) {
                 Prepared::Submit(op) => self.submit(tag, head, parsed, op)?,
                 Prepared::Answer { status, written } => {

@@ -9,6 +9,7 @@
 //! | [`handshake`] | options and their replies, the server's side of "Newstyle negotiation" | none |
 //! | [`front`] | what stands between TLS and a Unix socket: forced STARTTLS, names as tokens | none |
 //! | [`backend`] | the seam to whatever holds the bytes | none |
+//! | [`client`] | the other side: pipelined, splits, reconnects and sends again what may be lost | sockets |
 //! | [`server`] | accepts, bounds, one thread a connection | sockets |
 //!
 //! Owns: bytes on an NBD socket. Never: files, volumes, TLS itself. A client's bytes are hostile: each length is
@@ -16,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod client;
 mod connection;
 pub mod front;
 mod greet;

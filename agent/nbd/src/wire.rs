@@ -107,9 +107,11 @@ pub mod chunk {
     pub const FLAG_DONE: u16 = 1;
     pub const NONE: u16 = 0;
     pub const OFFSET_DATA: u16 = 1;
+    pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
     pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = 0x8001;
+    pub const ERROR_OFFSET: u16 = 0x8002;
 }
 
 /// "Error values".

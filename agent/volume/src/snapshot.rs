@@ -56,6 +56,13 @@ impl Volume {
         Ok(Held { volume: self.clone(), closed })
     }
 
+    /// Makes durable what has been answered until now, as a guest's flush does. Who holds several volumes calls it for
+    /// all of them first, so that none waits held while another one's disk is busy.
+    pub fn flush(&self) -> Result<(), SnapshotError> {
+        self.check_holdable()?;
+        commit(self)
+    }
+
     /// Seals the head under the name `name` and goes on in `new_head`, whose files are emptied and become layer
     /// `head + 1`: the caller named them so and has synced their directory.
     ///

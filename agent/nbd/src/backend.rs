@@ -1,6 +1,6 @@
 //! The seam to whatever holds the bytes. This crate knows no volumes; `serio-volumed` implements these traits.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{fs::File, io, os::fd::BorrowedFd, sync::Arc};
 
 /// What a client is told about an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +68,25 @@ pub enum Command<P> {
     },
 }
 
+/// Where a run of an export's bytes is.
+#[derive(Debug, Clone)]
+pub enum Run {
+    /// In a file, from `offset`, `len` bytes.
+    File {
+        /// The file; it need not be looked at again, whatever becomes of the export.
+        file: Arc<File>,
+        /// First byte in it.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Nowhere: so many zeros.
+    Zeros {
+        /// Bytes.
+        len: u64,
+    },
+}
+
 /// Operations of one connection: submitted, kicked, reaped by its thread.
 pub trait Queue {
     /// Memory of requests.
@@ -83,6 +102,13 @@ pub trait Queue {
     fn reap(&mut self, each: impl FnMut(u64, Result<(), i32>, Option<Self::Payload>));
     /// Readable when [`Queue::reap`] has something to do.
     fn event_fd(&self) -> BorrowedFd<'_>;
+    /// Appends where the bytes of a range are, in order, and has them read ahead; false when they cannot be sent as they
+    /// lie in files, or should not, and then `runs` means nothing. What is written to the range until the runs were sent
+    /// may or may not be seen.
+    fn runs(&mut self, offset: u64, len: u64, runs: &mut Vec<Run>) -> bool {
+        let _ = (offset, len, runs);
+        false
+    }
     /// Calls `each(length, flags)` for the extents of a range in a context, in order, until it returns false.
     fn status(&mut self, context: usize, offset: u64, len: u64, each: impl FnMut(u64, u32) -> bool);
 }

@@ -2,64 +2,110 @@
 //!
 //! ```text
 //! socket ──► input ──► requests ──► Queue::submit … kick … reap ──► out ──► socket
+//!                         └── a long read of plain files ──────────► out ──► socket, by sendfile
 //! ```
-//! Each turn reads what is there, submits up to [`TURN_BYTES`] of it, kicks once, reaps, and sends what is ready with
-//! one vectored write; then it polls the socket, the queue's event and the stop event, unless more can be begun at
-//! once. Nothing is read while the connection holds [`HELD_BYTES_MAX`], has all its slots in use, or a turn's worth of
-//! replies waits for the client, so a client that does not read its replies stops itself and nobody else.
+//! Each turn reads what is there, submits up to [`TURN_BYTES`] of it, kicks once, reaps, and sends what is ready; then
+//! it polls the socket, the queue's event, the stop event and the budget's, unless more can be begun at once. Nothing is
+//! read while the connection may hold no more memory, has all its slots in use, or a turn's worth of replies waits for
+//! the client, so a client that does not read its replies stops itself and nobody else.
+//!
+//! A client that is gone (`POLLHUP`) ends its connection at once, with whatever is under way; one that has said goodbye
+//! before is served to the end, and its socket is not waited for any more. [`answer`](crate::answer) has the replies.
 
-use std::os::{
-    fd::{AsFd, BorrowedFd},
-    unix::net::UnixStream,
+use std::{
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use nix::poll::PollFlags;
 
 use crate::{
-    backend::{Backend, Command, ExportInfo, Payload, Queue},
+    backend::{Backend, Command, ExportInfo, Payload, Queue, Run},
+    budget::{Budget, Share},
     greet::{ConnectionError, handshake, wait},
-    handshake::{Negotiated, context_id},
+    handshake::{Handshake, Negotiated},
     inbox::{Arrived, Inbox},
     outbox::{Body, Outbox},
+    places::{Place, Places},
     pool::Pool,
     rules,
-    wire::{Head, Mode, Request, cmd, cmd_flag, error_value},
+    server::{Event, Limits},
+    wire::{Mode, PAYLOAD_BYTES_MAX, Request, cmd, cmd_flag},
 };
 
 /// Payloads that one connection may hold, bytes; a single larger request is let through when it is alone.
-pub(crate) const HELD_BYTES_MAX: usize = 8 << 20;
+const HELD_BYTES_MAX: usize = 8 << 20;
 /// Payloads that are begun before the answers are sent: what was read is sent while the processor still has it.
 const TURN_BYTES: usize = 256 << 10;
+/// Bytes in files that wait to be sent: what is not in the page cache is read ahead meanwhile.
+const AHEAD_BYTES: usize = 8 << 20;
+/// Reads at least so long are sent from files, if they can be: below, a copy costs less than the calls.
+const SEND_BYTES_MIN: u64 = 32 << 10;
 /// Operations under way on one connection.
 pub(crate) const DEPTH: u16 = 128;
-/// Extents in one answer to BLOCK_STATUS.
-const EXTENTS_MAX: usize = 4096;
 /// Replies that wait to be sent without holding a slot; past it nothing is read.
 const OUT_MAX: usize = 1024;
+/// A client that owes something must move so much in [`Limits::stall`]: single bytes do not count.
+const PROGRESS_BYTES_MIN: usize = 4 << 10;
+/// After so long without a request, memory that lies ready is freed.
+const TRIM_AFTER: Duration = Duration::from_secs(1);
 
-/// Serves one client until it leaves, errs, or `stop` becomes readable.
+/// How a connection ended, when nothing went wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It was served, and said goodbye.
+    Goodbye,
+    /// It left without a word, before or after it had an export.
+    Vanished,
+    /// The server stops.
+    Stopped,
+}
+
+/// What connections of a server share.
+pub(crate) struct Host<'a, B> {
+    pub(crate) backends: &'a [B],
+    pub(crate) limits: Limits,
+    pub(crate) budget: &'a Arc<Budget>,
+    pub(crate) places: &'a Places,
+    pub(crate) stop: BorrowedFd<'a>,
+    pub(crate) log: &'a (dyn Fn(Event<'_>) + Sync),
+}
+
+/// Serves one client until it leaves, errs, or the server stops.
 pub(crate) fn serve<B: Backend>(
     stream: &UnixStream,
-    backends: &[B],
-    stop: BorrowedFd<'_>,
-) -> Result<(), ConnectionError> {
+    host: &Host<'_, B>,
+    place: &Place,
+) -> Result<End, ConnectionError> {
     stream.set_nonblocking(true)?;
-    let infos: Vec<ExportInfo> = backends.iter().map(Backend::info).collect();
+    let infos: Vec<ExportInfo> = host.backends.iter().map(Backend::info).collect();
     let mut input = Vec::new();
-    let Some(negotiated) = handshake(stream, &infos, &mut input, stop)? else { return Ok(()) };
-    let (Some(backend), Some(info)) = (backends.get(negotiated.export), infos.get(negotiated.export)) else {
-        return Ok(());
+    let admit = || place.admit();
+    let mut machine = Handshake::new(&infos).admitting(&admit);
+    let greeted = handshake(stream, &mut machine, &mut input, host.stop, host.limits.handshake)?;
+    let Some(negotiated) = greeted else { return Ok(End::Vanished) };
+    let (Some(backend), Some(info)) = (host.backends.get(negotiated.export), infos.get(negotiated.export))
+    else {
+        return Ok(End::Vanished);
     };
+    (host.log)(Event::Clients(host.places.clients()));
     let queue = backend.open(DEPTH).map_err(ConnectionError::Queue)?;
-    Connection::new(queue, info, negotiated, input).run(stream, stop)
+    let share = host.budget.share()?;
+    let mut connection = Connection::new(queue, info, negotiated, input, share);
+    connection.stall = host.limits.stall;
+    connection.run(stream, host.stop, place)
 }
 
 /// A request that was submitted.
 #[derive(Debug, Clone, Copy)]
-struct Pending {
-    request: Request,
+pub(crate) struct Pending {
+    pub(crate) request: Request,
     /// FUA of a command whose operation does not know it: a flush follows.
-    then_flush: bool,
+    pub(crate) then_flush: bool,
 }
 
 /// A write whose payload is still coming.
@@ -80,32 +126,41 @@ enum Pause {
     Turn,
 }
 
-struct Connection<'a, Q: Queue> {
-    queue: Q,
+pub(crate) struct Connection<'a, Q: Queue> {
+    pub(crate) queue: Q,
     info: &'a ExportInfo,
-    negotiated: Negotiated,
+    pub(crate) negotiated: Negotiated,
     input: Inbox,
     receiving: Option<Receiving<Q::Payload>>,
     /// Bytes of refused payloads that are still coming.
     skip: u64,
-    pending: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    out: Outbox<Q::Payload>,
-    /// Bytes of payloads in `receiving`, under way and in `out`.
-    held: usize,
-    pool: Pool<Q::Payload>,
-    again: Vec<usize>,
-    extents: Vec<(u64, u32)>,
+    pub(crate) pending: Vec<Option<Pending>>,
+    pub(crate) free: Vec<usize>,
+    pub(crate) out: Outbox<Q::Payload>,
+    pub(crate) pool: Pool<Q::Payload>,
+    share: Share,
+    pub(crate) again: Vec<usize>,
+    pub(crate) extents: Vec<(u64, u32)>,
+    runs: Vec<Run>,
     /// Something was submitted since the last kick.
     submitted: bool,
     /// Payload bytes that were submitted in this turn.
     turn: usize,
     /// The client said goodbye: what is under way is finished, nothing more is read.
     leaving: bool,
+    /// It has closed the socket after that.
+    pub(crate) gone: bool,
+    /// The client owes something: to take replies, or to send what it has announced.
+    owes: bool,
+    /// Bytes that came or went since `moved_at`.
+    moved: usize,
+    moved_at: Instant,
+    stall: Duration,
 }
 
 impl<'a, Q: Queue> Connection<'a, Q> {
-    fn new(queue: Q, info: &'a ExportInfo, negotiated: Negotiated, input: Vec<u8>) -> Self {
+    fn new(queue: Q, info: &'a ExportInfo, negotiated: Negotiated, input: Vec<u8>, share: Share) -> Self {
+        let mode = negotiated.mode;
         Connection {
             queue,
             info,
@@ -115,18 +170,29 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             skip: 0,
             pending: vec![None; usize::from(DEPTH)],
             free: (0..usize::from(DEPTH)).rev().collect(),
-            out: Outbox::new(),
-            held: 0,
+            out: Outbox::new(mode),
             pool: Pool::new(),
+            share,
             again: Vec::new(),
             extents: Vec::new(),
+            runs: Vec::new(),
             submitted: false,
             turn: 0,
             leaving: false,
+            gone: false,
+            owes: false,
+            moved: 0,
+            moved_at: Instant::now(),
+            stall: Duration::MAX,
         }
     }
 
-    fn run(mut self, stream: &UnixStream, stop: BorrowedFd<'_>) -> Result<(), ConnectionError> {
+    fn run(
+        mut self,
+        stream: &UnixStream,
+        stop: BorrowedFd<'_>,
+        place: &Place,
+    ) -> Result<End, ConnectionError> {
         let mut answered = false;
         loop {
             let pause = self.parse()?;
@@ -137,15 +203,11 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             if std::mem::take(&mut answered) {
                 self.reap();
             }
-            let Connection { out, held, pool, .. } = &mut self;
-            out.send(stream, |payload| {
-                let len = payload.bytes().len();
-                *held -= len;
-                pool.give(payload, len);
-            })?;
+            self.send(stream)?;
             self.turn = 0;
-            if self.leaving && self.free.len() == self.pending.len() && self.out.is_empty() {
-                return Ok(());
+            let at_rest = self.free.len() == self.pending.len() && self.out.is_empty();
+            if self.leaving && at_rest {
+                return Ok(End::Goodbye);
             }
             // Requests that wait in the input announce themselves by nothing but this. Where the client does not take
             // its answers as fast as they come, the socket is waited for instead.
@@ -157,28 +219,113 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             if goes_on && self.out.is_empty() {
                 continue;
             }
+            let idle = at_rest && pause == Pause::Input && self.receiving.is_none() && self.skip == 0;
+            if idle {
+                place.idle()
+            } else {
+                place.busy()
+            }
             let reads = pause == Pause::Input && !self.leaving;
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::POLLIN, reads);
             flags.set(PollFlags::POLLOUT, !self.out.is_empty());
-            let ready = wait(stream.as_fd(), flags, &[self.queue.event_fd(), stop], None)?;
-            let [event, stopping] = ready.events;
-            if stopping {
-                return Ok(());
+            let socket = (!self.gone).then_some((stream.as_fd(), flags));
+            let deadline = self.deadline(idle);
+            let events = [self.queue.event_fd(), stop, self.share.event_fd()];
+            let ready = wait(socket, &events, deadline)?;
+            if ready.late {
+                self.late(idle)?;
+                continue;
             }
-            answered = event;
-            if reads && ready.socket && !self.read(stream)? {
-                // Gone without a word: nobody is left to answer.
-                return Ok(());
+            if ready.events[1] {
+                return Ok(End::Stopped);
+            }
+            answered = ready.events[0];
+            if ready.socket.is_empty() {
+                continue;
+            }
+            let closed =
+                ready.socket.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL);
+            if reads {
+                if !self.read(stream)? {
+                    // Gone without a word: nobody is left to answer.
+                    return Ok(End::Vanished);
+                }
+            } else if closed && self.leaving {
+                self.forget_client();
+            } else if closed {
+                // As above; it would be reported again and again until its last request is done.
+                return Ok(End::Vanished);
             }
         }
     }
 
-    fn has_room(&self, len: usize) -> bool {
-        !self.free.is_empty()
-            && self.out.len() < OUT_MAX
-            && self.out.bytes() < TURN_BYTES
-            && (self.held == 0 || self.held.saturating_add(len) <= HELD_BYTES_MAX)
+    /// It said goodbye and does not wait for what is under way, which is carried out all the same.
+    fn forget_client(&mut self) {
+        self.gone = true;
+        self.out.clear();
+    }
+
+    fn send(&mut self, stream: &UnixStream) -> Result<(), ConnectionError> {
+        let Connection { out, pool, .. } = self;
+        let sent = out.send(stream, |payload| {
+            let len = payload.bytes().len();
+            pool.give(payload, len);
+        });
+        match sent {
+            Ok(moved) => self.moved = self.moved.saturating_add(moved),
+            Err(ConnectionError::Socket(_)) if self.leaving => self.forget_client(),
+            Err(e) => return Err(e),
+        }
+        if self.share.is_wanted() {
+            self.pool.trim();
+        }
+        self.share.shrink(self.pool.bytes());
+        Ok(())
+    }
+
+    /// When to look again though nothing happens.
+    fn deadline(&mut self, idle: bool) -> Option<Instant> {
+        let owes = !self.out.is_empty() || self.receiving.is_some() || self.skip > 0;
+        let enough = if owes { PROGRESS_BYTES_MIN } else { 1 };
+        if self.moved >= enough || owes != self.owes {
+            (self.owes, self.moved, self.moved_at) = (owes, 0, Instant::now());
+        }
+        let after = match idle {
+            _ if owes => self.stall,
+            true if self.pool.bytes() > 0 => TRIM_AFTER,
+            _ => return None,
+        };
+        self.moved_at.checked_add(after)
+    }
+
+    fn late(&mut self, idle: bool) -> Result<(), ConnectionError> {
+        if !idle {
+            return Err(ConnectionError::Stalled(self.stall));
+        }
+        self.pool.clear();
+        self.share.shrink(0);
+        Ok(())
+    }
+
+    fn has_room(&mut self, len: usize) -> bool {
+        if self.free.is_empty()
+            || self.out.len() >= OUT_MAX
+            || self.out.bytes() >= TURN_BYTES
+            || self.out.file_bytes() >= AHEAD_BYTES
+        {
+            return false;
+        }
+        let used = self.pool.used_bytes();
+        if len == 0 || (used > 0 && used.saturating_add(len) > HELD_BYTES_MAX) {
+            return len == 0;
+        }
+        if self.share.covers(self.pool.bytes_with(len)) {
+            return true;
+        }
+        // What lies ready is of other sizes: better to free it than to ask for more.
+        self.pool.trim();
+        self.share.covers(self.pool.bytes_with(len))
     }
 
     /// Reads what is there: into the payload that is being received, and what follows into the input. False: the end.
@@ -191,6 +338,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             Arrived::End => return Ok(false),
             Arrived::Nothing => {}
             Arrived::Bytes(n) => {
+                self.moved = self.moved.saturating_add(n.max(1));
                 if let Some(r) = &mut self.receiving {
                     r.filled += n;
                 }
@@ -207,24 +355,43 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(here);
             self.input.consume(skipped);
             self.skip -= skipped as u64;
-            if self.skip > 0 || !self.receive() {
-                return Ok(Pause::Input);
-            }
-            if self.leaving {
+            if self.skip > 0 || !self.receive() || self.leaving {
                 return Ok(Pause::Input);
             }
             let Some(request) = Request::decode(self.input.rest(), mode)? else { return Ok(Pause::Input) };
             if self.turn >= TURN_BYTES {
                 return Ok(Pause::Turn);
             }
+            let announced = request.payload_bytes(mode);
+            // "A server SHOULD initiate hard disconnect": so much is not even passed over.
+            if mode == Mode::Extended && announced > u64::from(PAYLOAD_BYTES_MAX) {
+                return Err(ConnectionError::PayloadTooLong(announced));
+            }
+            let filter = self.input.rest().get(Request::encoded_bytes(mode)..).unwrap_or_default();
+            let filtered = match rules::filter(&request, filter, &self.negotiated) {
+                rules::Filter::More => return Ok(Pause::Input),
+                filtered => filtered,
+            };
             // Refused later if it is longer than any may be, so what does not fit is of no matter here.
             let len = usize::try_from(request.len).unwrap_or(usize::MAX);
             let len = if rules::carries(&request) { len } else { 0 };
+            // What goes from files to the socket holds no memory.
+            let long = request.command == cmd::READ && request.len >= SEND_BYTES_MIN;
+            if long && self.has_room(0) && self.send_runs(&request) {
+                self.input.consume(Request::encoded_bytes(mode));
+                continue;
+            }
             if !self.has_room(len) {
                 return Ok(Pause::Room(len));
             }
             self.input.consume(Request::encoded_bytes(mode));
-            self.request(request);
+            match filtered {
+                rules::Filter::Some(request, contexts) => {
+                    self.input.consume(usize::try_from(announced).unwrap_or(usize::MAX));
+                    self.filtered_status(&request, &contexts);
+                }
+                _ => self.request(request),
+            }
         }
     }
 
@@ -269,22 +436,52 @@ impl<'a, Q: Queue> Connection<'a, Q> {
             cmd::WRITE_ZEROES => {
                 Command::WriteZeroes { offset, len, may_hole: request.flags & cmd_flag::NO_HOLE == 0 }
             }
-            cmd::BLOCK_STATUS => return self.block_status(&request),
+            cmd::BLOCK_STATUS => {
+                let contexts = std::mem::take(&mut self.negotiated.contexts);
+                self.block_status(&request, &contexts);
+                self.negotiated.contexts = contexts;
+                return;
+            }
             cmd::DISC => {
                 self.leaving = true;
                 return;
             }
-            // CACHE, the only one left: the host's page cache reads ahead by itself.
-            _ => return self.out.push(mode.done(&request), Body::Nothing),
+            // CACHE, the only one left.
+            _ => {
+                self.runs.clear();
+                // It has them read ahead; whether it could is of no matter.
+                self.queue.runs(offset, len.min(u64::from(PAYLOAD_BYTES_MAX)), &mut self.runs);
+                return self.out.push(mode.done(&request), Body::Nothing);
+            }
         };
         let then_flush = fua && matches!(request.command, cmd::TRIM | cmd::WRITE_ZEROES);
         self.submit(Pending { request, then_flush }, command);
     }
 
+    /// Answers a read straight from files, if it may and can be.
+    fn send_runs(&mut self, request: &Request) -> bool {
+        if rules::check(request, self.info, &self.negotiated).is_err() {
+            return false;
+        }
+        self.runs.clear();
+        let can = self.queue.runs(request.offset, request.len, &mut self.runs);
+        if can {
+            self.out.push_runs(request, &self.runs);
+        }
+        can
+    }
+
+    /// BLOCK_STATUS with a list of contexts.
+    fn filtered_status(&mut self, request: &Request, contexts: &[usize]) {
+        match rules::check(request, self.info, &self.negotiated) {
+            Ok(()) => self.block_status(request, contexts),
+            Err(error) => self.out.push(self.negotiated.mode.error(request, error), Body::Nothing),
+        }
+    }
+
     fn payload(&mut self, request: &Request) -> Q::Payload {
         // The rules let at most PAYLOAD_BYTES_MAX through.
         let len = request.len as usize;
-        self.held += len;
         self.turn += len;
         self.pool.take(&mut self.queue, len)
     }
@@ -295,77 +492,8 @@ impl<'a, Q: Queue> Connection<'a, Q> {
         self.queue.submit(slot as u64, command);
         self.submitted = true;
     }
-
-    fn block_status(&mut self, request: &Request) {
-        let mode = self.negotiated.mode;
-        let full = if request.flags & cmd_flag::REQ_ONE != 0 { 1 } else { EXTENTS_MAX };
-        let contexts = self.negotiated.contexts.len();
-        let extents = &mut self.extents;
-        for (i, &context) in self.negotiated.contexts.iter().enumerate() {
-            extents.clear();
-            self.queue.status(context, request.offset, request.len, |len, flags| {
-                let count = extents.len();
-                match extents.last_mut() {
-                    Some(last) if last.1 == flags => last.0 = last.0.saturating_add(len),
-                    _ if count == full => return false,
-                    _ => extents.push((len, flags)),
-                }
-                true
-            });
-            let mut bytes = Vec::with_capacity(extents.len() * mode.extent_bytes() as usize);
-            for &(len, flags) in extents.iter() {
-                if mode == Mode::Extended {
-                    bytes.extend(len.to_be_bytes());
-                    bytes.extend(u64::from(flags).to_be_bytes());
-                } else {
-                    // It lies within the request, whose length is of 32 bits.
-                    bytes.extend(u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
-                    bytes.extend(flags.to_be_bytes());
-                }
-            }
-            let head = mode.status(request, context_id(context), extents.len() as u32, i + 1 == contexts);
-            self.out.push(head, Body::Bytes(bytes));
-        }
-    }
-
-    /// Takes what is done and makes replies of it.
-    fn reap(&mut self) {
-        let mut again = std::mem::take(&mut self.again);
-        let mode = self.negotiated.mode;
-        let Connection { queue, pending, free, out, held, pool, .. } = self;
-        queue.reap(|tag, result, payload| {
-            let slot = tag as usize;
-            let Some(Pending { request, then_flush }) = pending.get(slot).copied().flatten() else { return };
-            if then_flush && result.is_ok() {
-                again.push(slot);
-                return;
-            }
-            pending[slot] = None;
-            free.push(slot);
-            let read = request.command == cmd::READ;
-            let head: Head = match result {
-                Ok(()) if read => mode.data(&request),
-                Ok(()) => mode.done(&request),
-                Err(host) => mode.error(&request, error_value(host)),
-            };
-            let mut body = Body::Nothing;
-            match payload {
-                Some(payload) if read && result.is_ok() => body = Body::Payload(payload),
-                Some(payload) => {
-                    *held -= request.len as usize;
-                    pool.give(payload, request.len as usize);
-                }
-                None => {}
-            }
-            out.push(head, body);
-        });
-        for slot in again.drain(..) {
-            if let Some(Some(pending)) = self.pending.get_mut(slot) {
-                pending.then_flush = false;
-            }
-            self.queue.submit(slot as u64, Command::Flush);
-            self.queue.kick();
-        }
-        self.again = again;
-    }
 }
+
+#[cfg(test)]
+#[path = "connection_test.rs"]
+mod tests;

@@ -12,13 +12,9 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{
-    backend::ExportInfo,
     handshake::{Handshake, HandshakeError, Negotiated, greeting},
     wire::BadMagic,
 };
-
-/// How long a client may take for its handshake.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(15);
 
 /// Why a connection ended other than by the client's wish.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +23,20 @@ pub enum ConnectionError {
     #[error("handshake failed")]
     Handshake(#[from] HandshakeError),
     /// The client is too slow.
-    #[error("the client did not finish its handshake within {} s", HANDSHAKE_MAX.as_secs())]
-    HandshakeTimeout,
+    #[error("it did not finish its handshake within {0:?}")]
+    HandshakeTimeout(Duration),
+    /// It keeps memory and does nothing.
+    #[error("it took none of its replies, or sent nothing of what it had announced, for {0:?}")]
+    Stalled(Duration),
+    /// Another one needed the place.
+    #[error("it was idle, or had asked for nothing, and another client needed its place")]
+    Displaced,
+    /// A payload that no request may have.
+    #[error("it announced a payload of {0} bytes")]
+    PayloadTooLong(u64),
+    /// Simple replies cannot say that the rest of the data cannot be read.
+    #[error("the export could not be read in the middle of a reply")]
+    Read(#[source] io::Error),
     /// The stream makes no sense any more.
     #[error("the stream is damaged")]
     Magic(#[from] BadMagic),
@@ -43,24 +51,28 @@ pub enum ConnectionError {
 /// `Ok(None)`: the client left, or the server stops.
 pub(crate) fn handshake(
     stream: &UnixStream,
-    infos: &[ExportInfo],
+    machine: &mut Handshake<'_>,
     input: &mut Vec<u8>,
     stop: BorrowedFd<'_>,
+    limit: Duration,
 ) -> Result<Option<Negotiated>, ConnectionError> {
-    let deadline = Instant::now() + HANDSHAKE_MAX;
-    let mut machine = Handshake::new(infos);
+    let deadline = Instant::now() + limit;
     let mut out = greeting().to_vec();
     let mut chunk = [0; 4096];
     loop {
         let result = machine.advance(input, &mut out);
-        send_all(stream, &mut out, deadline)?;
+        send_all(stream, &mut out, deadline, limit, stop)?;
         match result {
             Ok(None) => {}
             Ok(done) => return Ok(done),
             Err(HandshakeError::Aborted) => return Ok(None),
             Err(e) => return Err(e.into()),
         }
-        if wait(stream.as_fd(), PollFlags::POLLIN, &[stop], Some(deadline))?.events[0] {
+        let ready = wait(Some((stream.as_fd(), PollFlags::POLLIN)), &[stop], Some(deadline))?;
+        if ready.late {
+            return Err(ConnectionError::HandshakeTimeout(limit));
+        }
+        if ready.events[0] {
             return Ok(None);
         }
         let mut reader = stream;
@@ -78,12 +90,21 @@ pub(crate) fn would_block(e: &io::Error) -> bool {
 }
 
 /// Sends the handshake's small answers; a client that does not read them runs into the deadline.
-fn send_all(mut stream: &UnixStream, out: &mut Vec<u8>, deadline: Instant) -> Result<(), ConnectionError> {
+fn send_all(
+    mut stream: &UnixStream,
+    out: &mut Vec<u8>,
+    deadline: Instant,
+    limit: Duration,
+    stop: BorrowedFd<'_>,
+) -> Result<(), ConnectionError> {
     while !out.is_empty() {
         match stream.write(out) {
             Ok(n) => drop(out.drain(..n)),
             Err(e) if would_block(&e) => {
-                wait(stream.as_fd(), PollFlags::POLLOUT, &[], Some(deadline))?;
+                let ready = wait(Some((stream.as_fd(), PollFlags::POLLOUT)), &[stop], Some(deadline))?;
+                if ready.late || ready.events[0] {
+                    return Err(ConnectionError::HandshakeTimeout(limit));
+                }
             }
             Err(e) => return Err(e.into()),
         }
@@ -92,38 +113,46 @@ fn send_all(mut stream: &UnixStream, out: &mut Vec<u8>, deadline: Instant) -> Re
 }
 
 /// What [`wait`] found.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Ready {
-    /// The socket: what was asked for, its end, or its failure.
-    pub(crate) socket: bool,
+    /// The socket: what was asked for, its end (`POLLHUP`), or its failure.
+    pub(crate) socket: PollFlags,
     /// The events, in their order.
-    pub(crate) events: [bool; 2],
+    pub(crate) events: [bool; EVENTS_MAX],
+    /// Nothing came in time.
+    pub(crate) late: bool,
 }
 
-/// Waits for `flags` on the socket or for one of at most two events.
+/// Events that can be waited for besides a socket.
+pub(crate) const EVENTS_MAX: usize = 3;
+
+/// Waits for `flags` on the socket, if there is one, for one of at most [`EVENTS_MAX`] events, or for the deadline.
 pub(crate) fn wait(
-    socket: BorrowedFd<'_>,
-    flags: PollFlags,
+    socket: Option<(BorrowedFd<'_>, PollFlags)>,
     events: &[BorrowedFd<'_>],
     deadline: Option<Instant>,
-) -> Result<Ready, ConnectionError> {
+) -> io::Result<Ready> {
     let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
         None => PollTimeout::NONE,
-        Some(left) if left.is_zero() => return Err(ConnectionError::HandshakeTimeout),
         Some(left) => PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX),
     };
-    // A missing event repeats the socket, waiting for nothing; it is not looked at.
-    let event = |i: usize| match events.get(i) {
+    let mut none = Ready { socket: PollFlags::empty(), events: [false; EVENTS_MAX], late: false };
+    let Some((first, rest)) = events.split_first() else { return Ok(none) };
+    // What is missing repeats the first event, waiting for nothing; it is not looked at.
+    let event = |i: usize| match rest.get(i) {
         Some(event) => PollFd::new(*event, PollFlags::POLLIN),
-        None => PollFd::new(socket, PollFlags::empty()),
+        None => PollFd::new(*first, PollFlags::empty()),
     };
-    let mut fds = [PollFd::new(socket, flags), event(0), event(1)];
-    let used = fds.get_mut(..=events.len()).unwrap_or_default();
-    match poll(used, timeout) {
-        Ok(_) => {}
-        Err(nix::errno::Errno::EINTR) => return Ok(Ready::default()),
-        Err(e) => return Err(io::Error::from(e).into()),
+    let (socket, flags) = socket.unwrap_or((*first, PollFlags::empty()));
+    let mut fds = [PollFd::new(*first, PollFlags::POLLIN), event(0), event(1), PollFd::new(socket, flags)];
+    match poll(&mut fds, timeout) {
+        Ok(0) => Ok(Ready { late: true, ..none }),
+        Ok(_) => {
+            none.events = std::array::from_fn(|i| i < events.len() && fds[i].any() == Some(true));
+            none.socket = fds[EVENTS_MAX].revents().unwrap_or(PollFlags::POLLERR);
+            Ok(none)
+        }
+        Err(nix::errno::Errno::EINTR) => Ok(none),
+        Err(e) => Err(e.into()),
     }
-    let ready = |i: usize| used.get(i).is_some_and(|fd| fd.any() == Some(true));
-    Ok(Ready { socket: ready(0), events: [ready(1), ready(2)] })
 }

@@ -56,6 +56,9 @@ pub enum HandshakeError {
     /// `NBD_OPT_EXPORT_NAME` cannot be answered with an error.
     #[error("the client asked for an export that does not exist, by NBD_OPT_EXPORT_NAME")]
     UnknownExport,
+    /// `NBD_OPT_EXPORT_NAME` again, with no place free.
+    #[error("too many clients are at work already")]
+    Full,
     /// The client is done.
     #[error("the client ended the handshake")]
     Aborted,
@@ -167,13 +170,18 @@ impl<'a> MetaRequest<'a> {
 fn string<'a>(fields: &mut Fields<'a>) -> Option<&'a str> {
     let len = fields.u32()? as usize;
     let bytes = fields.bytes(len).filter(|_| len <= STRING_BYTES_MAX)?;
-    std::str::from_utf8(bytes).ok()
+    text(bytes)
+}
+
+/// "UTF-8 code points, … MUST NOT contain NUL characters".
+fn text(bytes: &[u8]) -> Option<&str> {
+    std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
 }
 
 /// Which export an option names: `None` for options that name none, `Some(Err(()))` when it is malformed.
 pub fn export_name_of(option: u32, payload: &[u8]) -> Option<Result<&str, ()>> {
     let name = match option {
-        opt::EXPORT_NAME => std::str::from_utf8(payload).ok().filter(|n| n.len() <= STRING_BYTES_MAX),
+        opt::EXPORT_NAME => text(payload).filter(|n| n.len() <= STRING_BYTES_MAX),
         opt::INFO | opt::GO => ExportRequest::decode(payload).map(|r| r.name),
         opt::LIST_META_CONTEXT | opt::SET_META_CONTEXT => MetaRequest::decode(payload).map(|r| r.name),
         _ => return None,
@@ -233,9 +241,10 @@ pub fn context_id(index: usize) -> u32 {
 }
 
 /// The server's side. Feed it with [`Handshake::advance`].
-#[derive(Debug)]
 pub struct Handshake<'a> {
     exports: &'a [ExportInfo],
+    /// Asked when a client is about to get an export: whether there is a place for it.
+    admit: &'a dyn Fn() -> bool,
     flags: Option<ClientFlags>,
     mode: Mode,
     /// Of which export the contexts were set, and which.
@@ -246,7 +255,12 @@ pub struct Handshake<'a> {
 impl<'a> Handshake<'a> {
     /// A handshake over these exports. Send [`greeting`] first.
     pub fn new(exports: &'a [ExportInfo]) -> Handshake<'a> {
-        Handshake { exports, flags: None, mode: Mode::Simple, contexts: None, options: 0 }
+        Handshake { exports, admit: &|| true, flags: None, mode: Mode::Simple, contexts: None, options: 0 }
+    }
+
+    /// Asks `admit` when a client is about to get an export.
+    pub fn admitting(self, admit: &'a dyn Fn() -> bool) -> Handshake<'a> {
+        Handshake { admit, ..self }
     }
 
     /// Takes whole messages off the front of `input`, appends answers to `out`. `Ok(Some)`: the transmission
@@ -318,6 +332,13 @@ impl<'a> Handshake<'a> {
                 let Some(index) = self.find(request.name) else {
                     return error(out, rep::ERR_UNKNOWN, "there is no export of that name");
                 };
+                if option == opt::GO && !(self.admit)() {
+                    return error(
+                        out,
+                        rep::ERR_POLICY,
+                        "too many clients are at work already: try again later",
+                    );
+                }
                 self.describe(option, index, &request.infos, out);
                 reply(out, option, rep::ACK, &[]);
                 if option == opt::GO {
@@ -350,6 +371,10 @@ impl<'a> Handshake<'a> {
         let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
         if self.mode.is_structured() {
             flags |= flag::SEND_DF;
+        }
+        let set = self.contexts.as_ref().is_some_and(|(name, set)| *name == export.name && !set.is_empty());
+        if self.mode == Mode::Extended && set {
+            flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         flags
             | if export.read_only {
@@ -391,6 +416,9 @@ impl<'a> Handshake<'a> {
         let (Some(index), Some(export)) = (index, index.and_then(|i| self.exports.get(i))) else {
             return Err(HandshakeError::UnknownExport);
         };
+        if !(self.admit)() {
+            return Err(HandshakeError::Full);
+        }
         out.extend_from_slice(&export.size_bytes.to_be_bytes());
         out.extend_from_slice(&self.export_flags(export).to_be_bytes());
         if !flags.no_zeroes() {
@@ -418,7 +446,8 @@ impl<'a> Handshake<'a> {
         for (index, context) in export.contexts.iter().enumerate() {
             let listed = !set && request.queries.is_empty();
             if listed || request.queries.iter().any(|query| matches(query, context, set)) {
-                let mut item = context_id(index).to_be_bytes().to_vec();
+                // Listing: "the metadata context ID in these replies is reserved and SHOULD be set to zero".
+                let mut item = if set { context_id(index) } else { 0 }.to_be_bytes().to_vec();
                 item.extend_from_slice(context.as_bytes());
                 reply(out, option, rep::META_CONTEXT, &item);
                 chosen.push(index);

@@ -74,6 +74,8 @@ fn a_client_goes_with_contexts() {
     let all = queries("disk", &["base:"]);
     assert_eq!(kinds(&client.send(opt::LIST_META_CONTEXT, &all).1), [rep::META_CONTEXT, rep::ACK]);
     assert_eq!(kinds(&client.send(opt::SET_META_CONTEXT, &set).1), [rep::META_CONTEXT, rep::ACK]);
+    let (_, listed) = client.send(opt::LIST_META_CONTEXT, &queries("disk", &[]));
+    assert_eq!(replies(&listed)[0].1[..4], [0; 4], "an id means nothing in a list");
     let (_, out) = client.send(opt::INFO, &named("disk", &[0, 1, 0, 3]));
     let infos = replies(&out);
     assert_eq!(infos.iter().map(|r| r.0).collect::<Vec<_>>(), [rep::INFO, rep::INFO, rep::ACK]);
@@ -132,10 +134,18 @@ fn old_options_and_errors() {
         (opt::GO, b"", rep::ERR_INVALID),
         (opt::GO, b"\xff\xff\xff\xff", rep::ERR_INVALID),
         (opt::GO, b"\0\0\0\x04disk\0\x09\0\0", rep::ERR_INVALID),
+        (opt::GO, b"\0\0\0\x04di\0k\0\0", rep::ERR_INVALID),
     ] {
         let (result, out) = client(&exports).send(option, payload);
         assert_eq!((result, replies(&out)[0].0), (Ok(None), answer), "option {option}");
     }
+    let full = || Handshake::new(&exports).admitting(&|| false);
+    let flags = vec![0, 0, 0, 3];
+    let ask = |option, payload: &[u8]| [flags.clone(), OptionHeader::encode(option, payload)].concat();
+    let mut out = Vec::new();
+    assert_eq!(full().advance(&mut ask(opt::GO, &named("disk", &[0, 0])), &mut out), Ok(None));
+    assert_eq!(replies(&out)[0].0, rep::ERR_POLICY, "no place is free");
+    assert_eq!(full().advance(&mut ask(opt::EXPORT_NAME, b"disk"), &mut out), Err(HandshakeError::Full));
     let mut machine = Handshake::new(&exports);
     assert!(machine.advance(&mut vec![0, 0, 0, 4], &mut Vec::new()).is_err());
     let too_long = OptionHeader { option: opt::GO, len: OPTION_BYTES_MAX + 1 };

@@ -9,27 +9,29 @@
 //! | [`handshake`] | options and their replies, the server's side of "Newstyle negotiation" | none |
 //! | [`front`] | what stands between TLS and a Unix socket: forced STARTTLS, names as tokens | none |
 //! | [`backend`] | the seam to whatever holds the bytes | none |
-//! | [`client`] | the other side: pipelined, splits, reconnects and sends again what may be lost | sockets |
 //! | [`server`] | accepts, bounds, one thread a connection | sockets |
 //!
 //! Owns: bytes on an NBD socket. Never: files, volumes, TLS itself. A client's bytes are hostile: each length is
 //! bounded before anything is allocated, and an error ends that connection only.
 #![forbid(unsafe_code)]
 
+mod answer;
 pub mod backend;
-pub mod client;
+mod budget;
 mod connection;
 pub mod front;
 mod greet;
 pub mod handshake;
 mod inbox;
 mod outbox;
+mod places;
 mod pool;
 mod rules;
 pub mod server;
 pub mod wire;
 
-pub use backend::{Backend, Command, ExportInfo, Payload, Queue};
+pub use backend::{Backend, Command, ExportInfo, Payload, Queue, Run};
+pub use connection::End;
 pub use front::{Front, FrontStep};
 pub use greet::ConnectionError;
 pub use handshake::{Handshake, HandshakeError, Negotiated};

@@ -2,8 +2,8 @@
 
 use crate::{
     backend::ExportInfo,
-    handshake::Negotiated,
-    wire::{Mode, PAYLOAD_BYTES_MAX, Request, cmd, cmd_flag, errno},
+    handshake::{Negotiated, context_id},
+    wire::{Fields, Mode, PAYLOAD_BYTES_MAX, Request, cmd, cmd_flag, errno},
 };
 
 /// Whether a request may be carried out; the error value otherwise.
@@ -27,7 +27,9 @@ pub(crate) fn check(request: &Request, info: &ExportInfo, negotiated: &Negotiate
         return Err(errno::EPERM);
     }
     if carries(request) && request.len > u64::from(PAYLOAD_BYTES_MAX) {
-        return Err(errno::EOVERFLOW);
+        // "SHOULD NOT return NBD_EOVERFLOW except… NBD_CMD_READ when NBD_CMD_FLAG_DF is supported".
+        let fragments = request.command == cmd::READ && negotiated.mode.is_structured();
+        return Err(if fragments { errno::EOVERFLOW } else { errno::EINVAL });
     }
     if request.command == cmd::BLOCK_STATUS && negotiated.contexts.is_empty() {
         return Err(errno::EINVAL);
@@ -36,13 +38,52 @@ pub(crate) fn check(request: &Request, info: &ExportInfo, negotiated: &Negotiate
         // "a zero-length request is unspecified": refused where data or extents are asked for.
         _ if request.len == 0 && !changes => return Err(errno::EINVAL),
         Some(end) if end <= info.size_bytes => {}
-        _ if changes => return Err(errno::ENOSPC),
+        _ if changes && request.command != cmd::TRIM => return Err(errno::ENOSPC),
         _ => return Err(errno::EINVAL),
     }
     if request.flags & cmd_flag::FAST_ZERO != 0 && !info.fast_zeroes {
         return Err(errno::ENOTSUP);
     }
     Ok(())
+}
+
+/// What a BLOCK_STATUS with a payload asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Filter {
+    /// The request is none, or its payload is none: [`check`] judges it.
+    None,
+    /// The payload has not come whole.
+    More,
+    /// The request with its effect length, for these contexts only.
+    Some(Request, Vec<usize>),
+}
+
+/// Reads the payload of a BLOCK_STATUS, "64 bits, effect length; n * 32 bits, list of metacontext ids to use", from the
+/// front of `rest`. Unknown and repeated ids make it none.
+pub(crate) fn filter(request: &Request, rest: &[u8], negotiated: &Negotiated) -> Filter {
+    let says = request.command == cmd::BLOCK_STATUS && request.flags & cmd_flag::PAYLOAD_LEN != 0;
+    let longest = 8 + 4 * negotiated.contexts.len() as u64;
+    let fits = (8..=longest).contains(&request.len) && request.len.is_multiple_of(4);
+    if negotiated.mode != Mode::Extended || !says || !fits {
+        return Filter::None;
+    }
+    // It fits, so it is short.
+    let Some(payload) = rest.get(..request.len as usize) else { return Filter::More };
+    let mut fields = Fields(payload);
+    let Some(len) = fields.u64() else { return Filter::None };
+    let mut contexts = Vec::new();
+    while let Some(id) = fields.u32() {
+        match negotiated.contexts.iter().find(|context| context_id(**context) == id) {
+            Some(context) if !contexts.contains(context) => contexts.push(*context),
+            _ => return Filter::None,
+        }
+    }
+    if contexts.is_empty() {
+        // Nothing to answer with: "exactly one chunk per selected context".
+        return Filter::None;
+    }
+    let flags = request.flags & !cmd_flag::PAYLOAD_LEN;
+    Filter::Some(Request { flags, len, ..*request }, contexts)
 }
 
 /// Whether the command has data, either way.
@@ -79,7 +120,12 @@ mod tests {
             (ask(cmd::WRITE, 0, 0, 1), &point, &compact, Err(errno::EPERM)),
             (ask(cmd::WRITE, cmd_flag::PAYLOAD_LEN, 0, 1), &disk, &extended, Ok(())),
             (ask(cmd::WRITE, cmd_flag::PAYLOAD_LEN, 0, 1), &disk, &compact, Err(errno::EINVAL)),
+            (ask(cmd::WRITE, 0, 0, (32 << 20) + 1), &disk, &compact, Err(errno::EINVAL)),
             (ask(cmd::TRIM, 0, 0, 8 << 30), &disk, &extended, Ok(())),
+            (ask(cmd::TRIM, 0, 1, 8 << 30), &disk, &extended, Err(errno::EINVAL)),
+            (ask(cmd::WRITE_ZEROES, 0, 1, 8 << 30), &disk, &extended, Err(errno::ENOSPC)),
+            (ask(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 0, 12), &disk, &extended, Err(errno::EINVAL)),
+            (ask(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 0, 12), &disk, &compact, Err(errno::EINVAL)),
             (ask(cmd::TRIM, cmd_flag::PAYLOAD_LEN, 0, 1), &disk, &extended, Err(errno::EINVAL)),
             (ask(cmd::WRITE_ZEROES, fast | cmd_flag::NO_HOLE, 0, 8 << 30), &disk, &extended, Ok(())),
             (ask(cmd::WRITE_ZEROES, fast, 0, 1), &slow, &compact, Err(errno::ENOTSUP)),
@@ -91,6 +137,29 @@ mod tests {
         ] {
             assert_eq!(check(&request, info, negotiated), answer, "{request:?}");
         }
+    }
+
+    #[test]
+    fn contexts_are_picked() {
+        let negotiated = Negotiated { export: 0, mode: Mode::Extended, contexts: vec![0, 2, 5] };
+        let flags = cmd_flag::PAYLOAD_LEN | cmd_flag::REQ_ONE;
+        let ask = |len| Request { flags, command: cmd::BLOCK_STATUS, cookie: 1, offset: 7, len };
+        let payload = |ids: &[u32]| {
+            let mut bytes = 99u64.to_be_bytes().to_vec();
+            bytes.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+            bytes
+        };
+        let picked = |ids: &[u32]| filter(&ask(8 + 4 * ids.len() as u64), &payload(ids), &negotiated);
+        let request = Request { flags: cmd_flag::REQ_ONE, len: 99, ..ask(0) };
+        assert_eq!(picked(&[6, 1]), Filter::Some(request, vec![5, 0]));
+        assert_eq!(picked(&[]), Filter::None);
+        assert_eq!(picked(&[1, 1]), Filter::None, "twice");
+        assert_eq!(picked(&[2]), Filter::None, "not set");
+        assert_eq!(picked(&[1, 3, 6, 1]), Filter::None, "more than there are");
+        assert_eq!(filter(&ask(12), &payload(&[]), &negotiated), Filter::More);
+        assert_eq!(filter(&ask(10), &payload(&[1]), &negotiated), Filter::None, "not whole ids");
+        let compact = Negotiated { mode: Mode::Structured, ..negotiated.clone() };
+        assert_eq!(filter(&ask(12), &payload(&[1]), &compact), Filter::None);
     }
 
     fn bare() -> Negotiated {

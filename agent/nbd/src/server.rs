@@ -1,4 +1,11 @@
-//! Accepts clients on a Unix socket: one thread each, at most so many, all ended by one event.
+//! Accepts clients on a Unix socket: one thread each, bounded in number, time and memory, all ended by one event.
+//!
+//! | bound | what happens at it |
+//! |---|---|
+//! | [`Limits::clients_max`] | the longest idle client is dropped; if all are at work the newcomer is told so (`ERR_POLICY`) |
+//! | 64 clients in the handshake | the one that came first is dropped |
+//! | [`Limits::handshake`], [`Limits::stall`] | that client is dropped |
+//! | [`Limits::memory_bytes_max`] | requests wait for their turn: nothing is refused |
 
 use std::{
     fmt, io,
@@ -8,8 +15,9 @@ use std::{
     },
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use nix::{
@@ -17,19 +25,41 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use crate::{backend::Backend, connection, greet::ConnectionError};
+use crate::{
+    backend::Backend,
+    budget::Budget,
+    connection::{self, End, Host},
+    greet::ConnectionError,
+    places::Places,
+};
+
+/// A connection's thread needs little: buffers lie on the heap.
+const STACK_BYTES: usize = 256 << 10;
 
 /// Bounds of a server.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Clients at once; more are closed at once.
+    /// Clients that have an export, at once.
     pub clients_max: usize,
+    /// Memory for payloads that all clients share; each has 512 KiB besides.
+    pub memory_bytes_max: usize,
+    /// How long a client may take for its handshake.
+    pub handshake: Duration,
+    /// How long a client may take none of its replies, or send nothing of a payload that it has announced.
+    pub stall: Duration,
+    /// The server ends when a client has said goodbye and no other is left.
+    pub once: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        // Each may hold some 8 MiB of payloads, or one of 32 MiB.
-        Limits { clients_max: 16 }
+        Limits {
+            clients_max: 16,
+            memory_bytes_max: 64 << 20,
+            handshake: Duration::from_secs(15),
+            stall: Duration::from_secs(60),
+            once: false,
+        }
     }
 }
 
@@ -72,12 +102,12 @@ pub enum ServerError {
 /// What happens, for a log.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// A client came; how many there are now.
-    Connected(usize),
-    /// A client was turned away since there are too many.
+    /// A client has its export, or has left: how many have one now.
+    Clients(usize),
+    /// A client was turned away: there was no thread for it.
     Refused,
-    /// A client left, or was dropped for a reason; how many are left.
-    Ended(usize, Option<&'a ConnectionError>),
+    /// A client was dropped.
+    Dropped(&'a ConnectionError),
 }
 
 /// See the head of this file.
@@ -93,7 +123,8 @@ impl<B: Backend> Server<B> {
         Server { backends, limits }
     }
 
-    /// Serves until `stop`; returns when the last connection has ended.
+    /// Serves until `stop`, or, with [`Limits::once`], until the first user has gone; returns when the last connection
+    /// has ended.
     pub fn run(
         &self,
         listener: &UnixListener,
@@ -101,7 +132,17 @@ impl<B: Backend> Server<B> {
         log: &(dyn Fn(Event<'_>) + Sync),
     ) -> Result<(), ServerError> {
         listener.set_nonblocking(true).map_err(ServerError::Accept)?;
-        let clients = AtomicUsize::new(0);
+        let places = Places::new(self.limits.clients_max);
+        let budget = Arc::new(Budget::new(self.limits.memory_bytes_max));
+        let served = AtomicBool::new(false);
+        let host = Host {
+            backends: &self.backends,
+            limits: self.limits,
+            budget: &budget,
+            places: &places,
+            stop: stop.event_fd(),
+            log,
+        };
         std::thread::scope(|scope| {
             loop {
                 let mut fds = [
@@ -116,23 +157,29 @@ impl<B: Backend> Server<B> {
                     return Ok(());
                 }
                 let Some(stream) = accept(listener)? else { continue };
-                if clients.load(Ordering::SeqCst) >= self.limits.clients_max {
-                    log(Event::Refused);
-                    continue;
-                }
-                let now = clients.fetch_add(1, Ordering::SeqCst) + 1;
-                log(Event::Connected(now));
-                let clients = &clients;
-                let spawned =
-                    std::thread::Builder::new().name("nbd-client".into()).spawn_scoped(scope, move || {
-                        let result = connection::serve(&stream, &self.backends, stop.event_fd());
-                        drop(stream);
-                        let left = clients.fetch_sub(1, Ordering::SeqCst) - 1;
-                        log(Event::Ended(left, result.as_ref().err()));
-                    });
-                if spawned.is_err() {
-                    // No thread for it: as if there were too many clients.
-                    clients.fetch_sub(1, Ordering::SeqCst);
+                let stream = Arc::new(stream);
+                let place = places.enter(Arc::clone(&stream));
+                let (places, host, served) = (&places, &host, &served);
+                let client = move || {
+                    let result = connection::serve(&stream, host, &place);
+                    let displaced = place.was_dropped().then_some(ConnectionError::Displaced);
+                    drop((stream, place));
+                    let left = places.clients();
+                    log(Event::Clients(left));
+                    match (displaced, &result) {
+                        (Some(error), _) => log(Event::Dropped(&error)),
+                        (None, Err(error)) => log(Event::Dropped(error)),
+                        (None, Ok(_)) => {}
+                    }
+                    if self.limits.once {
+                        served.fetch_or(matches!(result, Ok(End::Goodbye)), Ordering::SeqCst);
+                        if left == 0 && served.load(Ordering::SeqCst) {
+                            stop.stop();
+                        }
+                    }
+                };
+                let thread = std::thread::Builder::new().name("nbd-client".into()).stack_size(STACK_BYTES);
+                if thread.spawn_scoped(scope, client).is_err() {
                     log(Event::Refused);
                 }
             }

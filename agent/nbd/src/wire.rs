@@ -75,6 +75,7 @@ pub mod flag {
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     pub const SEND_CACHE: u16 = 1 << 10;
     pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// `NBD_CMD_*`.
@@ -255,13 +256,13 @@ impl Request {
 /// The bytes before a payload: small, and without an allocation.
 #[derive(Debug, Clone, Copy)]
 pub struct Head {
-    bytes: [u8; 40],
+    bytes: [u8; 48],
     len: usize,
 }
 
 impl Default for Head {
     fn default() -> Self {
-        Head { bytes: [0; 40], len: 0 }
+        Head { bytes: [0; 48], len: 0 }
     }
 }
 
@@ -326,6 +327,26 @@ impl Mode {
         let mut head = self.chunk(request, chunk::FLAG_DONE, chunk::OFFSET_DATA, len.saturating_add(8));
         head.u64(request.offset);
         head
+    }
+
+    /// Before one of several pieces of a read's data, which are sent from `offset`; [`Mode::end`] follows the last. Not
+    /// for simple replies, whose data have one head ([`Mode::data`]).
+    pub fn piece(self, request: &Request, offset: u64, len: u32) -> Head {
+        let mut head = self.chunk(request, 0, chunk::OFFSET_DATA, len.saturating_add(8));
+        head.u64(offset);
+        head
+    }
+
+    /// A piece of a read that is all zeros.
+    pub fn hole(self, request: &Request, offset: u64, len: u32) -> Head {
+        let mut head = self.chunk(request, 0, chunk::OFFSET_HOLE, 12);
+        head.u64(offset).u32(len);
+        head
+    }
+
+    /// The end of a read that was sent in pieces.
+    pub fn end(self, request: &Request) -> Head {
+        self.chunk(request, chunk::FLAG_DONE, chunk::NONE, 0)
     }
 
     /// Success of a command without data.
@@ -425,6 +446,10 @@ mod tests {
         assert_eq!(lengths(Mode::Simple), [16, 16, 16, 16]);
         assert_eq!(lengths(Mode::Structured), [28, 16, 26, 16]);
         assert_eq!(lengths(Mode::Extended), [40, 32, 38, 38]);
+        let pieces = |mode: Mode| {
+            [mode.piece(&read, 7, 9), mode.hole(&read, 7, 9), mode.end(&read)].map(|head| head.bytes().len())
+        };
+        assert_eq!((pieces(Mode::Structured), pieces(Mode::Extended)), ([28, 32, 20], [40, 44, 32]));
         let compact = Mode::Structured.status(&read, 1, 3, true);
         assert_eq!((compact.bytes().len(), &compact.bytes()[16..20]), (24, &28u32.to_be_bytes()[..]));
         let extended = Mode::Extended.status(&read, 1, 3, true);

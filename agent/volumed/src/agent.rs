@@ -216,7 +216,7 @@ fn export(agent: &Arc<Agent>, ask: &serio_control::message::Export, descriptors:
             let log = Log::default();
             let server = Server::new(vec![export], Limits::default());
             let result = server.run(&listener, &stopping, &|event| {
-                if let Event::Connected(n) | Event::Ended(n, _) = event {
+                if let Event::Clients(n) = event {
                     clients.store(u32::try_from(n).unwrap_or(u32::MAX), Ordering::SeqCst);
                 }
                 log.event(&event);
@@ -251,8 +251,8 @@ impl Log {
     /// Writes one line, or counts it.
     pub fn event(&self, event: &Event<'_>) {
         let text = match event {
-            Event::Refused => "an NBD client was refused: there are too many".to_owned(),
-            Event::Ended(_, Some(error)) => {
+            Event::Refused => "an NBD client was refused: no thread can be started for it".to_owned(),
+            Event::Dropped(error) => {
                 let mut text = format!("an NBD client was dropped: {error}");
                 let mut source = std::error::Error::source(error);
                 while let Some(reason) = source {
@@ -261,7 +261,7 @@ impl Log {
                 }
                 text
             }
-            Event::Connected(_) | Event::Ended(_, None) => return,
+            Event::Clients(_) => return,
         };
         // Seconds since 1970 will do: only a change matters.
         let now_s =

@@ -125,7 +125,10 @@ struct ServeArgs {
     /// Name of the export.
     #[arg(long, default_value = "")]
     export_name: String,
-    /// Clients at once.
+    /// End when a client has said goodbye and no other is left.
+    #[arg(long)]
+    once: bool,
+    /// Clients at once; when all places are taken, the longest idle client makes room.
     #[arg(long, default_value_t = Limits::default().clients_max)]
     max_clients: usize,
 }
@@ -257,7 +260,8 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     }
     let description = args.source.display().to_string();
     let export = VolumeExport::new(volume, &args.export_name, &description);
-    let limits = Limits { clients_max: args.max_clients.clamp(1, 1024) };
+    let limits =
+        Limits { clients_max: args.max_clients.clamp(1, 1024), once: args.once, ..Limits::default() };
     let log = Log::default();
     let result = Server::new(vec![export], limits).run(&listener, &stop, &|event| log.event(&event));
     // Another may have taken the name meanwhile, but then the bind had failed: it is ours.

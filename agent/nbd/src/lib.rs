@@ -9,6 +9,7 @@
 //! | [`handshake`] | options and their replies, the server's side of "Newstyle negotiation" | none |
 //! | [`front`] | what stands between TLS and a Unix socket: forced STARTTLS, names as tokens | none |
 //! | [`backend`] | the seam to whatever holds the bytes | none |
+//! | [`client`] | the other side: pipelined, splits, reconnects and sends again what may be lost | sockets |
 //! | [`server`] | accepts, bounds, one thread a connection | sockets |
 //!
 //! Owns: bytes on an NBD socket. Never: files, volumes, TLS itself. A client's bytes are hostile: each length is
@@ -18,6 +19,7 @@
 mod answer;
 pub mod backend;
 mod budget;
+pub mod client;
 mod connection;
 pub mod front;
 mod greet;

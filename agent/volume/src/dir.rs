@@ -8,6 +8,7 @@ use std::{
 };
 
 use crate::{
+    crypto::{VdcSecret, create_encrypted},
     error::{CreateError, DeleteError, OpenError, SnapshotError},
     merge::Deleted,
     stack::LAYERS_MAX,
@@ -121,6 +122,29 @@ impl VolumeDir {
     pub fn create(&self, size_bytes: u64) -> Result<(), VolumeDirError> {
         let files = self.begin()?;
         self.commit(&files, size_bytes)
+    }
+
+    /// An empty encrypted volume of `size_bytes`, a multiple of 4096.
+    pub fn create_encrypted(&self, size_bytes: u64, key: &VdcSecret) -> Result<(), VolumeDirError> {
+        let bottom = self.begin()?;
+        let head = self.open_layer(1, true, true)?;
+        self.sync()?;
+        create_encrypted(&bottom, &head, size_bytes, *uuid::Uuid::new_v4().as_bytes(), key)
+            .map_err(|source| VolumeDirError::Create { path: self.path.clone(), source })
+    }
+
+    /// Opens the volume, with the key of the vdc when it may be encrypted.
+    pub fn open_with_key(&self, access: Access, key: Option<&VdcSecret>) -> Result<Volume, VolumeDirError> {
+        Volume::open_with_key(self.files(access)?, access, key).map_err(self.open_error())
+    }
+
+    /// Opens the volume at a snapshot, read-only, with the key of the vdc when it may be encrypted.
+    pub fn open_snapshot_with_key(
+        &self,
+        name: &str,
+        key: Option<&VdcSecret>,
+    ) -> Result<Volume, VolumeDirError> {
+        Volume::open_snapshot_with_key(self.files(Access::ReadOnly)?, name, key).map_err(self.open_error())
     }
 
     /// Opens the volume.

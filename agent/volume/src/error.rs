@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::header::HeaderError;
+use crate::{crypto::KeyError, header::HeaderError};
 
 /// Why one operation on a volume failed. Cheap: it is made on the I/O path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -84,6 +84,15 @@ pub enum OpenError {
     /// No sealed layer has this snapshot name.
     #[error("the volume has no snapshot named `{0}`")]
     NoSuchSnapshot(String),
+    /// The layer is encrypted, and its data key is not to be had.
+    #[error("layer {layer} of the volume cannot be decrypted")]
+    Key {
+        /// Number of the layer.
+        layer: u64,
+        /// Why.
+        #[source]
+        source: KeyError,
+    },
     /// A map has block states that do not exist.
     #[error("the map of layer {layer} is damaged at map byte {at}")]
     DamagedMap {
@@ -117,6 +126,12 @@ pub enum CreateError {
         "the new data file has {0} names, so another volume shares it: remove this one, and make a new file"
     )]
     Shared(u64),
+    /// An encrypted volume is made of whole blocks.
+    #[error("an encrypted volume has a multiple of 4096 bytes, not {0}: choose the next larger one")]
+    Unaligned(u64),
+    /// A new data key could not be made.
+    #[error("the new layer has no data key")]
+    Key(#[from] KeyError),
     /// Somebody else has the files open.
     #[error("the files of the new layer are in use by another process")]
     InUse,
@@ -198,6 +213,9 @@ pub enum ResizeError {
     /// More than a volume may have.
     #[error("a volume has at most {max} bytes, not {0}", max = crate::header::SIZE_BYTES_MAX)]
     TooLarge(u64),
+    /// An encrypted volume is made of whole blocks.
+    #[error("an encrypted volume has a multiple of 4096 bytes, not {0}: choose the next larger one")]
+    Unaligned(u64),
     /// I/O under way did not end in time.
     #[error("I/O on the volume did not drain in time; nothing was changed")]
     NotDrained,

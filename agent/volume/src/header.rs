@@ -9,6 +9,8 @@
 //! other slot as it was, so a header is always old or new. Pure: bytes in, values out. All integers are
 //! little-endian. `agent/volume/README.md` has the table.
 
+use crate::crypto::{CIPHER_XTS, WRAPPED_BYTES_MAX, WrappedKey};
+
 /// Grain of the map, bytes.
 pub const BLOCK_BYTES: u64 = 4096;
 /// Where the bits start in a map file.
@@ -24,6 +26,9 @@ const VERSION: u32 = 1;
 const NO_LAYER: u64 = u64::MAX;
 const STATE_HEAD: u32 = 1;
 const STATE_SEALED: u32 = 2;
+/// Where the wrapped data key stands in a slot, well behind the longest name.
+const KEY_OFFSET: usize = 512;
+const CIPHER_NONE: u32 = 0;
 
 /// Whether a layer is still written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +63,8 @@ pub struct Header {
     pub generation: u64,
     /// Counts updates of this header.
     pub sequence: u64,
+    /// The data key of an encrypted layer, wrapped; `None` for a plain one.
+    pub key: Option<WrappedKey>,
 }
 
 /// Why bytes are not a header.
@@ -132,6 +139,14 @@ impl Header {
         }
         fields.extend_from_slice(&(self.snapshot.len() as u16).to_le_bytes());
         fields.extend_from_slice(self.snapshot.as_bytes());
+        if let Some(key) = &self.key {
+            assert!(key.wrapped.len() <= WRAPPED_BYTES_MAX, "our own wrapping is shorter");
+            fields.resize(KEY_OFFSET, 0);
+            fields.extend_from_slice(&CIPHER_XTS.to_le_bytes());
+            fields.extend_from_slice(&(key.wrapped.len() as u32).to_le_bytes());
+            fields.extend_from_slice(&key.vdc_key);
+            fields.extend_from_slice(&key.wrapped);
+        }
         fields.resize(SLOT_BYTES - 4, 0);
         let crc = crc32c::crc32c(&fields);
         fields.extend_from_slice(&crc.to_le_bytes());
@@ -183,7 +198,33 @@ fn decode_slot(slot: &[u8]) -> Result<Header, HeaderError> {
     if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
         return Err(HeaderError::Checksum);
     }
-    decode_fields(&mut fields).ok_or(HeaderError::Short)?
+    let key = decode_key(body).ok_or(HeaderError::Short)?;
+    let header = Header { key: key?, ..decode_fields(&mut fields).ok_or(HeaderError::Short)?? };
+    let plain = header.key.is_none();
+    // What is encrypted is encrypted in whole blocks, and the bottom has no map that could say which blocks are.
+    if !plain && !header.size_bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(HeaderError::Field { field: "size", value: header.size_bytes });
+    }
+    if !plain && header.parent.is_none() {
+        return Err(HeaderError::Field { field: "parent", value: NO_LAYER });
+    }
+    Ok(header)
+}
+
+/// `None` when the slot is too short.
+fn decode_key(body: &[u8]) -> Option<Result<Option<WrappedKey>, HeaderError>> {
+    let mut fields = Fields(body.get(KEY_OFFSET..)?);
+    let wrong = |field, value| Some(Err(HeaderError::Field { field, value: u64::from(value) }));
+    match fields.u32()? {
+        CIPHER_NONE => return Some(Ok(None)),
+        CIPHER_XTS => {}
+        other => return wrong("cipher", other),
+    }
+    let len = fields.u32()?;
+    let vdc_key = fields.take::<16>()?;
+    let wrapped = fields.0.get(..len as usize).filter(|wrapped| wrapped.len() <= WRAPPED_BYTES_MAX);
+    let Some(wrapped) = wrapped else { return wrong("length of the wrapped key", len) };
+    Some(Ok(Some(WrappedKey { vdc_key, wrapped: wrapped.to_vec() })))
 }
 
 /// `None` when the slot is too short, which its length rules out.
@@ -233,6 +274,7 @@ fn decode_fields(fields: &mut Fields<'_>) -> Option<Result<Header, HeaderError>>
         time_s,
         generation,
         sequence,
+        key: None,
     }))
 }
 
@@ -253,6 +295,7 @@ mod tests {
             time_s: 1_700_000_000,
             generation: 4,
             sequence: 2,
+            key: None,
         }
     }
 
@@ -277,6 +320,32 @@ mod tests {
         assert_eq!(Header::decode(&bytes), Err(HeaderError::Checksum));
         assert_eq!(Header::decode(&bytes[..SLOT_BYTES]), Err(HeaderError::Short));
         assert_eq!(Header::decode(&[0; 2 * SLOT_BYTES]), Err(HeaderError::Magic));
+    }
+
+    #[test]
+    fn a_wrapped_key_stands_behind_the_longest_name() {
+        let key = WrappedKey { vdc_key: [7; 16], wrapped: (0..=255).collect() };
+        let encrypted = Header { snapshot: "n".repeat(NAME_BYTES_MAX), key: Some(key), ..header() };
+        let slot = encrypted.encode();
+        assert_eq!(slot[512..520], [1, 0, 0, 0, 0, 1, 0, 0]);
+        assert_eq!((slot[520], slot[536 + 255], slot[536 + 256]), (7, 255, 0));
+        let bytes = [slot, [0; SLOT_BYTES]].concat();
+        assert_eq!(Header::decode(&bytes), Ok(encrypted.clone()));
+        for bad in [
+            Header { parent: None, ..encrypted.clone() },
+            Header { size_bytes: (1 << 30) + 511, ..encrypted.clone() },
+        ] {
+            let bytes = [bad.encode(), [0; SLOT_BYTES]].concat();
+            assert!(matches!(Header::decode(&bytes), Err(HeaderError::Field { .. })));
+        }
+        for (at, value) in [(512, 2), (516, 1), (519, 0xff)] {
+            let mut slot = slot;
+            slot[at] = value;
+            let crc = crc32c::crc32c(&slot[..SLOT_BYTES - 4]);
+            slot[SLOT_BYTES - 4..].copy_from_slice(&crc.to_le_bytes());
+            let bytes = [slot, [0; SLOT_BYTES]].concat();
+            assert!(matches!(Header::decode(&bytes), Err(HeaderError::Field { .. })), "byte {at}");
+        }
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use std::{
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{
+    crypto::SectorCipher,
     error::CreateError,
-    header::{Header, HeaderError, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
+    header::{BLOCK_BYTES, Header, HeaderError, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
     map::BlockMap,
     media::{Lock, Media},
 };
@@ -19,17 +20,32 @@ pub(crate) struct Layer {
     pub(crate) map_file: Option<Media>,
     /// None at the bottom, which answers for every block by its data file alone.
     pub(crate) map: Option<BlockMap>,
+    /// Of an encrypted layer: its data file is read and written through this, by the driver or by [`Layer::read_at`].
+    pub(crate) cipher: Option<Arc<SectorCipher>>,
     pub(crate) size_bytes: u64,
     pub(crate) blocks: u64,
     header: Mutex<Option<Header>>,
 }
 
 impl Layer {
-    pub(crate) fn new(data: Media, map_file: Media, header: Header, map: Option<BlockMap>) -> Layer {
+    /// `cipher` is that of the header's data key.
+    pub(crate) fn new(
+        data: Media,
+        map_file: Media,
+        header: Header,
+        map: Option<BlockMap>,
+        cipher: Option<Arc<SectorCipher>>,
+    ) -> Layer {
+        assert_eq!(
+            header.key.is_some(),
+            cipher.is_some(),
+            "an encrypted layer is never opened as a plain one"
+        );
         Layer {
             data,
             map_file: Some(map_file),
             map,
+            cipher,
             size_bytes: header.size_bytes,
             blocks: header.blocks(),
             header: Mutex::new(Some(header)),
@@ -39,7 +55,17 @@ impl Layer {
     /// A plain raw file.
     pub(crate) fn raw(data: Media, size_bytes: u64) -> Layer {
         let blocks = size_bytes.div_ceil(crate::header::BLOCK_BYTES);
-        Layer { data, map_file: None, map: None, size_bytes, blocks, header: Mutex::new(None) }
+        Layer { data, map_file: None, map: None, cipher: None, size_bytes, blocks, header: Mutex::new(None) }
+    }
+
+    /// Reads a part of the data file; of an encrypted layer whole units, and in the clear.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        read_at(&self.data, self.cipher.as_deref(), bytes, offset)
+    }
+
+    /// Writes a part of the data file; of an encrypted layer whole units, and `bytes` are the ciphertext afterwards.
+    pub(crate) fn write_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        write_at(&self.data, self.cipher.as_deref(), bytes, offset)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Header>> {
@@ -65,6 +91,33 @@ impl Layer {
         *header = changed;
         Ok(())
     }
+}
+
+/// Reads a part of a layer's data file through its cipher.
+pub(crate) fn read_at(
+    data: &Media,
+    cipher: Option<&SectorCipher>,
+    bytes: &mut [u8],
+    offset: u64,
+) -> io::Result<()> {
+    data.read_exact_at(bytes, offset)?;
+    if let Some(cipher) = cipher {
+        cipher.decrypt(offset, bytes);
+    }
+    Ok(())
+}
+
+/// Writes a part of a layer's data file through its cipher; `bytes` are what was written afterwards.
+pub(crate) fn write_at(
+    data: &Media,
+    cipher: Option<&SectorCipher>,
+    bytes: &mut [u8],
+    offset: u64,
+) -> io::Result<()> {
+    if let Some(cipher) = cipher {
+        cipher.encrypt(offset, bytes);
+    }
+    data.write_all_at(bytes, offset)
 }
 
 /// Writes one slot and syncs it.
@@ -94,6 +147,9 @@ pub(crate) fn initialize(
 ) -> Result<(), CreateError> {
     if header.size_bytes == 0 || header.size_bytes > SIZE_BYTES_MAX {
         return Err(CreateError::Size(header.size_bytes));
+    }
+    if header.key.is_some() && !header.size_bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(CreateError::Unaligned(header.size_bytes));
     }
     let io = |what| move |source| CreateError::Io { what, source };
     if !data.try_lock(Lock::Exclusive).map_err(io("lock the new data file"))? {

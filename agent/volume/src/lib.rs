@@ -24,6 +24,7 @@
 mod chain;
 mod changes;
 mod check;
+mod crypto;
 mod dir;
 mod error;
 mod header;
@@ -55,6 +56,7 @@ mod stack_test;
 
 pub use changes::{ChangedExtent, ChangesError};
 pub use check::{CheckReport, LayerReport, Problem};
+pub use crypto::{KeyError, VdcSecret, WrappedKey, create_encrypted};
 pub use dir::{VolumeDir, VolumeDirError};
 pub use error::{CreateError, DeleteError, IoError, OpenError, ResizeError, SnapshotError};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};

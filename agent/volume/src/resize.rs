@@ -15,7 +15,7 @@ use std::{io, sync::Arc};
 
 use crate::{
     error::ResizeError,
-    header::{Header, SIZE_BYTES_MAX},
+    header::{BLOCK_BYTES, Header, SIZE_BYTES_MAX},
     layer::Layer,
     shared::lock,
     snapshot::DRAIN_LIMIT,
@@ -60,7 +60,13 @@ impl Volume {
         let map = head.map.as_ref().map(|map| map.grown(header.blocks()));
         let mut layers = stack.layers.clone();
         layers.pop();
-        layers.push(Arc::new(Layer::new(head.data.clone(), map_file.clone(), header, map)));
+        layers.push(Arc::new(Layer::new(
+            head.data.clone(),
+            map_file.clone(),
+            header,
+            map,
+            head.cipher.clone(),
+        )));
         closed.replace_stack(Stack { layers });
         Ok(())
     }
@@ -79,6 +85,9 @@ impl Volume {
         }
         if size_bytes > SIZE_BYTES_MAX {
             return Err(ResizeError::TooLarge(size_bytes));
+        }
+        if header.key.is_some() && !size_bytes.is_multiple_of(BLOCK_BYTES) {
+            return Err(ResizeError::Unaligned(size_bytes));
         }
         Ok(header)
     }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
-use crate::{error::IoError, keeper::KeeperState, stack::Stack, uring::signal};
+use crate::{crypto::VdcSecret, error::IoError, keeper::KeeperState, stack::Stack, uring::signal};
 
 /// Locks; the states here are replaced whole, so a panic elsewhere leaves them right.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -69,6 +69,8 @@ pub(crate) struct Core {
     /// That of the head; changes with the stack.
     size_bytes: AtomicU64,
     pub(crate) read_only: bool,
+    /// What the data keys of this volume's layers are wrapped with; given at the open.
+    pub(crate) secret: Option<VdcSecret>,
     stack: Mutex<Arc<Stack>>,
     /// Counts changes of `stack`.
     pub(crate) stack_epoch: AtomicU64,
@@ -90,6 +92,7 @@ impl Core {
         Core {
             size_bytes: AtomicU64::new(stack.head().size_bytes),
             read_only,
+            secret: None,
             stack: Mutex::new(Arc::new(stack)),
             stack_epoch: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
@@ -102,6 +105,11 @@ impl Core {
             keeper: Mutex::default(),
             keeper_wake: Condvar::new(),
         }
+    }
+
+    pub(crate) fn with_secret(mut self, secret: Option<VdcSecret>) -> Core {
+        self.secret = secret;
+        self
     }
 
     pub(crate) fn stack(&self) -> Arc<Stack> {

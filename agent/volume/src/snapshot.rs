@@ -14,7 +14,8 @@
 use std::{io, sync::Arc, time::Duration};
 
 use crate::{
-    error::{IoError, SnapshotError},
+    crypto,
+    error::{CreateError, IoError, SnapshotError},
     header::{Header, HeaderState, NAME_BYTES_MAX},
     keeper,
     layer::{self, Layer},
@@ -154,6 +155,10 @@ impl Held {
             sequence: 0,
             ..sealed.clone()
         };
+        // An encrypted volume goes on under a data key of its own.
+        let (key, cipher) =
+            crypto::new_layer(&sealed, volume.core.secret.as_ref(), number).map_err(CreateError::from)?;
+        let header = Header { key, ..header };
         layer::initialize(&data, &map_file, &header, false)?;
         // 3. The commit point: one header slot, written and synced.
         let time_s = now_s();
@@ -170,7 +175,7 @@ impl Held {
         // 4. From here on new I/O goes to the new head.
         let map = BlockMap::new(header.blocks());
         let mut layers = old.layers.clone();
-        layers.push(Arc::new(Layer::new(data, map_file, header, Some(map))));
+        layers.push(Arc::new(Layer::new(data, map_file, header, Some(map), cipher)));
         self.closed.replace_stack(Stack { layers });
         Ok(SnapshotInfo { name: name.to_owned(), layer: sealed.layer, time_s, size_bytes: sealed.size_bytes })
     }

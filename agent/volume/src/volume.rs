@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     chain::walk,
+    crypto::{self, SectorCipher, VdcSecret},
     error::{CreateError, OpenError},
     header::{Header, HeaderState},
     keeper::Keeper,
@@ -101,26 +102,54 @@ impl Volume {
     /// A volume from its layers. A head that is marked sealed is followed to its successor; files beyond the
     /// chain are ignored. Read-only, the chain may end at a sealed layer whose successor was not given.
     pub fn open(files: VolumeFiles, access: Access) -> Result<Volume, OpenError> {
-        let layers = files.layers.into_iter().map(|l| (Media::new(l.data), Media::new(l.map)));
-        Volume::open_media(layers.collect(), access, None)
+        Volume::open_with_key(files, access, None)
+    }
+
+    /// Like [`Volume::open`], with the key of the vdc when the volume may be encrypted. A missing or wrong key is
+    /// [`OpenError::Key`] before anything is locked, read or written but headers; a plain volume needs none.
+    pub fn open_with_key(
+        files: VolumeFiles,
+        access: Access,
+        key: Option<&VdcSecret>,
+    ) -> Result<Volume, OpenError> {
+        Volume::open_keyed(files.into_media(), access, None, key)
     }
 
     /// A volume as it was at the snapshot `name`, read-only.
     pub fn open_snapshot(files: VolumeFiles, name: &str) -> Result<Volume, OpenError> {
-        let layers = files.layers.into_iter().map(|l| (Media::new(l.data), Media::new(l.map)));
-        Volume::open_media(layers.collect(), Access::ReadOnly, Some(name))
+        Volume::open_snapshot_with_key(files, name, None)
     }
 
+    /// Like [`Volume::open_snapshot`], with the key of the vdc when the volume may be encrypted.
+    pub fn open_snapshot_with_key(
+        files: VolumeFiles,
+        name: &str,
+        key: Option<&VdcSecret>,
+    ) -> Result<Volume, OpenError> {
+        Volume::open_keyed(files.into_media(), Access::ReadOnly, Some(name), key)
+    }
+
+    #[cfg(test)]
     pub(crate) fn open_media(
         files: Vec<(Media, Media)>,
         access: Access,
         snapshot: Option<&str>,
+    ) -> Result<Volume, OpenError> {
+        Volume::open_keyed(files, access, snapshot, None)
+    }
+
+    pub(crate) fn open_keyed(
+        files: Vec<(Media, Media)>,
+        access: Access,
+        snapshot: Option<&str>,
+        key: Option<&VdcSecret>,
     ) -> Result<Volume, OpenError> {
         if files.is_empty() {
             return Err(OpenError::Empty);
         }
         for _ in 0..OPEN_TRIES_MAX {
             let chain = walk(&files, access, snapshot)?;
+            let ciphers = crypto::ciphers(chain.iter().map(|(_, header)| header), key)?;
             let (top, header) = chain.last().expect("a walk has at least the bottom");
             if header.state == HeaderState::Head {
                 take_lock(&files[*top].0, access, header.layer)?;
@@ -129,34 +158,14 @@ impl Volume {
                     continue;
                 }
             }
-            return Volume::assemble(&files, chain, access);
+            let layers = assemble(&files, chain, ciphers)?;
+            return Volume::start(Stack { layers }, access, key.cloned());
         }
         Err(OpenError::InUse { layer: 0 })
     }
 
-    fn assemble(
-        files: &[(Media, Media)],
-        chain: Vec<(usize, Header)>,
-        access: Access,
-    ) -> Result<Volume, OpenError> {
-        let mut layers = Vec::with_capacity(chain.len());
-        for (index, header) in chain {
-            let (data, map_file) = files[index].clone();
-            let len = data.len().map_err(|source| OpenError::Io { what: "measure a data file", source })?;
-            if len < header.size_bytes {
-                return Err(OpenError::Chain(format!(
-                    "the data file of layer {} has {len} bytes, its header promises {}",
-                    header.layer, header.size_bytes
-                )));
-            }
-            let map = match header.parent {
-                None => None,
-                Some(_) => Some(BlockMap::load(&map_file, header.blocks(), header.layer)?),
-            };
-            layers.push(Arc::new(Layer::new(data, map_file, header, map)));
-        }
-        let stack = Stack { layers };
-        let core = Arc::new(Core::new(stack, access == Access::ReadOnly));
+    fn start(stack: Stack, access: Access, secret: Option<VdcSecret>) -> Result<Volume, OpenError> {
+        let core = Arc::new(Core::new(stack, access == Access::ReadOnly).with_secret(secret));
         let keeper = match access {
             Access::ReadOnly => None,
             Access::ReadWrite => Some(Arc::new(
@@ -217,6 +226,31 @@ impl Volume {
     }
 }
 
+/// The layers of a chain, with the ciphers of those that are encrypted.
+fn assemble(
+    files: &[(Media, Media)],
+    chain: Vec<(usize, Header)>,
+    ciphers: Vec<Option<Arc<SectorCipher>>>,
+) -> Result<Vec<Arc<Layer>>, OpenError> {
+    let mut layers = Vec::with_capacity(chain.len());
+    for ((index, header), cipher) in chain.into_iter().zip(ciphers) {
+        let (data, map_file) = files[index].clone();
+        let len = data.len().map_err(|source| OpenError::Io { what: "measure a data file", source })?;
+        if len < header.size_bytes {
+            return Err(OpenError::Chain(format!(
+                "the data file of layer {} has {len} bytes, its header promises {}",
+                header.layer, header.size_bytes
+            )));
+        }
+        let map = match header.parent {
+            None => None,
+            Some(_) => Some(BlockMap::load(&map_file, header.blocks(), header.layer)?),
+        };
+        layers.push(Arc::new(Layer::new(data, map_file, header, map, cipher)));
+    }
+    Ok(layers)
+}
+
 /// What the headers of a volume say, without opening or locking it: also while another process writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inspection {
@@ -233,6 +267,10 @@ pub struct Inspection {
 }
 
 impl VolumeFiles {
+    fn into_media(self) -> Vec<(Media, Media)> {
+        self.layers.into_iter().map(|l| (Media::new(l.data), Media::new(l.map))).collect()
+    }
+
     /// Reads the headers only.
     pub fn inspect(&self) -> Result<Inspection, OpenError> {
         let clone = |f: &File| {
@@ -302,6 +340,7 @@ pub(crate) fn create_media(
         time_s: now_s(),
         generation: 0,
         sequence: 0,
+        key: None,
     };
     layer::initialize(data, map_file, &header, keep_data)
 }

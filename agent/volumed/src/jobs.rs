@@ -52,6 +52,7 @@ fn open_failed(error: OpenError) -> Failed {
         OpenError::Io { source, .. } => io_code(source),
         OpenError::TooManyLayers(_) => Code::Exhausted,
         OpenError::Empty | OpenError::NotADisk(_) => Code::Invalid,
+        OpenError::Key { .. } => Code::Precondition,
         OpenError::Header { .. } | OpenError::Chain(_) | OpenError::DamagedMap { .. } => Code::Io,
     };
     failed(code, "", &error)
@@ -59,7 +60,8 @@ fn open_failed(error: OpenError) -> Failed {
 
 fn create_failed(error: CreateError) -> Failed {
     match &error {
-        CreateError::Size(_) => failed(Code::Invalid, "size_bytes", &error),
+        CreateError::Size(_) | CreateError::Unaligned(_) => failed(Code::Invalid, "size_bytes", &error),
+        CreateError::Key(_) => failed(Code::Internal, "", &error),
         CreateError::InUse => failed(Code::InUse, "", &error),
         CreateError::Shared(_) => failed(Code::Precondition, "", &error),
         CreateError::Io { source, .. } => failed(io_code(source), "", &error),

@@ -78,6 +78,11 @@ impl Layer {
         self.lock().clone()
     }
 
+    /// Whether the data file holds the bytes as they are read, so that they may be sent from it: it is not encrypted.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.lock().as_ref().is_none_or(|header| header.key.is_none())
+    }
+
     /// Writes a changed header over the slot that does not count, and syncs: afterwards the change is durable.
     pub(crate) fn update_header(&self, change: impl FnOnce(&mut Header)) -> io::Result<()> {
         let mut guard = self.lock();

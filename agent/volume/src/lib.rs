@@ -37,6 +37,7 @@ mod op;
 mod plan;
 mod queue;
 mod resize;
+mod runs;
 mod scan;
 mod shared;
 mod snapshot;
@@ -63,6 +64,7 @@ pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME
 pub use merge::Deleted;
 pub use op::{Full, Op};
 pub use queue::IoQueue;
+pub use runs::FileRun;
 pub use snapshot::Held;
 pub use stack::Extent;
 pub use uring::{Buffers, GuestMemory, GuestRangeError};

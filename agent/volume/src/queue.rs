@@ -32,6 +32,7 @@ use crate::{
     map::State,
     op::{Full, Op},
     plan::{self, Fill, Range, Verdict, edges, judge, punch_blocks},
+    runs::{self, FileRun},
     shared::{Claim, Core, QueueShared, lock},
     stack::Stack,
     uring::{Answer, Body, Buffers, Driver, Io, Span, event_fd, signal},
@@ -224,6 +225,17 @@ impl IoQueue {
             self.free.push(index);
             each(slot.tag, result, buffers);
         }
+    }
+
+    /// Where the bytes of a range are, so that they can be sent without a copy: see [`crate::runs`].
+    pub fn runs(&mut self, offset: u64, len: u64, max: usize, runs: &mut Vec<FileRun>) -> bool {
+        if !self.core.enter(&self.shared) {
+            return false;
+        }
+        self.refresh_stack();
+        let found = runs::find(&self.stack, Range { offset, len }, max, runs);
+        self.core.leave(&self.shared);
+        found
     }
 
     /// Submits one operation and waits for it: for tools. The queue must have nothing else under way.

@@ -3,15 +3,17 @@
 //!
 //! What is damage and what is not:
 //! - **Problem**: the volume does not open, or reads something that nobody wrote: damaged headers in the chain, a layer
-//!   that is missing or belongs elsewhere, a data or map file that was cut, map states that do not exist.
+//!   that is missing or belongs elsewhere, a data or map file that was cut, map states that do not exist, a map that
+//!   is not what its checksums say, two layers in one file.
 //! - **Leak**: space that is allocated where the map says absent or zero. A crash leaves some (written, never flushed);
 //!   no read ever shows it. Counted in bytes by what the file system calls data.
+//!   Data files that have several names are shared with clones, whose maps may name that space: it is not counted.
 //! - **Leftover**: files that the chain does not name, of a snapshot that did not commit.
 //!
 //! A head that somebody writes changes under our eyes, and its map lags behind: then only its header is checked, and
 //! the report says so. A head that nobody writes is locked for reading meanwhile, so writers wait.
 
-use std::{fs::File, io};
+use std::{collections::HashMap, fs::File, io};
 
 use crate::{
     chain,
@@ -21,6 +23,7 @@ use crate::{
     media::{Lock, Media},
     scan::{self, Scan},
     stack::LAYERS_MAX,
+    sums::{self, Bits, PAGE_COVERS, Region, Stored, Sum},
     volume::VolumeFiles,
 };
 
@@ -101,6 +104,38 @@ pub enum Problem {
         /// Offset in the map file, bytes.
         at: u64,
     },
+    /// The map of a sealed layer is not the one that was sealed.
+    #[error(
+        "the map of layer {layer} has rotted: it does not match its checksum for bytes {offset}+{len} of the volume; restore them from a backup"
+    )]
+    MapRot {
+        /// Number of the layer.
+        layer: u64,
+        /// First byte of the volume that its page speaks of.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Two layers whose data or maps are in one file.
+    #[error("layers {first} and {second} are in one {file} file: what is written to one changes the other")]
+    OneFile {
+        /// A layer.
+        first: u64,
+        /// A later one.
+        second: u64,
+        /// Which of their files.
+        file: &'static str,
+    },
+    /// A map or a head's data under a second name: another volume may change it.
+    #[error("the {file} file of layer {layer} has {names} names: it must belong to this volume alone")]
+    Shared {
+        /// Number of the layer.
+        layer: u64,
+        /// Which of its files.
+        file: &'static str,
+        /// Names in the file system.
+        names: u64,
+    },
     /// The host answered an error.
     #[error("cannot read the files of layer {layer}: errno {errno}")]
     Read {
@@ -124,8 +159,12 @@ pub struct LayerReport {
     pub data_bytes: u64,
     /// Bytes that the map calls zero.
     pub zero_bytes: u64,
-    /// Bytes allocated in the data file where no read looks.
+    /// Bytes allocated in the data file where no read looks; 0 if clones share the file.
     pub leaked_bytes: u64,
+    /// The data file has more names: clones share it.
+    pub shared: bool,
+    /// Whether a sealed layer has all its checksums; none: it has not begun to have any.
+    pub summed: Option<bool>,
 }
 
 /// What a volume is made of, and what is wrong with it.
@@ -181,6 +220,7 @@ pub(crate) fn check_media(files: &[(Media, Media)]) -> CheckReport {
         let Some((data, map)) = files.get(*index) else { continue };
         report.layers.push(check_layer(data, map, header, &mut report.problems));
     }
+    check_apart(files, &chain, &mut report.problems);
     for (index, (data, _)) in files.iter().enumerate() {
         if chain.iter().all(|(i, _)| *i != index) {
             report.leftovers.push(index);
@@ -266,8 +306,14 @@ fn check_layer(data: &Media, map: &Media, header: &Header, problems: &mut Vec<Pr
         data_bytes: 0,
         zero_bytes: 0,
         leaked_bytes: 0,
+        shared: data.identity().is_ok_and(|(_, _, names)| names > 1),
+        summed: None,
     };
-    if compared && let Err(e) = compare(data, map, &mut report, problems) {
+    let result = match compared {
+        true => compare(data, map, &mut report, problems),
+        false => Ok(()),
+    };
+    if let Err(e) = result.and_then(|()| compare_sums(map, &mut report, problems)) {
         problems.push(Problem::Read { layer: header.layer, errno: e.raw_os_error().unwrap_or(libc::EIO) });
     }
     if locked {
@@ -310,7 +356,68 @@ fn compare(
     }
     // Past the volume's end nothing is ever read.
     report.leaked_bytes += scan::allocated(data, report.header.size_bytes, data_len);
+    if report.shared {
+        report.leaked_bytes = 0;
+    }
     Ok(())
+}
+
+/// The map of a sealed layer against the checksums of its pages.
+fn compare_sums(map: &Media, report: &mut LayerReport, problems: &mut Vec<Problem>) -> io::Result<()> {
+    let (header, region) = (&report.header, Region::of(&report.header));
+    if header.state == HeaderState::Head {
+        return Ok(());
+    }
+    report.summed = region.header(map)?.map(|sums| sums.complete);
+    if report.summed.is_none() || region.bottom {
+        return Ok(());
+    }
+    for page in 0..region.pages {
+        // A merge may be changing it: then another look shows something else.
+        if let Some(wrong) = wrong_page(&region, map, page)?
+            && wrong_page(&region, map, page)? == Some(wrong)
+        {
+            let offset = page * PAGE_COVERS;
+            let len = PAGE_COVERS.min(header.size_bytes.saturating_sub(offset));
+            problems.push(Problem::MapRot { layer: header.layer, offset, len });
+        }
+    }
+    Ok(())
+}
+
+/// A page of bits that its sum does not match, and that sum. The sum is read first: who changes bits drops it before.
+fn wrong_page(region: &Region, map: &Media, page: u64) -> io::Result<Option<(Bits, Option<Sum>)>> {
+    let stored = region.page(map, page)?;
+    let bits = region.bits(map, page)?;
+    let empty = bits.iter().all(|b| *b == 0);
+    Ok(match stored {
+        Stored::Page(sums) => {
+            let sum = sums.bits.filter(|sum| *sum != sums::of_bits(&bits));
+            sum.map(|sum| (bits, Some(sum)))
+        }
+        Stored::Nothing if !empty && region.header(map)?.is_some_and(|header| header.complete) => {
+            Some((bits, None))
+        }
+        _ => None,
+    })
+}
+
+/// Whether each file is one layer's, and those that are written this volume's.
+fn check_apart(files: &[(Media, Media)], chain: &[(usize, Header)], problems: &mut Vec<Problem>) {
+    let mut seen: HashMap<(u64, u64), (u64, &'static str)> = HashMap::new();
+    for (index, header) in chain {
+        let Some((data, map)) = files.get(*index) else { continue };
+        for (media, file) in [(data, "data"), (map, "map")] {
+            let Ok((device, number, names)) = media.identity() else { continue };
+            if let Some((first, file)) = seen.insert((device, number), (header.layer, file)) {
+                problems.push(Problem::OneFile { first, second: header.layer, file });
+            }
+            let is_private = file == "map" || header.state == HeaderState::Head;
+            if is_private && names > 1 {
+                problems.push(Problem::Shared { layer: header.layer, file, names });
+            }
+        }
+    }
 }
 
 /// Whether a slot holds something that is no header. A slot that was never written is zeros.

@@ -9,7 +9,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
 };
 
@@ -20,6 +20,7 @@ use crate::{
     media::Media,
     op::Op,
     queue::IoQueue,
+    scrub::{ScrubOptions, ScrubReport},
     uring::Buffers,
     volume::{Access, Volume, create_media},
 };
@@ -213,6 +214,10 @@ impl World {
         true
     }
 
+    fn add_sums(&self) -> bool {
+        scrub(&self.files, true).is_some()
+    }
+
     fn snapshot(&mut self, volume: &Volume, model: &mut Model) -> bool {
         let number = volume.head_header().expect("layered").layer as usize + 1;
         self.files.truncate(number);
@@ -272,9 +277,18 @@ fn read_all(volume: &Volume) -> Vec<u8> {
     buffers.as_slice().expect("owned").to_vec()
 }
 
+/// Compares the checksums that there are, and adds those that are not. None: the power went.
+fn scrub(files: &[(Media, Media)], add_sums: bool) -> Option<ScrubReport> {
+    let cancel = AtomicBool::new(false);
+    let options = ScrubOptions { compare: true, add_sums, bytes_per_s: 0, cancel: &cancel };
+    crate::scrub::scrub_media(files, &options, |_, _| {}).ok()
+}
+
 fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
     let report = crate::check::check_media(files);
     assert_eq!(report.problems, [], "{context}: the verifier");
+    let scrubbed = scrub(files, false).expect("there is power");
+    assert_eq!((scrubbed.rot, scrubbed.damaged_sums), (vec![], 0), "{context}: the checksums");
     let volume = Volume::open_media(files.to_vec(), Access::ReadWrite, None)
         .unwrap_or_else(|e| panic!("{context}: does not open: {e:?}"));
     if let Some(size) = model.maybe_size.take()
@@ -328,7 +342,10 @@ fn life(seed: u64, steps: i64) -> bool {
         let volume = Volume::open_media(world.files.clone(), Access::ReadWrite, None).expect("open");
         survived = survived && world.run(&volume, &mut model, &mut rng, 14);
         drop(volume);
+        // The checksums that a merge then has to forget.
+        survived = survived && (rng.random() || world.add_sums());
         survived = survived && world.delete(&mut model, &mut rng);
+        survived = survived && (rng.random() || world.add_sums());
     }
 
     let context = format!("seed {seed}, power cut at step {steps}");
@@ -356,6 +373,7 @@ fn life(seed: u64, steps: i64) -> bool {
     drop(volume);
     model.states = vec![model.now().clone()];
     check(&world.files, &mut model, &format!("{context}, then an orderly end"));
+    assert!(luck.random() || world.add_sums(), "{context}: checksums after recovery");
     assert!(world.delete(&mut model, &mut luck), "{context}: a deletion after recovery");
     check(&world.files, &mut model, &format!("{context}, then a deletion"));
     !survived

@@ -24,6 +24,7 @@
 mod chain;
 mod changes;
 mod check;
+mod chunks;
 mod crypto;
 mod dir;
 mod error;
@@ -36,12 +37,16 @@ mod merge;
 mod op;
 mod plan;
 mod queue;
+mod reader;
 mod resize;
 mod runs;
 mod scan;
+mod scrub;
+mod sealed;
 mod shared;
 mod snapshot;
 mod stack;
+mod sums;
 #[allow(unsafe_code)]
 mod uring;
 mod volume;
@@ -52,6 +57,8 @@ mod check_test;
 mod crash_test;
 #[cfg(test)]
 mod layers_test;
+#[cfg(test)]
+mod scrub_test;
 #[cfg(test)]
 mod stack_test;
 
@@ -65,6 +72,7 @@ pub use merge::Deleted;
 pub use op::{Full, Op};
 pub use queue::IoQueue;
 pub use runs::FileRun;
+pub use scrub::{Rot, RotKind, ScrubOptions, ScrubReport};
 pub use snapshot::Held;
 pub use stack::Extent;
 pub use uring::{Buffers, GuestMemory, GuestRangeError};

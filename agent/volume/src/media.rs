@@ -3,7 +3,7 @@
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use nix::{
-    fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl},
+    fcntl::{FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise},
     sys::statfs::{TMPFS_MAGIC, fstatfs},
 };
 
@@ -101,6 +101,52 @@ impl Media {
         }
     }
 
+    /// Reads up to `bytes.len()` bytes; fewer only at the end of the file or on a whim of the system.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self {
+            Media::File(file) => file.read_at(bytes, offset),
+            #[cfg(test)]
+            Media::Sim(sim) => {
+                let len = bytes.len().min(sim.len().saturating_sub(offset) as usize);
+                sim.read_exact_at(&mut bytes[..len], offset).map(|()| len)
+            }
+        }
+    }
+
+    /// Makes reads go past the page cache, or not; whether that is so now.
+    pub(crate) fn set_direct(&self, direct: bool) -> bool {
+        match self {
+            Media::File(file) => set_direct(file, direct).is_ok() && direct,
+            #[cfg(test)]
+            Media::Sim(_) => false,
+        }
+    }
+
+    /// Tells the system that a range will not be read again soon.
+    pub(crate) fn forget_cached(&self, offset: u64, len: u64) {
+        match self {
+            // Only advice.
+            Media::File(file) => drop(posix_fadvise(
+                file,
+                offset.cast_signed(),
+                len.cast_signed(),
+                PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+            )),
+            #[cfg(test)]
+            Media::Sim(_) => {}
+        }
+    }
+
+    /// Device, number on it, and names of the file: two with the same first two are one file.
+    pub(crate) fn identity(&self) -> io::Result<(u64, u64, u64)> {
+        use std::os::unix::fs::MetadataExt;
+        match self {
+            Media::File(file) => file.metadata().map(|m| (m.dev(), m.ino(), m.nlink())),
+            #[cfg(test)]
+            Media::Sim(sim) => Ok((0, Arc::as_ptr(sim) as u64, 1)),
+        }
+    }
+
     /// `fallocate` with `mode`; also what [`crate::uring`] does inline.
     pub(crate) fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         match self {
@@ -154,6 +200,12 @@ fn set_lock(file: &File, kind: libc::c_int) -> io::Result<bool> {
         Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
         Err(e) => Err(e.into()),
     }
+}
+
+fn set_direct(file: &File, direct: bool) -> nix::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 fn extent_at(file: &File, at: u64, end: u64) -> (u64, bool) {

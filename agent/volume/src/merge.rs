@@ -22,6 +22,7 @@ use crate::{
     layer,
     map::{BlockMap, PAGE_BYTES, State},
     media::{Lock, Media},
+    sealed::commit_merged,
     volume::{Access, VolumeFiles},
 };
 
@@ -105,6 +106,7 @@ fn merge(
         from_bytes: from.1.size_bytes,
         into: &files[into.0].0,
         into_map_file: &files[into.0].1,
+        into_header: &into.1,
         into_map: map(into)?,
         into_bytes: into.1.size_bytes,
         buffer: vec![0; PART_BYTES as usize],
@@ -138,6 +140,7 @@ struct Merge<'a> {
     from_bytes: u64,
     into: &'a Media,
     into_map_file: &'a Media,
+    into_header: &'a Header,
     into_map: BlockMap,
     into_bytes: u64,
     buffer: Vec<u8>,
@@ -248,9 +251,7 @@ impl Merge<'_> {
         }
         let mut pages: Vec<(u64, [u8; PAGE_BYTES])> = Vec::new();
         self.into_map.take_dirty(&mut pages);
-        for (offset, page) in &pages {
-            self.into_map_file.write_all_at(page, *offset)?;
-        }
-        if pages.is_empty() { Ok(()) } else { self.into_map_file.sync_data() }
+        // A sealed layer's checksums go before its map changes.
+        commit_merged(self.into_map_file, self.into_header, &pages)
     }
 }

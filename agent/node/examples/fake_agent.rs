@@ -188,10 +188,11 @@ fn create(size_bytes: u64, fds: Vec<OwnedFd>) -> Body {
 
 fn inspect(fds: Vec<OwnedFd>) -> Body {
     let mut info = VolumeInfo { size_bytes: 1, ..Default::default() };
-    for map in fds.into_iter().skip(1).step_by(2) {
+    for (number, map) in fds.into_iter().skip(1).step_by(2).enumerate() {
         let mut text = String::new();
         File::from(map).read_to_string(&mut text).unwrap();
         info.layers += 1;
+        info.chain.push(number as u64);
         match text.strip_prefix("sealed ") {
             Some(name) => info.snapshots.push(SnapshotInfo { name: name.to_owned(), ..Default::default() }),
             None => break,

@@ -70,6 +70,8 @@ pub struct Config {
     pub grpc: Grpc,
     /// NBD for the network.
     pub nbd: Nbd,
+    /// Background work on volumes.
+    pub volumes: Volumes,
     /// The scheduler.
     pub scheduler: Scheduler,
     /// What is reported and promised.
@@ -96,6 +98,14 @@ pub struct Nbd {
     pub listen: Addr,
     /// `HOST:PORT` or `HOST` in the URIs given to clients; the listener's when empty.
     pub advertise: String,
+}
+
+/// Background work on volumes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Volumes {
+    /// Bytes a second that a merge of layers may copy; 0: as fast as it goes.
+    pub merge_pace: ByteSize,
 }
 
 /// The scheduler.
@@ -151,9 +161,16 @@ impl Default for Config {
             volumed_path: "/usr/lib/serio/serio-volumed".into(),
             grpc: Grpc::default(),
             nbd: Nbd::default(),
+            volumes: Volumes::default(),
             scheduler: Scheduler::default(),
             capacity: Capacity::default(),
         }
+    }
+}
+
+impl Default for Volumes {
+    fn default() -> Self {
+        Self { merge_pace: ByteSize::from_mib(100) }
     }
 }
 

@@ -136,6 +136,7 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         run_dir: config.run_dir.clone(),
         vmm_path: config.vmm_path.clone(),
         volumed_path: config.volumed_path.clone(),
+        merge_bytes_per_s: config.volumes.merge_pace.bytes(),
         cgroup_root: None,
     })?;
     let found = Found { vms: supervisor.found()?, exports: supervisor.found_exports()? };

@@ -199,6 +199,10 @@ impl Error {
     pub fn from_job(doing: &'static str, error: &JobError) -> Self {
         match error {
             JobError::BrokenOff { .. } | JobError::Order { .. } => Self::invalid("chunk", chain(error)),
+            JobError::Late { .. } => {
+                Self::Deadline { resource: doing.to_owned(), what: format!("failed: {error}") }
+            }
+            JobError::NotApp { .. } => Self::precondition(doing, format!("failed: {error}")),
             _ => Self::from_peer(doing, error.refusal(), error),
         }
     }

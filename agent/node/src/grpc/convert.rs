@@ -5,13 +5,18 @@ use std::{fmt::Display, time::Duration};
 use pbjson_types::{Duration as ProtoDuration, Timestamp};
 use prost::Message;
 use serio_api::v1;
-use serio_store::record::{EventRecord, ImageRecord, Millis};
+use serio_store::record::{
+    EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
+};
 use serio_types::{CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource};
 use uuid::Uuid;
 
 use crate::{
     error::{Error, FieldError, chain},
-    state::command::{ExportView, Request, SnapshotView, VdcView, VmState, VmView, VolumeView},
+    state::command::{
+        ExportView, Request, SnapshotView, VdcSnapshotView, VdcView, VmState, VmView, VolumeView,
+    },
+    supervise::Allocated,
 };
 
 /// The most bytes of user data: cloud-init's own limits are far above, the seed disk's are not.
@@ -356,17 +361,62 @@ pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
 
 /// To the wire; what its files take is looked up by the caller.
 #[must_use]
-pub fn volume(view: &VolumeView, allocated_bytes: u64) -> v1::Volume {
+pub fn volume(view: &VolumeView, allocated: Allocated) -> v1::Volume {
     v1::Volume {
         name: resource::volume(&view.name),
         uid: view.record.uid.to_string(),
         generation: view.record.generation.0,
         create_time: Some(timestamp(view.record.create_time)),
         size_bytes: view.record.size_bytes,
-        allocated_bytes,
+        allocated_bytes: allocated.own_bytes,
+        shared_bytes: allocated.shared_bytes,
         source_image: view.record.source_image.as_ref().map(resource::image).unwrap_or_default(),
         attached_to: view.attached_to.as_ref().map(resource::vm).unwrap_or_default(),
         snapshots: view.snapshots.iter().map(Name::to_string).collect(),
+        source_snapshot: view.record.source_snapshot.clone().unwrap_or_default(),
+    }
+}
+
+fn point_class(class: PointClass) -> v1::PointClass {
+    match class {
+        PointClass::Crash => v1::PointClass::Crash,
+        PointClass::App => v1::PointClass::App,
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn vdc_snapshot(view: &VdcSnapshotView) -> v1::VdcSnapshot {
+    let app = !view.parts.is_empty() && view.parts.iter().all(|p| p.record.class == PointClass::App);
+    v1::VdcSnapshot {
+        name: resource::vdc_snapshot(&view.name),
+        uid: view.record.uid.to_string(),
+        create_time: Some(timestamp(view.record.create_time)),
+        snapshots: view.parts.iter().map(snapshot).collect(),
+        class: point_class(if app { PointClass::App } else { PointClass::Crash }).into(),
+        deleting: view.record.state == Made::Deleting,
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn operation(record: &OperationRecord) -> v1::Operation {
+    let state = match record.state {
+        OperationState::Running => v1::OperationState::Running,
+        OperationState::Done => v1::OperationState::Done,
+        OperationState::Failed => v1::OperationState::Failed,
+        OperationState::Cancelled => v1::OperationState::Cancelled,
+    };
+    v1::Operation {
+        name: format!("operations/{}", record.uid),
+        kind: record.kind.as_str().to_owned(),
+        target: record.target.clone(),
+        state: state.into(),
+        done_bytes: record.done_bytes,
+        total_bytes: record.total_bytes,
+        error: record.error.clone(),
+        create_time: Some(timestamp(record.create_time)),
+        end_time: record.end_time.map(timestamp),
     }
 }
 
@@ -377,6 +427,9 @@ pub fn snapshot(view: &SnapshotView) -> v1::Snapshot {
         name: resource::snapshot(&view.volume, &view.record.name),
         create_time: Some(timestamp(view.record.create_time)),
         size_bytes: view.record.size_bytes,
+        class: point_class(view.record.class).into(),
+        class_reason: view.record.reason.clone(),
+        vdc_snapshot: view.group.as_ref().map(resource::vdc_snapshot).unwrap_or_default(),
     }
 }
 

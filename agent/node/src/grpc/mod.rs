@@ -8,11 +8,13 @@
 //! TLS handshake are bounded; a peer that does not answer keep-alives is dropped.
 
 pub mod auth;
+mod changes;
 mod console;
 pub mod convert;
 mod image;
 mod kernel;
 mod node;
+mod operation;
 pub mod server;
 mod vdc;
 mod vm;
@@ -101,6 +103,9 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
     health.set_serving::<v1::vm_service_server::VmServiceServer<vm::VmApi>>().await;
     health.set_serving::<v1::volume_service_server::VolumeServiceServer<volume::VolumeApi>>().await;
     health.set_serving::<v1::image_service_server::ImageServiceServer<image::ImageApi>>().await;
+    health
+        .set_serving::<v1::operation_service_server::OperationServiceServer<operation::OperationApi>>()
+        .await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -113,6 +118,9 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .add_service(v1::vdc_service_server::VdcServiceServer::new(vdc::VdcApi(context.clone())))
         .add_service(v1::vm_service_server::VmServiceServer::new(vm::VmApi(context.clone())))
         .add_service(v1::volume_service_server::VolumeServiceServer::new(volume::VolumeApi(context.clone())))
+        .add_service(v1::operation_service_server::OperationServiceServer::new(operation::OperationApi(
+            context.clone(),
+        )))
         .add_service(v1::image_service_server::ImageServiceServer::new(image::ImageApi(context.clone())));
     Ok(routes.routes().prepare())
 }

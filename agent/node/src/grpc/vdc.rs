@@ -1,25 +1,36 @@
 //! VdcService.
 
 use serio_api::v1::{
-    CreateVdcRequest, DeleteVdcRequest, DeleteVdcResponse, GetVdcRequest, ListVdcsRequest, ListVdcsResponse,
-    UpdateVdcRequest, Vdc, vdc_service_server::VdcService,
+    CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcResponse,
+    DeleteVdcSnapshotRequest, GetVdcRequest, GetVdcSnapshotRequest, ListVdcSnapshotsRequest,
+    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, Operation, PointClass, UpdateVdcRequest,
+    Vdc, VdcSnapshot, vdc_service_server::VdcService,
 };
-use serio_types::resource;
+use serio_types::{Name, VdcName, resource};
 use tonic::{Request, Response, Status};
 
 use super::{
     Context,
-    convert::{self, field, request_of},
-    unexpected,
+    convert::{self, Fields, field, request_of},
+    operation, unexpected,
 };
 use crate::{
     error::Error,
-    state::command::{Answer, Mutation, Query},
+    state::command::{Answer, Consistency, Mutation, Query, VdcSnapshotView},
 };
 
 /// The service.
 #[derive(Debug, Clone)]
 pub(super) struct VdcApi(pub(super) Context);
+
+impl VdcApi {
+    async fn snapshots(&self, vdc: Name) -> Result<Vec<VdcSnapshotView>, Error> {
+        match self.0.query(Query::VdcSnapshots(vdc)).await? {
+            Answer::VdcSnapshots(views) => Ok(views),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
 
 fn one(answer: Answer) -> Result<Response<Vdc>, Error> {
     match answer {
@@ -74,5 +85,64 @@ impl VdcService for VdcApi {
         let name = field("name", resource::parse_vdc(&message.name))?;
         self.0.mutate(Mutation::DeleteVdc { name }, id).await?;
         Ok(Response::new(DeleteVdcResponse {}))
+    }
+
+    async fn create_vdc_snapshot(
+        &self,
+        request: Request<CreateVdcSnapshotRequest>,
+    ) -> Result<Response<VdcSnapshot>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CreateVdcSnapshot", &message)?;
+        let mut fields = Fields::default();
+        let vdc = fields.take("vdc", resource::parse_vdc(&message.vdc));
+        let name = fields.take("snapshot_id", message.snapshot_id.parse::<Name>());
+        let app = match PointClass::try_from(message.consistency) {
+            Ok(PointClass::App) => true,
+            Ok(PointClass::Unspecified | PointClass::Crash) => false,
+            Err(_) => {
+                fields.wrong("consistency", format!("{} is unknown", message.consistency));
+                false
+            }
+        };
+        if message.require_app && !app {
+            fields.wrong("require_app", "only goes with consistency POINT_CLASS_APP");
+        }
+        let (vdc, name) = fields.done(vdc.zip(name))?;
+        let consistency = Consistency { app, required: message.require_app };
+        let mutation = Mutation::CreateVdcSnapshot { name: VdcName { vdc, name }, consistency };
+        match self.0.mutate(mutation, id).await? {
+            Answer::VdcSnapshot(view) => Ok(Response::new(convert::vdc_snapshot(&view))),
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn get_vdc_snapshot(
+        &self,
+        request: Request<GetVdcSnapshotRequest>,
+    ) -> Result<Response<VdcSnapshot>, Status> {
+        let name = field("name", resource::parse_vdc_snapshot(&request.get_ref().name))?;
+        let all = self.snapshots(name.vdc.clone()).await?;
+        let found = all.iter().find(|view| view.name == name);
+        let found = found.ok_or_else(|| Error::not_found(resource::vdc_snapshot(&name)))?;
+        Ok(Response::new(convert::vdc_snapshot(found)))
+    }
+
+    async fn list_vdc_snapshots(
+        &self,
+        request: Request<ListVdcSnapshotsRequest>,
+    ) -> Result<Response<ListVdcSnapshotsResponse>, Status> {
+        let vdc = field("vdc", resource::parse_vdc(&request.get_ref().vdc))?;
+        let snapshots = self.snapshots(vdc).await?.iter().map(convert::vdc_snapshot).collect();
+        Ok(Response::new(ListVdcSnapshotsResponse { snapshots }))
+    }
+
+    async fn delete_vdc_snapshot(
+        &self,
+        request: Request<DeleteVdcSnapshotRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteVdcSnapshot", &message)?;
+        let name = field("name", resource::parse_vdc_snapshot(&message.name))?;
+        Ok(operation::one(self.0.mutate(Mutation::DeleteVdcSnapshot { name }, id).await?)?)
     }
 }

@@ -3,18 +3,20 @@
 use std::time::Duration;
 
 use serio_api::v1::{
-    CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest,
-    DeleteExportResponse, DeleteVolumeRequest, DeleteVolumeResponse, Export, GetVolumeRequest,
+    CloneVolumeRequest, CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest,
+    DeleteExportResponse, DeleteSnapshotRequest, DeleteVolumeRequest, DeleteVolumeResponse, Export,
+    FlattenVolumeRequest, GetVolumeRequest, ListChangedRangesRequest, ListChangedRangesResponse,
     ListExportsRequest, ListExportsResponse, ListSnapshotsRequest, ListSnapshotsResponse, ListVolumesRequest,
-    ListVolumesResponse, Snapshot, Volume, volume_service_server::VolumeService,
+    ListVolumesResponse, Operation, ResizeVolumeRequest, RollbackVolumeRequest, Snapshot, Volume,
+    volume_service_server::VolumeService,
 };
-use serio_types::{Name, SnapshotName, resource};
+use serio_types::{Name, SnapshotName, VolumeSize, resource};
 use tonic::{Request, Response, Status};
 
 use super::{
-    Context,
+    Context, changes,
     convert::{self, Fields, field, request_of},
-    unexpected,
+    operation, unexpected,
 };
 use crate::{
     error::Error,
@@ -34,7 +36,14 @@ impl VolumeApi {
         let (supervisor, uid) = (self.0.supervisor.clone(), view.record.uid);
         let allocated = tokio::task::spawn_blocking(move || supervisor.allocated_bytes(uid)).await;
         // Files that are just being made or removed: nothing to count.
-        convert::volume(&view, allocated.ok().and_then(Result::ok).unwrap_or(0))
+        convert::volume(&view, allocated.ok().and_then(Result::ok).unwrap_or_default())
+    }
+
+    async fn one(&self, answer: Answer) -> Result<Response<Volume>, Status> {
+        match answer {
+            Answer::Volume(view) => Ok(Response::new(self.show(view).await)),
+            other => Err(unexpected(&other).into()),
+        }
     }
 
     async fn show_export(&self, view: &ExportView) -> Export {
@@ -64,10 +73,7 @@ impl VolumeService for VolumeApi {
             fields.take("source_image", resource::parse_image(&message.source_image))
         };
         fields.done(Some(()))?;
-        match self.0.mutate(Mutation::CreateVolume { name, size, image }, id).await? {
-            Answer::Volume(view) => Ok(Response::new(self.show(view).await)),
-            other => Err(unexpected(&other).into()),
-        }
+        self.one(self.0.mutate(Mutation::CreateVolume { name, size, image }, id).await?).await
     }
 
     async fn get_volume(&self, request: Request<GetVolumeRequest>) -> Result<Response<Volume>, Status> {
@@ -138,6 +144,65 @@ impl VolumeService for VolumeApi {
             })),
             other => Err(unexpected(&other).into()),
         }
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteSnapshot", &message)?;
+        let name = field("name", resource::parse_snapshot(&message.name))?;
+        Ok(operation::one(self.0.mutate(Mutation::DeleteSnapshot { name }, id).await?)?)
+    }
+
+    async fn resize_volume(&self, request: Request<ResizeVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("ResizeVolume", &message)?;
+        let mut fields = Fields::default();
+        let name = fields.take("name", resource::parse_volume(&message.name));
+        let size = fields.take("size_bytes", VolumeSize::try_from(message.size_bytes));
+        let (name, size) = fields.done(name.zip(size))?;
+        self.one(self.0.mutate(Mutation::ResizeVolume { name, size }, id).await?).await
+    }
+
+    async fn clone_volume(&self, request: Request<CloneVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("CloneVolume", &message)?;
+        let mut fields = Fields::default();
+        let source = fields.take("source", resource::parse_snapshot(&message.source));
+        let name = fields.take("volume_id", message.volume_id.parse::<Name>());
+        let size = convert::volume_size(&mut fields, "size_bytes", message.size_bytes);
+        let (source, name) = fields.done(source.zip(name))?;
+        self.one(self.0.mutate(Mutation::CloneVolume { source, name, size }, id).await?).await
+    }
+
+    async fn rollback_volume(
+        &self,
+        request: Request<RollbackVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("RollbackVolume", &message)?;
+        let name = field("snapshot", resource::parse_snapshot(&message.snapshot))?;
+        let mutation = Mutation::RollbackVolume { name, discard_later: message.discard_later };
+        self.one(self.0.mutate(mutation, id).await?).await
+    }
+
+    async fn flatten_volume(
+        &self,
+        request: Request<FlattenVolumeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("FlattenVolume", &message)?;
+        let name = field("name", resource::parse_volume(&message.name))?;
+        Ok(operation::one(self.0.mutate(Mutation::FlattenVolume { name }, id).await?)?)
+    }
+
+    async fn list_changed_ranges(
+        &self,
+        request: Request<ListChangedRangesRequest>,
+    ) -> Result<Response<ListChangedRangesResponse>, Status> {
+        Ok(Response::new(changes::page(&self.0, request.into_inner()).await?))
     }
 
     async fn create_export(&self, request: Request<CreateExportRequest>) -> Result<Response<Export>, Status> {

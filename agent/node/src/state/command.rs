@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use serio_store::record::{
-    EventRecord, ExportRecord, ImageRecord, RequestRecord, SnapshotRecord, VdcRecord, VmRecord, VolumeRecord,
+    EventRecord, ExportRecord, ImageRecord, OperationKind, OperationRecord, RequestRecord, SnapshotRecord,
+    VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
 };
 use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSize};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+pub use super::vdc_snapshots::Consistency;
 use crate::error::Error;
 
 /// A client's request id, with what tells one request from another.
@@ -48,6 +50,20 @@ pub enum Mutation {
     DeleteVolume { name: VdcName },
     /// → [`Answer::Snapshot`].
     CreateSnapshot { name: SnapshotName },
+    /// → [`Answer::Operation`].
+    DeleteSnapshot { name: SnapshotName },
+    /// → [`Answer::Volume`].
+    ResizeVolume { name: VdcName, size: VolumeSize },
+    /// → [`Answer::Volume`].
+    CloneVolume { source: SnapshotName, name: Name, size: Option<VolumeSize> },
+    /// → [`Answer::Volume`].
+    RollbackVolume { name: SnapshotName, discard_later: bool },
+    /// → [`Answer::Operation`].
+    FlattenVolume { name: VdcName },
+    /// → [`Answer::VdcSnapshot`].
+    CreateVdcSnapshot { name: VdcName, consistency: Consistency },
+    /// → [`Answer::Operation`].
+    DeleteVdcSnapshot { name: VdcName },
     /// → [`Answer::Export`].
     CreateExport { volume: VdcName, snapshot: Option<Name>, writable: bool, ttl: Duration },
     /// → [`Answer::Nothing`].
@@ -74,6 +90,12 @@ pub enum Query {
     Volumes(Option<Name>),
     /// → [`Answer::Snapshots`].
     Snapshots(VdcName),
+    /// → [`Answer::VdcSnapshots`].
+    VdcSnapshots(Name),
+    /// → [`Answer::Operation`].
+    Operation(Uuid),
+    /// → [`Answer::Operations`].
+    Operations { target_prefix: String, running_only: bool },
     /// → [`Answer::Exports`].
     Exports,
     /// → [`Answer::Images`]: one, or all.
@@ -93,6 +115,20 @@ pub enum Command {
     FinishImport(ImportedFiles),
     /// An import broke off → [`Answer::Nothing`].
     AbortImport(Uuid),
+    /// Makes a resource of long work that the caller does itself: it says how far it is by [`super::owner::Client::progress`],
+    /// ends it by [`Command::EndOperation`], and heeds [`super::Handles::cancelled`] → [`Answer::Operation`].
+    BeginOperation {
+        /// What it does.
+        kind: OperationKind,
+        /// To what, as the API names it.
+        target: String,
+        /// The volume's id, if it is about one.
+        subject: Option<Uuid>,
+    },
+    /// That work has ended → [`Answer::Nothing`].
+    EndOperation(Uuid, Result<(), Error>),
+    /// Asks an operation to end → [`Answer::Operation`].
+    CancelOperation(Uuid),
 }
 
 /// What an import brought.
@@ -131,6 +167,14 @@ pub enum Answer {
     Snapshot(SnapshotView),
     /// Snapshots, oldest first.
     Snapshots(Vec<SnapshotView>),
+    /// A vdc's snapshot.
+    VdcSnapshot(VdcSnapshotView),
+    /// A vdc's snapshots, oldest first.
+    VdcSnapshots(Vec<VdcSnapshotView>),
+    /// An operation.
+    Operation(OperationRecord),
+    /// Operations, newest first.
+    Operations(Vec<OperationRecord>),
     /// An export.
     Export(ExportView),
     /// Exports.
@@ -207,6 +251,19 @@ pub struct SnapshotView {
     pub record: SnapshotRecord,
     /// Its volume.
     pub volume: VdcName,
+    /// The vdc's snapshot that it is a part of.
+    pub group: Option<VdcName>,
+}
+
+/// A vdc's snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VdcSnapshotView {
+    /// Its row.
+    pub record: VdcSnapshotRecord,
+    /// `VDC/NAME`.
+    pub name: VdcName,
+    /// Its parts.
+    pub parts: Vec<SnapshotView>,
 }
 
 /// An export.

@@ -8,7 +8,7 @@ use serio_types::{Name, SnapshotName, VdcName};
 use uuid::Uuid;
 
 use super::{
-    command::{Answer, Mutation, Request},
+    command::{Answer, Command, Consistency, Mutation, Request},
     effect::{Effect, Input},
     world_test::{Sim, Waiting, spec},
 };
@@ -31,7 +31,7 @@ fn volume(rng: &mut StdRng) -> VdcName {
 
 fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
     let point: Name = format!("p{}", rng.random_range(0..2)).parse().unwrap();
-    match rng.random_range(0..20) {
+    match rng.random_range(0..27) {
         0..=4 => {
             let mut spec = spec(rng.random_range(1..4));
             if rng.random_bool(0.3) {
@@ -62,6 +62,26 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
             writable: false,
             ttl: Duration::from_secs(60),
         },
+        19 => Mutation::DeleteSnapshot { name: SnapshotName { volume: volume(rng), snapshot: point } },
+        20 => Mutation::ResizeVolume {
+            name: volume(rng),
+            size: (rng.random_range(1_u64..8) << 20).try_into().unwrap(),
+        },
+        21 => Mutation::CloneVolume {
+            source: SnapshotName { volume: volume(rng), snapshot: point },
+            name: name(rng, "disk").name,
+            size: None,
+        },
+        22 => Mutation::RollbackVolume {
+            name: SnapshotName { volume: volume(rng), snapshot: point },
+            discard_later: rng.random(),
+        },
+        23 => Mutation::FlattenVolume { name: volume(rng) },
+        24 => Mutation::CreateVdcSnapshot {
+            name: name(rng, "all"),
+            consistency: Consistency { app: rng.random(), required: false },
+        },
+        25 => Mutation::DeleteVdcSnapshot { name: name(rng, "all") },
         _ => Mutation::DeleteExport {
             id: exports.choose(rng).cloned().unwrap_or_else(|| "none".parse().unwrap()),
         },
@@ -79,7 +99,13 @@ fn kill(sim: &mut Sim, rng: &mut StdRng) {
                 _ => {}
             },
             // Half a volume.
-            Effect::CreateVolume { volume, .. } if rng.random() => drop(sim.world.volumes.insert(volume)),
+            Effect::CreateVolume { volume, .. } | Effect::CloneVolume { volume, .. } if rng.random() => {
+                sim.world.make(volume, 0);
+            }
+            // Only some of the volumes.
+            Effect::VdcSnapshot { name, parts, .. } if rng.random() => {
+                drop(sim.world.seal_parts(&name, &parts, false));
+            }
             other if rng.random() => drop(sim.world.perform(other)),
             _ => {}
         }
@@ -96,6 +122,7 @@ fn kill(sim: &mut Sim, rng: &mut StdRng) {
 }
 
 fn step(sim: &mut Sim, rng: &mut StdRng, waiting: &mut Vec<Waiting>, repeats: &mut Vec<(Mutation, Request)>) {
+    sim.ready.append(&mut sim.world.aside);
     match rng.random_range(0..100) {
         0..=29 => {
             let exports: Vec<Name> = sim.world.exports.keys().cloned().collect();
@@ -137,7 +164,22 @@ fn step(sim: &mut Sim, rng: &mut StdRng, waiting: &mut Vec<Waiting>, repeats: &m
             let timer = sim.timers.swap_remove(rng.random_range(0..sim.timers.len()));
             sim.input(Input::Timer(timer));
         }
-        94..=97 => {
+        94 if !sim.world.merges.is_empty() => {
+            let volumes: Vec<Uuid> = sim.world.merges.keys().copied().collect();
+            sim.world.fail = rng.random_bool(0.1);
+            let input = volumes.choose(rng).and_then(|volume| sim.world.finish_merge(*volume));
+            sim.world.fail = false;
+            sim.ready.extend(input);
+        }
+        95 => {
+            let operations: Vec<Uuid> = sim.state().model().operations.keys().copied().collect();
+            if let Some(uid) = operations.choose(rng) {
+                let (reply, answer) = tokio::sync::oneshot::channel();
+                sim.input(Input::Command(Command::CancelOperation(*uid), reply));
+                waiting.push(answer);
+            }
+        }
+        96..=97 => {
             let vms: Vec<Uuid> = sim.world.processes.keys().copied().collect();
             if let Some(vm) = vms.choose(rng) {
                 let kind = *[EndKind::PowerOff, EndKind::GuestError, EndKind::Died].choose(rng).unwrap();

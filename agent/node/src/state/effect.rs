@@ -3,10 +3,14 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use serio_store::record::PointClass;
 use serio_types::{Cidr, MacAddr, Name, VdcName};
 use uuid::Uuid;
 
-use super::command::{Command, Reply};
+use super::{
+    command::{Command, Reply},
+    vdc_snapshots::Consistency,
+};
 use crate::{
     error::Error,
     supervise::{EndRecord, VolumeInfo},
@@ -36,6 +40,19 @@ pub enum Effect {
     RemoveVm { vm: Uuid, volume: Option<Uuid> },
     /// Seals a point, through the VM if one runs → [`Input::Snapshotted`].
     Snapshot { volume: Uuid, name: Name, vm: Option<Uuid> },
+    /// Makes a volume larger, through the VM if one runs → [`Input::Resized`].
+    Resize { volume: Uuid, size_bytes: u64, vm: Option<Uuid> },
+    /// Makes a volume from another one's snapshot → [`Input::VolumeCreated`].
+    CloneVolume { volume: Uuid, size_bytes: u64, source: Uuid, point: Name },
+    /// Takes a stopped volume back → [`Input::RolledBack`].
+    Rollback { volume: Uuid, point: Name, discard_later: bool },
+    /// Merges layers away, through the VM if one runs → [`Input::MergeProgress`]s, then one [`Input::Merged`]. Gives way
+    /// to everything else that is done to the volume.
+    Merge { volume: Uuid, operation: Uuid, goal: Goal, vm: Option<Uuid> },
+    /// Has the work of an operation end → its own end.
+    CancelOperation { operation: Uuid },
+    /// Seals volumes at one instant → [`Input::VdcSnapshotted`].
+    VdcSnapshot { group: Uuid, name: Name, consistency: Consistency, parts: Vec<Part> },
     /// → [`Input::Inspected`].
     Inspect { volume: Uuid },
     /// → [`Input::ExportStarted`].
@@ -48,6 +65,50 @@ pub enum Effect {
     RemoveImage { image: Uuid },
     /// → [`Input::Timer`] then.
     Timer { after: Duration, timer: Timer },
+}
+
+/// What shall go out of a volume's chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Goal {
+    /// The layer of that snapshot.
+    Snapshot(Name),
+    /// All layers whose files are shared.
+    Shared,
+}
+
+/// How a merge ended.
+#[derive(Debug)]
+pub enum Merged {
+    /// What should go is gone, and its files too.
+    Done,
+    /// It gave way, or was cancelled: it can go on later.
+    Interrupted,
+    /// Somebody else has the volume open, or whoever has it does not answer.
+    Busy(String),
+    /// It cannot be done.
+    Failed(Error),
+}
+
+/// A volume to be sealed with others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The volume.
+    pub volume: Uuid,
+    /// For messages.
+    pub name: VdcName,
+    /// The VM that has it open.
+    pub vm: Option<Uuid>,
+}
+
+/// A volume that was sealed with others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedPart {
+    /// The volume.
+    pub volume: Uuid,
+    /// What the point is good for.
+    pub class: PointClass,
+    /// Why it is not better although that was asked, or empty.
+    pub reason: String,
 }
 
 /// A VM to be started.
@@ -102,6 +163,8 @@ pub enum Timer {
     AdoptAgain { vm: Uuid },
     /// An export's time is over.
     ExportExpired { id: Name },
+    /// A volume that was open elsewhere is tried again.
+    MergeAgain { volume: Uuid },
 }
 
 /// What happened.
@@ -128,6 +191,18 @@ pub enum Input {
     VmRemoved { vm: Uuid, result: Result<(), Error> },
     /// A point is sealed, or not.
     Snapshotted { volume: Uuid, result: Result<(), Error> },
+    /// A volume is larger, or nobody knows.
+    Resized { volume: Uuid, result: Result<(), Error> },
+    /// A volume is as it was (what its headers say now), or nobody knows.
+    RolledBack { volume: Uuid, result: Result<VolumeInfo, Error> },
+    /// How far a merge is.
+    MergeProgress { volume: Uuid, operation: Uuid, done_bytes: u64, total_bytes: u64 },
+    /// A merge ended.
+    Merged { volume: Uuid, operation: Uuid, outcome: Merged },
+    /// How far an operation is whose work is done elsewhere.
+    Progress { operation: Uuid, done_bytes: u64, total_bytes: u64 },
+    /// Volumes are sealed at one instant, or perhaps some are.
+    VdcSnapshotted { group: Uuid, result: Result<Vec<SealedPart>, Error> },
     /// What a volume's headers say.
     Inspected { volume: Uuid, result: Result<VolumeInfo, Error> },
     /// An export takes clients, or nothing of it is there.

@@ -11,7 +11,10 @@ use std::{
 };
 
 use serio_types::Name;
-use tokio::{runtime, sync::mpsc};
+use tokio::{
+    runtime,
+    sync::{mpsc, watch},
+};
 use uuid::Uuid;
 
 use super::effect::{Adopted, Effect, Input, Launch};
@@ -30,13 +33,15 @@ const MTU: u32 = 1500;
 pub struct Handles(Arc<Mutex<Running>>);
 
 #[derive(Debug, Default)]
-struct Running {
+pub(super) struct Running {
     vms: BTreeMap<Uuid, VmHandle>,
     exports: BTreeMap<Name, ExportHandle>,
+    /// Operations that may be asked to end.
+    pub(super) cancels: BTreeMap<Uuid, watch::Sender<bool>>,
 }
 
 impl Handles {
-    fn with<T>(&self, act: impl FnOnce(&mut Running) -> T) -> T {
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut Running) -> T) -> T {
         act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -56,10 +61,10 @@ impl Handles {
 /// Does effects. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Executor {
-    supervisor: Supervisor,
-    handles: Handles,
+    pub(super) supervisor: Supervisor,
+    pub(super) handles: Handles,
     state_dir: PathBuf,
-    inputs: mpsc::Sender<Input>,
+    pub(super) inputs: mpsc::Sender<Input>,
     runtime: runtime::Handle,
 }
 
@@ -102,12 +107,12 @@ impl Executor {
         self.runtime.spawn(async move { this.perform(effect).await });
     }
 
-    async fn send(&self, input: Input) {
+    pub(super) async fn send(&self, input: Input) {
         // Only fails while the daemon ends: the next one reconciles.
         let _ = self.inputs.send(input).await;
     }
 
-    fn image_dir(&self, image: Uuid) -> PathBuf {
+    pub(super) fn image_dir(&self, image: Uuid) -> PathBuf {
         self.state_dir.join("images").join(image.to_string())
     }
 
@@ -117,16 +122,6 @@ impl Executor {
 
     async fn perform(&self, effect: Effect) {
         match effect {
-            Effect::CreateVolume { volume, size_bytes, image } => {
-                let from = image.map(|image| self.image_dir(image).join("disk.raw"));
-                let result = self.supervisor.create_volume(volume, size_bytes, from).await;
-                let result = result.map_err(|e| Error::from_job("creating the volume", &e));
-                self.send(Input::VolumeCreated { volume, result }).await;
-            }
-            Effect::DeleteVolume { volume } => {
-                let result = self.delete_volume(volume).await;
-                self.send(Input::VolumeDeleted { volume, result }).await;
-            }
             Effect::Launch(launch) => self.launch(*launch).await,
             Effect::Adopt { vm } => self.adopt(vm).await,
             Effect::PowerButton { vm } => self.power_button(vm).await,
@@ -148,15 +143,6 @@ impl Executor {
                 let result = self.remove_vm(vm, volume).await;
                 self.send(Input::VmRemoved { vm, result }).await;
             }
-            Effect::Snapshot { volume, name, vm } => {
-                let result = self.snapshot(volume, &name, vm).await;
-                self.send(Input::Snapshotted { volume, result }).await;
-            }
-            Effect::Inspect { volume } => {
-                let result = self.supervisor.volume_info(volume).await;
-                let result = result.map_err(|e| Error::from_job("reading the volume's headers", &e));
-                self.send(Input::Inspected { volume, result }).await;
-            }
             Effect::RemoveImage { image } => {
                 let dir = self.image_dir(image);
                 let result = blocking(move || remove_dir(&dir)).await;
@@ -169,11 +155,8 @@ impl Executor {
             Effect::StartExport { .. } | Effect::AdoptExport { .. } | Effect::EndExport { .. } => {
                 self.export(effect).await;
             }
+            on_volumes => self.volume_work(on_volumes).await,
         }
-    }
-
-    async fn delete_volume(&self, volume: Uuid) -> Result<(), Error> {
-        self.supervisor.delete_volume(volume).await.map_err(|e| Error::from_job("deleting the volume", &e))
     }
 
     async fn launch(&self, launch: Launch) {
@@ -292,17 +275,6 @@ impl Executor {
         }
         let dir = self.vm_dir(vm);
         blocking(move || remove_dir(&dir)).await
-    }
-
-    async fn snapshot(&self, volume: Uuid, name: &Name, vm: Option<Uuid>) -> Result<(), Error> {
-        let result = match vm {
-            None => self.supervisor.snapshot_stopped(volume, name.as_str()).await,
-            Some(vm) => match self.handles.vm(vm) {
-                Some(handle) => handle.snapshot_volume(volume, name.as_str()).await,
-                None => return Err(Error::precondition(format!("vms/{vm}"), "ended just now: try again")),
-            },
-        };
-        result.map_err(|e| Error::from_job("sealing the point", &e))
     }
 
     async fn export(&self, effect: Effect) {

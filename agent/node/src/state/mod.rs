@@ -33,17 +33,22 @@ pub mod effect;
 mod executor;
 mod exports;
 mod images;
+mod merges;
 pub mod model;
+mod operations;
 pub mod owner;
 mod phase;
 pub mod recover;
+mod reshape;
 mod run;
+mod vdc_snapshots;
 mod vdcs;
 mod views;
 mod vms;
+mod volume_work;
 mod volumes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serio_store::{
     Change, Store,
@@ -55,6 +60,7 @@ use uuid::Uuid;
 use command::{Answer, Command, Mutation, Reply, Request};
 use effect::{Effect, Input, Timer};
 pub use executor::{Executor, Handles};
+use merges::Work;
 use model::Model;
 use phase::{Op, Phase, VolumeOp};
 
@@ -78,6 +84,14 @@ pub struct State {
     export_ops: BTreeMap<Name, Op>,
     /// Images being removed.
     image_ops: BTreeMap<Uuid, Op>,
+    /// Layers to be merged away, by volume, in order.
+    works: BTreeMap<Uuid, VecDeque<Work>>,
+    /// Operations that were asked to end.
+    cancelled: BTreeSet<Uuid>,
+    /// Points of whole vdcs being sealed.
+    group_ops: BTreeMap<Uuid, Op>,
+    /// Counts the changes of operations.
+    operations_version: u64,
     /// Files of VMs that no row knows, being removed.
     strangers: u32,
     ticket: u64,
@@ -99,6 +113,10 @@ impl State {
             resets: BTreeMap::new(),
             export_ops: BTreeMap::new(),
             image_ops: BTreeMap::new(),
+            works: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+            group_ops: BTreeMap::new(),
+            operations_version: 0,
             strangers: 0,
             ticket: 0,
             now: Millis::default(),
@@ -127,12 +145,23 @@ impl State {
             Input::VmRemoved { vm, result } => self.vm_removed(vm, result),
             Input::Snapshotted { volume, result } => self.snapshotted(volume, result),
             Input::Inspected { volume, result } => self.inspected(volume, result),
+            Input::Resized { volume, result } => self.resized(volume, result),
+            Input::RolledBack { volume, result } => self.rolled_back(volume, result),
+            Input::MergeProgress { volume, operation, done_bytes, total_bytes } => {
+                self.merge_progress(volume, operation, done_bytes, total_bytes);
+            }
+            Input::Merged { volume, operation, outcome } => self.merged(volume, operation, outcome),
+            Input::Progress { operation, done_bytes, total_bytes } => {
+                self.operation_progress(operation, done_bytes, total_bytes);
+            }
+            Input::VdcSnapshotted { group, result } => self.vdc_snapshotted(group, result),
             Input::ExportStarted { id, result } => self.export_started(id, result),
             Input::ExportAdopted { id, runs } => self.export_adopted(&id, runs),
             Input::ExportEnded { id } => self.export_ended(&id),
             Input::ImageRemoved { image, result } => self.image_removed(image, result),
             Input::Timer(timer) => self.timer(timer),
         }
+        self.pump_works();
         std::mem::take(&mut self.out)
     }
 
@@ -140,6 +169,14 @@ impl State {
         match command {
             Command::Query(query) => answer(reply, self.query(&query)),
             Command::FinishImport(files) => answer(reply, self.finish_import(files)),
+            Command::BeginOperation { kind, target, subject } => {
+                answer(reply, self.begin_operation(kind, target, subject));
+            }
+            Command::EndOperation(uid, result) => {
+                self.end_operation(uid, result, Vec::new());
+                answer(reply, Ok(Answer::Nothing));
+            }
+            Command::CancelOperation(uid) => answer(reply, self.cancel_operation(uid)),
             Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {
                 let op = Op { replies: vec![reply], request };
@@ -170,6 +207,17 @@ impl State {
             Mutation::CreateVolume { name, size, image } => self.create_volume(name, size, image, op),
             Mutation::DeleteVolume { name } => self.delete_volume(&name, op),
             Mutation::CreateSnapshot { name } => self.create_snapshot(&name, op),
+            Mutation::DeleteSnapshot { name } => self.delete_snapshot(&name, op),
+            Mutation::ResizeVolume { name, size } => self.resize_volume(&name, size, op),
+            Mutation::CloneVolume { source, name, size } => self.clone_volume(&source, name, size, op),
+            Mutation::RollbackVolume { name, discard_later } => {
+                self.rollback_volume(&name, discard_later, op)
+            }
+            Mutation::FlattenVolume { name } => self.flatten_volume(&name, op),
+            Mutation::CreateVdcSnapshot { name, consistency } => {
+                self.create_vdc_snapshot(&name, consistency, op)
+            }
+            Mutation::DeleteVdcSnapshot { name } => self.delete_vdc_snapshot(&name, op),
             Mutation::CreateExport { volume, snapshot, writable, ttl } => {
                 self.create_export(&volume, snapshot, writable, ttl, op)
             }
@@ -188,6 +236,7 @@ impl State {
             Timer::StopDeadline { vm, ticket } => self.stop_deadline(vm, ticket),
             Timer::AdoptAgain { vm } => self.adopt_again(vm),
             Timer::ExportExpired { id } => self.export_expired(&id),
+            Timer::MergeAgain { volume } => self.merge_again(volume),
         }
     }
 

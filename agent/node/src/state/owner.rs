@@ -13,6 +13,7 @@ use serio_api::v1::{Allocation, AllocationClass, AllocationState};
 use serio_store::record::Made;
 use serio_types::resource;
 use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
 
 use super::{
     State,
@@ -30,6 +31,8 @@ pub const INPUTS_MAX: usize = 256;
 pub struct Watches {
     /// The newest event's number.
     pub last_event: watch::Receiver<u64>,
+    /// Counts the changes of operations.
+    pub operations: watch::Receiver<u64>,
     /// What is promised.
     pub snapshot: watch::Receiver<Snapshot>,
     /// All that ran before the start is known again.
@@ -41,13 +44,14 @@ pub struct Watches {
 pub struct Client {
     inputs: mpsc::Sender<Input>,
     last_event: watch::Receiver<u64>,
+    operations: watch::Receiver<u64>,
 }
 
 impl Client {
     /// One that asks over `inputs`.
     #[must_use]
     pub fn new(inputs: mpsc::Sender<Input>, watches: &Watches) -> Self {
-        Self { inputs, last_event: watches.last_event.clone() }
+        Self { inputs, last_event: watches.last_event.clone(), operations: watches.operations.clone() }
     }
 
     /// Asks, and waits for the answer. The operation goes on if the caller does not wait.
@@ -58,6 +62,18 @@ impl Client {
         let (reply, answer) = oneshot::channel();
         self.inputs.send(Input::Command(command, reply)).await.map_err(|_| Error::Ending)?;
         answer.await.map_err(|_| Error::Ending)?
+    }
+
+    /// Says how far an operation is that was begun by [`Command::BeginOperation`]. A few times a second is enough; while the
+    /// state has much to do, what it would not hear in time is left out.
+    pub fn progress(&self, operation: Uuid, done_bytes: u64, total_bytes: u64) {
+        let _ = self.inputs.try_send(Input::Progress { operation, done_bytes, total_bytes });
+    }
+
+    /// Changes with each operation.
+    #[must_use]
+    pub fn operations(&self) -> watch::Receiver<u64> {
+        self.operations.clone()
     }
 
     /// Changes with each event.
@@ -78,6 +94,7 @@ pub fn spawn(
     begin: impl Fn(Effect) + Send + 'static,
 ) -> io::Result<Watches> {
     let (last_event, watch_event) = watch::channel(state.model().last_event);
+    let (operations, watch_operations) = watch::channel(state.operations_version());
     let (snapshot, watch_snapshot) = watch::channel(state.snapshot());
     let (recovered, watch_recovered) = watch::channel(state.recovered());
     thread::Builder::new().name("state".to_owned()).spawn(move || {
@@ -86,6 +103,8 @@ pub fn spawn(
             state.step(model::now(), input).into_iter().for_each(&begin);
             let newest = state.model().last_event;
             last_event.send_if_modified(|known| std::mem::replace(known, newest) != newest);
+            let version = state.operations_version();
+            operations.send_if_modified(|known| std::mem::replace(known, version) != version);
             let promised = state.snapshot();
             snapshot.send_if_modified(|known| {
                 let changed = *known != promised;
@@ -96,7 +115,12 @@ pub fn spawn(
             recovered.send_if_modified(|known| std::mem::replace(known, settled) != settled);
         }
     })?;
-    Ok(Watches { last_event: watch_event, snapshot: watch_snapshot, recovered: watch_recovered })
+    Ok(Watches {
+        last_event: watch_event,
+        operations: watch_operations,
+        snapshot: watch_snapshot,
+        recovered: watch_recovered,
+    })
 }
 
 impl State {

@@ -11,7 +11,10 @@
 //!   Adopting (only after a start of seriod) ──▶ Running | Stopping | Cleaning
 //! ```
 
+use std::collections::BTreeSet;
+
 use serio_types::Name;
+use uuid::Uuid;
 
 use super::command::{Answer, Reply, Request};
 use crate::error::Error;
@@ -121,8 +124,16 @@ pub(super) enum VolumeOp {
     Delete { op: Op, undone: Option<Error> },
     /// A point is being sealed.
     Snapshot { name: Name, op: Op },
-    /// After a start: were the points sealed that an earlier seriod began?
-    Inspect,
+    /// It grows.
+    Resize(Op),
+    /// It goes back to a snapshot.
+    Rollback { point: Name, op: Op },
+    /// A point of the whole vdc is being sealed.
+    VdcSnapshot,
+    /// Clones are being made from one of its snapshots.
+    Lend { clones: BTreeSet<Uuid> },
+    /// After a start, or after work that `failed`: what do its headers say?
+    Inspect { failed: Option<(Op, Error)> },
 }
 
 impl VolumeOp {
@@ -131,14 +142,23 @@ impl VolumeOp {
             Self::Create(_) => "its creation",
             Self::Delete { .. } => "its deletion",
             Self::Snapshot { .. } => "a snapshot",
-            Self::Inspect => "its check after the start of seriod",
+            Self::Resize(_) => "a resize",
+            Self::Rollback { .. } => "a rollback",
+            Self::VdcSnapshot => "a snapshot of its vdc",
+            Self::Lend { .. } => "a clone of it",
+            Self::Inspect { .. } => "its check after a failure or the start of seriod",
         }
     }
 
     pub(super) fn op_mut(&mut self) -> Option<&mut Op> {
         match self {
-            Self::Create(op) | Self::Delete { op, .. } | Self::Snapshot { op, .. } => Some(op),
-            Self::Inspect => None,
+            Self::Create(op)
+            | Self::Delete { op, .. }
+            | Self::Snapshot { op, .. }
+            | Self::Resize(op)
+            | Self::Rollback { op, .. }
+            | Self::Inspect { failed: Some((op, _)) } => Some(op),
+            Self::VdcSnapshot | Self::Lend { .. } | Self::Inspect { failed: None } => None,
         }
     }
 }

@@ -58,6 +58,9 @@ impl State {
             image.state = Made::Deleting;
             self.remove_image(image, Op::default());
         }
+        self.recover_works();
+        self.recover_vdc_snapshots();
+        self.pump_works();
         std::mem::take(&mut self.out)
     }
 
@@ -66,7 +69,7 @@ impl State {
     pub fn recovered(&self) -> bool {
         self.strangers == 0
             && !self.phases.values().any(|p| matches!(p, Phase::Adopting { .. }))
-            && !self.volume_ops.values().any(|op| matches!(op, VolumeOp::Inspect))
+            && !self.volume_ops.values().any(|op| matches!(op, VolumeOp::Inspect { .. }))
     }
 
     fn recover_vm(&mut self, uid: Uuid, run: Run, has_files: bool) {
@@ -120,11 +123,13 @@ impl State {
             self.volume_ops.insert(uid, VolumeOp::Delete { op: Op::default(), undone: None });
             self.out.push(Effect::DeleteVolume { volume: uid });
         }
-        let unsure: BTreeSet<Uuid> =
-            self.model.snapshots.values().filter(|s| s.state != Made::Ready).map(|s| s.volume).collect();
+        let points = self.model.snapshots.values().filter(|s| s.state != Made::Ready).map(|s| s.volume);
+        let volumes =
+            self.model.volumes.values().filter(|v| v.unsure && v.state == Made::Ready).map(|v| v.uid);
+        let unsure: BTreeSet<Uuid> = points.chain(volumes).collect();
         for uid in unsure {
             if let Entry::Vacant(free) = self.volume_ops.entry(uid) {
-                free.insert(VolumeOp::Inspect);
+                free.insert(VolumeOp::Inspect { failed: None });
                 self.out.push(Effect::Inspect { volume: uid });
             }
         }

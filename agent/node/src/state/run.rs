@@ -307,6 +307,9 @@ impl State {
         let mut changes = self.deletion(&vm, keep_root);
         changes.extend(remember);
         check!(op, self.commit(changes));
+        if !keep_root {
+            self.drop_works(vm.root_volume);
+        }
         self.out.push(Effect::RemoveVm { vm: uid, volume: (!keep_root).then_some(vm.root_volume) });
         self.phases.insert(uid, Phase::Deleting { op, undone: None });
         Ok(())
@@ -342,6 +345,7 @@ impl State {
             ),
         });
         self.record(changes);
+        self.forget_empty_groups();
         self.failures.remove(&uid);
         op.finish(undone.map_or(Ok(Answer::Nothing), Err));
     }

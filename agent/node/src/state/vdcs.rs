@@ -107,11 +107,12 @@ impl State {
                 return Ok(None);
             }
         }
-        let result = if known.method.starts_with("Delete") {
-            Ok(Answer::Nothing)
-        } else {
-            self.answer_named(&known.resource)
-        };
+        let result =
+            if known.method.starts_with("Delete") && resource::parse_operation(&known.resource).is_err() {
+                Ok(Answer::Nothing)
+            } else {
+                self.answer_named(&known.resource)
+            };
         op.finish(result);
         Ok(None)
     }
@@ -127,6 +128,10 @@ impl State {
         }
         if let Ok(export) = resource::parse_export(name) {
             return self.export_ops.get_mut(&export);
+        }
+        if let Ok(whole) = resource::parse_vdc_snapshot(name) {
+            let uid = self.model.vdc_snapshot(&whole).ok()?.uid;
+            return self.group_ops.get_mut(&uid);
         }
         if let Ok(image) = resource::parse_image(name) {
             let uid = self.model.images.values().find(|r| r.name == image)?.uid;
@@ -158,6 +163,14 @@ impl State {
         }
         if let Ok(export) = resource::parse_export(name) {
             return self.model.export(&export).map(|r| Answer::Export(self.export_view(r)));
+        }
+        if let Ok(id) = resource::parse_operation(name) {
+            let uid = Uuid::parse_str(id.as_str()).map_err(|_| Error::not_found(name))?;
+            return self.operation(uid).cloned().map(Answer::Operation);
+        }
+        if let Ok(whole) = resource::parse_vdc_snapshot(name) {
+            let record = self.model.vdc_snapshot(&whole)?;
+            return Ok(Answer::VdcSnapshot(self.vdc_snapshot_view(record)));
         }
         let snapshot = resource::parse_snapshot(name).map_err(|_| Error::not_found(name))?;
         let Answer::Snapshots(all) = self.query(&Query::Snapshots(snapshot.volume))? else {

@@ -45,6 +45,11 @@ impl State {
                 let ready = self.model.snapshots_of(uid).filter(|r| r.state == Made::Ready);
                 Answer::Snapshots(ready.map(|r| self.snapshot_view(r)).collect())
             }
+            Query::VdcSnapshots(vdc) => Answer::VdcSnapshots(self.vdc_snapshots(vdc)?),
+            Query::Operation(uid) => Answer::Operation(self.operation(*uid)?.clone()),
+            Query::Operations { target_prefix, running_only } => {
+                Answer::Operations(self.list_operations(target_prefix, *running_only))
+            }
             Query::Exports => {
                 let ready = self.model.exports.values().filter(|r| r.state == Made::Ready);
                 Answer::Exports(sorted(ready.map(|r| self.export_view(r)), |v| v.record.create_time))
@@ -101,6 +106,10 @@ impl State {
         let volume = self.model.volumes.get(&record.volume).map(|v| self.model.volume_name(v));
         SnapshotView {
             volume: volume.expect("foreign keys keep a snapshot's volume"),
+            group: record
+                .group
+                .and_then(|group| self.model.vdc_snapshots.get(&group))
+                .map(|group| self.model.vdc_snapshot_name(group)),
             record: record.clone(),
         }
     }

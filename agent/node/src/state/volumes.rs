@@ -14,7 +14,7 @@ use super::{
     phase::{Cause, Op, Phase, VolumeOp},
     refuse,
 };
-use crate::{error::Error, supervise::VolumeInfo};
+use crate::error::Error;
 
 /// The most sealed points of a volume: each is a layer that a reader may have to ask.
 const SNAPSHOTS_MAX: usize = 64;
@@ -91,6 +91,7 @@ impl State {
         if let Some(vm) = record.vm {
             return self.root_created(vm, record, result);
         }
+        self.return_loan(uid);
         let Some(VolumeOp::Create(op)) = self.volume_ops.remove(&uid) else { return };
         let resource = self.model.volume_resource(uid);
         let committed = result.and_then(|()| {
@@ -153,6 +154,7 @@ impl State {
         let mut changes = vec![Change::Volume(record)];
         changes.extend(self.remember(&op, resource::volume(name)));
         check!(op, self.commit(changes));
+        self.drop_works(uid);
         self.volume_ops.insert(uid, VolumeOp::Delete { op, undone: None });
         self.out.push(Effect::DeleteVolume { volume: uid });
         Ok(())
@@ -173,11 +175,12 @@ impl State {
         };
         let event = self.event(self.model.volume_resource(uid), kind, message);
         self.record(vec![Change::Delete(Key::Volume(uid)), event]);
+        self.forget_empty_groups();
         op.finish(undone.map_or(Ok(Answer::Nothing), Err));
     }
 
     pub(super) fn create_snapshot(&mut self, name: &SnapshotName, op: Op) -> Result<(), Refused> {
-        let (record, vm) = check!(op, self.plan_snapshot(name));
+        let (record, vm) = check!(op, self.plan_point(&name.volume, &name.snapshot));
         let resource = resource::snapshot(&name.volume, &name.snapshot);
         let volume = record.volume;
         let mut changes = vec![Change::Snapshot(record)];
@@ -189,40 +192,25 @@ impl State {
     }
 
     /// The row of a new point, and the VM to ask for it if one runs.
-    fn plan_snapshot(&self, name: &SnapshotName) -> Result<(SnapshotRecord, Option<Uuid>), Error> {
-        let volume = self.model.volume(&name.volume)?;
-        let resource = resource::volume(&name.volume);
-        if let Some(busy) = self.volume_ops.get(&volume.uid) {
-            return Err(Error::Busy { resource, operation: busy.operation() });
-        }
-        if volume.state != Made::Ready {
-            return Err(Error::precondition(resource, "is not whole: it is being made or deleted"));
-        }
-        if self.model.snapshots_of(volume.uid).any(|s| s.name == name.snapshot) {
-            return Err(Error::Exists { resource: resource::snapshot(&name.volume, &name.snapshot) });
+    pub(super) fn plan_point(
+        &self,
+        name: &VdcName,
+        point: &Name,
+    ) -> Result<(SnapshotRecord, Option<Uuid>), Error> {
+        let (volume, vm) = self.idle_volume(name)?;
+        if self.model.snapshot(volume.uid, point).is_some() {
+            return Err(Error::Exists { resource: resource::snapshot(name, point) });
         }
         if self.model.snapshots_of(volume.uid).count() >= SNAPSHOTS_MAX {
             return Err(Error::precondition(
-                resource,
+                resource::volume(name),
                 format!("has {SNAPSHOTS_MAX} snapshots, which is the most"),
             ));
         }
-        if let Some(export) = self.model.head_export(volume.uid) {
-            let why = format!("is in use: its head is exported as exports/{}; end that first", export.id);
-            return Err(Error::precondition(resource, why));
-        }
-        let vm = match volume.vm.map(|vm| (vm, self.phases.get(&vm))) {
-            None | Some((_, None | Some(Phase::Off | Phase::Pausing { .. }))) => None,
-            Some((vm, Some(Phase::Running { .. }))) => Some(vm),
-            Some((vm, Some(phase))) => {
-                let operation = phase.operation().unwrap_or("another operation");
-                return Err(Error::Busy { resource: self.model.vm_resource(vm), operation });
-            }
-        };
         let number = self.model.snapshots_of(volume.uid).map(|s| s.number).max().unwrap_or(0) + 1;
         let record = SnapshotRecord {
             volume: volume.uid,
-            name: name.snapshot.clone(),
+            name: point.clone(),
             number,
             create_time: self.now,
             state: Made::Creating,
@@ -252,30 +240,5 @@ impl State {
                 op.finish(Err(error));
             }
         }
-    }
-
-    /// After a start: keeps the points that were sealed, forgets those that were not.
-    pub(super) fn inspected(&mut self, uid: Uuid, result: Result<VolumeInfo, Error>) {
-        self.volume_ops.remove(&uid);
-        let info = match result {
-            Ok(info) => info,
-            Err(error) => {
-                tracing::warn!(volume = %uid, "its points could not be checked: {}", crate::error::chain(&error));
-                return;
-            }
-        };
-        let begun: Vec<SnapshotRecord> =
-            self.model.snapshots_of(uid).filter(|s| s.state != Made::Ready).cloned().collect();
-        let volume = self.model.volume_resource(uid);
-        let mut changes = Vec::new();
-        for point in begun {
-            if info.snapshots.iter().any(|sealed| sealed.name == point.name.as_str()) {
-                changes.push(Change::Snapshot(SnapshotRecord { state: Made::Ready, ..point }));
-            } else {
-                changes.push(Change::Delete(Key::RequestsOf(format!("{volume}/snapshots/{}", point.name))));
-                changes.push(Change::Delete(Key::Snapshot(uid, point.name)));
-            }
-        }
-        self.record(changes);
     }
 }

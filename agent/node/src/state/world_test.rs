@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use serio_store::Store;
+use serio_store::{Store, record::PointClass};
 use serio_types::{Name, Quota, VmSpec};
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::{
     State,
     command::{Answer, Command, ImportedFiles, Mutation, Query, Request, VmView},
-    effect::{Adopted, Effect, Input, Launch, Timer},
+    effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Timer},
     model::{Model, now},
     recover::Found,
 };
@@ -30,6 +30,14 @@ pub(super) struct Process {
     volumes: Vec<Uuid>,
 }
 
+/// A merge that goes on.
+#[derive(Debug, Clone)]
+pub(super) struct Merging {
+    operation: Uuid,
+    goal: Goal,
+    vm: Option<Uuid>,
+}
+
 /// The host.
 #[derive(Debug, Default)]
 pub(super) struct World {
@@ -38,6 +46,12 @@ pub(super) struct World {
     ends: BTreeMap<Uuid, EndRecord>,
     pub(super) volumes: BTreeSet<Uuid>,
     pub(super) points: BTreeMap<Uuid, Vec<Name>>,
+    /// What a guest would see.
+    pub(super) sizes: BTreeMap<Uuid, u64>,
+    /// Merges that go on, by volume.
+    pub(super) merges: BTreeMap<Uuid, Merging>,
+    /// Inputs that an effect caused besides its own.
+    pub(super) aside: Vec<Input>,
     /// With the volume whose head it has open.
     pub(super) exports: BTreeMap<Name, Option<Uuid>>,
     pub(super) images: BTreeSet<Uuid>,
@@ -52,6 +66,72 @@ impl World {
             return Err(Error::Failed { doing: "the test", why: "a failure was asked for".to_owned() });
         }
         Ok(())
+    }
+
+    /// A merge gives way.
+    pub(super) fn interrupt(&mut self, volume: Uuid) {
+        if let Some(merge) = self.merges.remove(&volume) {
+            let (operation, outcome) = (merge.operation, Merged::Interrupted);
+            self.aside.push(Input::Merged { volume, operation, outcome });
+        }
+    }
+
+    /// A merge comes to its end.
+    pub(super) fn finish_merge(&mut self, volume: Uuid) -> Option<Input> {
+        let merge = self.merges.remove(&volume)?;
+        let outcome = match self.failure() {
+            Err(error) => Merged::Failed(error),
+            Ok(()) => {
+                if let Goal::Snapshot(name) = &merge.goal {
+                    self.points.entry(volume).or_default().retain(|point| point != name);
+                }
+                Merged::Done
+            }
+        };
+        Some(Input::Merged { volume, operation: merge.operation, outcome })
+    }
+
+    fn begin_merge(&mut self, volume: Uuid, merge: Merging) -> Option<Input> {
+        let operation = merge.operation;
+        let answer = |outcome| Some(Input::Merged { volume, operation, outcome });
+        assert!(!self.merges.contains_key(&volume), "a volume has two merges");
+        match merge.vm {
+            Some(vm) if !self.processes.contains_key(&vm) => return answer(Merged::Interrupted),
+            // The lock says so: somebody was faster.
+            None if self.is_open(volume) => return answer(Merged::Busy("in the test".to_owned())),
+            _ => {}
+        }
+        self.merges.insert(volume, merge);
+        None
+    }
+
+    fn is_open(&self, volume: Uuid) -> bool {
+        self.processes.values().any(|p| p.volumes.contains(&volume))
+            || self.exports.values().any(|head| *head == Some(volume))
+    }
+
+    /// Seals all, some, or none.
+    pub(super) fn seal_parts(
+        &mut self,
+        name: &Name,
+        parts: &[Part],
+        whole: bool,
+    ) -> Result<Vec<SealedPart>, Error> {
+        let mut sealed = Vec::new();
+        for (index, part) in parts.iter().enumerate() {
+            self.interrupt(part.volume);
+            if !whole && index * 2 >= parts.len() {
+                return Err(Error::Ending);
+            }
+            match part.vm {
+                Some(vm) if !self.processes.contains_key(&vm) => return Err(Error::Ending),
+                Some(_) => {}
+                None => self.assert_closed(part.volume),
+            }
+            self.points.entry(part.volume).or_default().push(name.clone());
+            sealed.push(SealedPart { volume: part.volume, class: PointClass::Crash, reason: String::new() });
+        }
+        Ok(sealed)
     }
 
     /// Panics if somebody has the volume open.
@@ -69,6 +149,7 @@ impl World {
     pub(super) fn launch(&mut self, launch: &Launch) -> u32 {
         assert!(!self.processes.contains_key(&launch.vm), "a VM is started twice");
         for volume in &launch.volumes {
+            self.interrupt(*volume);
             assert!(self.volumes.contains(volume), "a VM is started without its volume");
             self.assert_closed(*volume);
         }
@@ -82,6 +163,9 @@ impl World {
     /// A process ends, with its word. Its run files stay.
     pub(super) fn end(&mut self, vm: Uuid, kind: EndKind) -> Option<Input> {
         let process = self.processes.remove(&vm)?;
+        for volume in &process.volumes {
+            self.interrupt(*volume);
+        }
         let end = EndRecord { kind, reason: "in the test".to_owned() };
         self.ends.insert(vm, end.clone());
         Some(Input::Ended { vm, pid: process.pid, end })
@@ -90,12 +174,37 @@ impl World {
     /// Does an effect; `None` when its answer is another input's, or none.
     pub(super) fn perform(&mut self, effect: Effect) -> Option<Input> {
         Some(match effect {
-            Effect::CreateVolume { volume, .. } => {
-                let result = self.failure();
-                if result.is_ok() {
-                    self.volumes.insert(volume);
-                }
+            Effect::CreateVolume { volume, size_bytes, .. } => {
+                let result = self.failure().map(|()| self.make(volume, size_bytes));
                 Input::VolumeCreated { volume, result }
+            }
+            Effect::CloneVolume { volume, size_bytes, source, point } => {
+                assert!(
+                    self.points.get(&source).is_some_and(|points| points.contains(&point)),
+                    "a clone of a point that is not there"
+                );
+                self.interrupt(source);
+                let result = self.failure().map(|()| self.make(volume, size_bytes));
+                Input::VolumeCreated { volume, result }
+            }
+            Effect::Resize { volume, size_bytes, vm } => {
+                Input::Resized { volume, result: self.resize(volume, size_bytes, vm) }
+            }
+            Effect::Rollback { volume, point, .. } => {
+                Input::RolledBack { volume, result: self.rollback(volume, &point) }
+            }
+            Effect::Merge { volume, operation, goal, vm } => {
+                return self.begin_merge(volume, Merging { operation, goal, vm });
+            }
+            Effect::CancelOperation { operation } => {
+                let volumes: Vec<Uuid> =
+                    self.merges.iter().filter(|(_, m)| m.operation == operation).map(|(v, _)| *v).collect();
+                volumes.into_iter().for_each(|volume| self.interrupt(volume));
+                return None;
+            }
+            Effect::VdcSnapshot { group, name, parts, .. } => {
+                let whole = self.failure().is_ok();
+                Input::VdcSnapshotted { group, result: self.seal_parts(&name, &parts, whole) }
             }
             Effect::DeleteVolume { volume } => Input::VolumeDeleted { volume, result: self.delete(volume) },
             Effect::Launch(launch) => {
@@ -108,7 +217,8 @@ impl World {
             Effect::Reset { vm } => Input::Reset { vm, result: self.failure() },
             Effect::Clean { vm } => {
                 // Its watcher would tell of the end: the state does not wait for it here.
-                self.processes.remove(&vm);
+                let process = self.processes.remove(&vm);
+                process.iter().flat_map(|p| p.volumes.clone()).for_each(|volume| self.interrupt(volume));
                 self.run_files.remove(&vm);
                 Input::Cleaned { vm }
             }
@@ -136,8 +246,40 @@ impl World {
         })
     }
 
-    fn delete(&mut self, volume: Uuid) -> Result<(), Error> {
+    pub(super) fn make(&mut self, volume: Uuid, size_bytes: u64) {
+        self.volumes.insert(volume);
+        self.sizes.insert(volume, size_bytes);
+    }
+
+    fn resize(&mut self, volume: Uuid, size_bytes: u64, vm: Option<Uuid>) -> Result<(), Error> {
+        self.interrupt(volume);
+        match vm {
+            Some(vm) if !self.processes.contains_key(&vm) => return Err(Error::Ending),
+            Some(_) => {}
+            None => self.assert_closed(volume),
+        }
+        self.failure()?;
+        assert!(
+            self.sizes.insert(volume, size_bytes).is_some_and(|before| before < size_bytes),
+            "a volume shrinks"
+        );
+        Ok(())
+    }
+
+    fn rollback(&mut self, volume: Uuid, point: &Name) -> Result<VolumeInfo, Error> {
+        self.interrupt(volume);
         self.assert_closed(volume);
+        self.failure()?;
+        let points = self.points.entry(volume).or_default();
+        let at = points.iter().position(|p| p == point).expect("the point is there");
+        points.truncate(at + 1);
+        Ok(self.inspect(volume))
+    }
+
+    fn delete(&mut self, volume: Uuid) -> Result<(), Error> {
+        self.interrupt(volume);
+        self.assert_closed(volume);
+        self.sizes.remove(&volume);
         self.points.remove(&volume);
         self.volumes.remove(&volume);
         Ok(())
@@ -154,6 +296,7 @@ impl World {
     }
 
     fn snapshot(&mut self, volume: Uuid, name: Name, vm: Option<Uuid>) -> Result<(), Error> {
+        self.interrupt(volume);
         match vm {
             Some(vm) if !self.processes.contains_key(&vm) => return Err(Error::Ending),
             Some(_) => {}
@@ -166,11 +309,13 @@ impl World {
 
     fn inspect(&self, volume: Uuid) -> VolumeInfo {
         let points = self.points.get(&volume).into_iter().flatten();
-        let snapshots = points.map(|name| PointInfo { name: name.to_string(), create_time: 0 }).collect();
-        VolumeInfo { size_bytes: 0, snapshots, layers: 1 }
+        let point = |(layer, name): (u64, &Name)| PointInfo { name: name.to_string(), layer, create_time: 0 };
+        let size_bytes = self.sizes.get(&volume).copied().unwrap_or_default();
+        VolumeInfo { size_bytes, snapshots: (0..).zip(points).map(point).collect(), chain: vec![0] }
     }
 
     fn start_export(&mut self, id: &Name, volume: Uuid, head: bool) {
+        self.interrupt(volume);
         if head {
             self.assert_closed(volume);
         }
@@ -249,13 +394,20 @@ impl Sim {
         self.todo.clear();
         self.ready.clear();
         self.timers.clear();
+        // Jobs end with their connection; a VMM merges on, and is asked again.
+        self.world.merges.clear();
+        self.world.aside.clear();
     }
 
     /// Begins and finishes everything that is under way; timers too, but those of exports.
     pub(super) fn settle(&mut self) {
         for _ in 0..10_000 {
+            self.ready.append(&mut self.world.aside);
             if let Some(effect) = self.todo.pop() {
                 let input = self.world.perform(effect);
+                self.ready.extend(input);
+            } else if let Some(volume) = self.world.merges.keys().next().copied() {
+                let input = self.world.finish_merge(volume);
                 self.ready.extend(input);
             } else if !self.ready.is_empty() {
                 let input = self.ready.remove(0);
@@ -275,11 +427,12 @@ impl Sim {
     /// Everything but timers.
     pub(super) fn settle_without_timers(&mut self) {
         let timers = std::mem::take(&mut self.timers);
-        while !(self.todo.is_empty() && self.ready.is_empty()) {
+        while !(self.todo.is_empty() && self.ready.is_empty() && self.world.aside.is_empty()) {
+            self.ready.append(&mut self.world.aside);
             if let Some(effect) = self.todo.pop() {
                 let input = self.world.perform(effect);
                 self.ready.extend(input);
-            } else {
+            } else if !self.ready.is_empty() {
                 let input = self.ready.remove(0);
                 self.input(input);
             }
@@ -364,7 +517,18 @@ impl Sim {
             let rows: Vec<Name> = model.snapshots_of(volume.uid).map(|s| s.name.clone()).collect();
             let points = self.world.points.get(&volume.uid).cloned().unwrap_or_default();
             assert_eq!(rows, points, "points and rows differ");
+            assert_eq!(Some(&volume.size_bytes), self.world.sizes.get(&volume.uid), "sizes differ");
+            assert!(!volume.unsure, "nobody has looked");
         }
+        for group in model.vdc_snapshots.values() {
+            let of = model.volumes.values().filter(|v| v.vdc == group.vdc);
+            let parts: BTreeSet<Uuid> = model.parts_of(group.uid).map(|p| p.volume).collect();
+            if group.state == Made::Ready {
+                let then = of.filter(|v| v.create_time < group.create_time);
+                assert!(!parts.is_empty() && then.count() >= parts.len().min(1), "a whole without parts");
+            }
+        }
+        assert!(model.operations.values().all(|o| o.end_time.is_some()), "an operation does not end");
         assert_eq!(model.exports.keys().collect::<Vec<_>>(), self.world.exports.keys().collect::<Vec<_>>());
         assert_eq!(model.images.keys().copied().collect::<BTreeSet<_>>(), self.world.images);
         for vdc in model.vdcs.values() {

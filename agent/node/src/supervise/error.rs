@@ -233,6 +233,39 @@ pub enum JobError {
         "an earlier snapshot of volume {0} was not answered and may still be going on: try again later, or stop the VM first"
     )]
     InDoubt(uuid::Uuid),
+    /// A file cannot be shared between volumes.
+    #[error("{path} cannot be shared")]
+    Link {
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The headers do not have that snapshot.
+    #[error("volume {volume} has no snapshot {name}")]
+    NoSnapshot {
+        /// The volume.
+        volume: uuid::Uuid,
+        /// The snapshot.
+        name: String,
+    },
+    /// Somebody was not ready in time.
+    #[error("{who} did not hold writes within {} s, so all were let go: try again when the host is less busy", .waited.as_secs())]
+    Late {
+        /// Which volumes.
+        who: String,
+        /// How long the others waited.
+        waited: std::time::Duration,
+    },
+    /// A guest could not be frozen, and that was required.
+    #[error("{who} cannot be taken application-consistent: {why}")]
+    NotApp {
+        /// Which volumes.
+        who: String,
+        /// Why.
+        why: String,
+    },
     /// The daemon is ending.
     #[error("seriod is ending")]
     Ending,

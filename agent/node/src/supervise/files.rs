@@ -47,14 +47,22 @@ impl Descriptors {
         numbers.into_iter().map(|number| Ok(self.push_layer(dir, number, read_only)?)).collect()
     }
 
-    /// Opens the layers 0 to `count`, without it, for writing.
-    pub(super) fn push_layers(&mut self, dir: &Path, count: u32) -> Result<(), FileError> {
-        (0..count).try_for_each(|number| self.push_layer(dir, number, false).map(drop))
+    /// Opens these layers.
+    pub(super) fn push_chain(&mut self, dir: &Path, chain: &[u64], read_only: bool) -> Result<(), FileError> {
+        chain.iter().try_for_each(|number| self.push_layer(dir, *number, read_only).map(drop))
     }
 
-    fn push_layer(&mut self, dir: &Path, number: u32, read_only: bool) -> Result<LayerFds, FileError> {
+    /// The same descriptors once more.
+    pub(super) fn duplicate(&self) -> Result<Self, FileError> {
+        let list = self.list.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>();
+        Ok(Self { list: list.map_err(FileError::at("duplicate", "a descriptor"))? })
+    }
+
+    fn push_layer(&mut self, dir: &Path, number: u64, read_only: bool) -> Result<LayerFds, FileError> {
         let (data, map) = layer_paths(dir, number);
-        let data_fd = self.push(open(&data, read_only)?);
+        // The bottom of a clone is an image's file, or another volume's: nobody may write it, so nobody can.
+        let lent = number == 0 && !read_only && is_shared(dir, number)?;
+        let data_fd = self.push(open(&data, read_only || lent)?);
         let map_fd = Some(self.push(open(&map, read_only)?));
         Ok(LayerFds { data_fd, map_fd })
     }
@@ -72,12 +80,12 @@ pub(super) fn open(path: &Path, read_only: bool) -> Result<File, FileError> {
 }
 
 /// The data and map of a layer.
-pub(super) fn layer_paths(dir: &Path, number: u32) -> (PathBuf, PathBuf) {
+pub(super) fn layer_paths(dir: &Path, number: u64) -> (PathBuf, PathBuf) {
     (dir.join(format!("{number:08}.data")), dir.join(format!("{number:08}.map")))
 }
 
 /// The layers that have both files, in order. A lone file is a leftover of a snapshot that did not happen.
-fn layer_numbers(dir: &Path, volume: Uuid) -> Result<Vec<u32>, VolumeFilesError> {
+fn layer_numbers(dir: &Path, volume: Uuid) -> Result<Vec<u64>, VolumeFilesError> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(VolumeFilesError::Missing { volume, path: dir.to_owned() });
@@ -101,7 +109,7 @@ fn layer_numbers(dir: &Path, volume: Uuid) -> Result<Vec<u32>, VolumeFilesError>
 
 /// Makes the empty files of a new layer. Leftovers of a snapshot that did not happen are taken away first: the caller
 /// knows from the headers that the chain does not have this layer, and that no process is at it.
-pub(super) fn new_layer(dir: &Path, number: u32) -> Result<(File, File), FileError> {
+pub(super) fn new_layer(dir: &Path, number: u64) -> Result<(File, File), FileError> {
     let (data, map) = layer_paths(dir, number);
     for path in [&data, &map] {
         rundir::remove(path)?;
@@ -112,18 +120,59 @@ pub(super) fn new_layer(dir: &Path, number: u32) -> Result<(File, File), FileErr
     Ok(files)
 }
 
-fn layer_number(name: &str) -> Option<u32> {
+fn layer_number(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".data")?;
     (digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
+/// Opens the files of a layer that [`new_layer`] made.
+pub(super) fn open_layer(dir: &Path, number: u64) -> Result<(File, File), FileError> {
+    let (data, map) = layer_paths(dir, number);
+    Ok((open(&data, false)?, open(&map, false)?))
+}
+
+/// The numbers of all layers of which there is a file, also of leftovers.
+pub(super) fn all_numbers(dir: &Path) -> Result<Vec<u64>, FileError> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
+        let name = entry.map_err(FileError::at("read", dir))?.file_name();
+        let Some(stem) =
+            name.to_str().and_then(|n| n.strip_suffix(".data").or_else(|| n.strip_suffix(".map")))
+        else {
+            continue;
+        };
+        numbers.extend(layer_number(&format!("{stem}.data")));
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
+}
+
+/// Whether another volume, or an image, has the data file of a layer too.
+pub(super) fn is_shared(dir: &Path, number: u64) -> Result<bool, FileError> {
+    let (data, _) = layer_paths(dir, number);
+    Ok(fs::metadata(&data).map_err(FileError::at("look at", &data))?.nlink() > 1)
+}
+
+/// Bytes that a volume's files take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Of its own.
+    pub own_bytes: u64,
+    /// Of files that others have too.
+    pub shared_bytes: u64,
+}
+
 /// Bytes that the files of a directory take on disk.
-pub(super) fn allocated_bytes(dir: &Path) -> Result<u64, FileError> {
-    let mut sum: u64 = 0;
+pub(super) fn allocated_bytes(dir: &Path) -> Result<Allocated, FileError> {
+    let mut sum = Allocated::default();
     for entry in fs::read_dir(dir).map_err(FileError::at("read", dir))? {
         let meta = entry.and_then(|entry| entry.metadata()).map_err(FileError::at("look at", dir))?;
         // st_blocks counts 512 bytes whatever the file system's blocks are (stat(2)).
-        sum = sum.saturating_add(meta.blocks().saturating_mul(512));
+        let bytes = meta.blocks().saturating_mul(512);
+        let part =
+            if meta.is_file() && meta.nlink() > 1 { &mut sum.shared_bytes } else { &mut sum.own_bytes };
+        *part = part.saturating_add(bytes);
     }
     Ok(sum)
 }

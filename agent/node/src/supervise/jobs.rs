@@ -46,7 +46,7 @@ const IMAGE_BYTES_MAX: u64 = 1 << 46;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// The process of a job, killed when the job is dropped half-way.
-struct Job {
+pub(super) struct Job {
     watched: Watched,
     socket: PathBuf,
     log: PathBuf,
@@ -63,7 +63,7 @@ impl Drop for Job {
 }
 
 impl Job {
-    async fn start(inner: &Inner) -> Result<Self, JobError> {
+    pub(super) async fn start(inner: &Inner) -> Result<Self, JobError> {
         let id = Uuid::new_v4();
         let socket = inner.jobs_dir().join(format!("{id}.sock"));
         let log = inner.jobs_dir().join(format!("{id}.log"));
@@ -79,12 +79,16 @@ impl Job {
         }
     }
 
-    fn peer(&self) -> String {
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(super) fn peer(&self) -> String {
         peer(self.watched.process().pid())
     }
 
     /// Asks for the work and waits for its answer, for the process's death, or for a stall.
-    async fn ask(&self, body: Body, descriptors: Descriptors) -> Result<Body, JobError> {
+    pub(super) async fn ask(&self, body: Body, descriptors: Descriptors) -> Result<Body, JobError> {
         let mut link = Link::connect(&self.socket, self.peer(), ANSWER_WAIT).await?;
         let answer = tokio::select! {
             biased;
@@ -124,8 +128,13 @@ impl Job {
         since.elapsed()
     }
 
+    /// Ends it half-way; returns when it is gone.
+    pub(super) async fn kill(&self) {
+        self.watched.kill().await;
+    }
+
     /// The work is done: the process ends by itself.
-    async fn finish(&self) {
+    pub(super) async fn finish(&self) {
         if self.watched.exit_within(END_GRACE).await.is_none() {
             self.watched.kill().await;
         }
@@ -137,7 +146,8 @@ pub(super) fn peer(pid: u32) -> String {
     format!("serio-volumed (process {pid})")
 }
 
-async fn run(inner: &Inner, body: Body, descriptors: Descriptors) -> Result<Body, JobError> {
+/// A process for one piece of work, from its start to its end.
+pub(super) async fn run(inner: &Inner, body: Body, descriptors: Descriptors) -> Result<Body, JobError> {
     let job = Job::start(inner).await?;
     let answer = job.ask(body, descriptors).await;
     if answer.is_ok() {
@@ -146,7 +156,8 @@ async fn run(inner: &Inner, body: Body, descriptors: Descriptors) -> Result<Body
     answer
 }
 
-fn done(answer: &Body) -> Result<(), JobError> {
+/// Whether an answer says that it is done.
+pub(super) fn done(answer: &Body) -> Result<(), JobError> {
     match answer {
         Body::Done(_) | Body::JobStatus(_) | Body::VolumeInfo(_) => Ok(()),
         _ => Err(TalkError::from(ChannelError::Unexpected).into()),
@@ -224,25 +235,22 @@ pub(super) async fn inspect(inner: &Inner, volume: Uuid) -> Result<VolumeInfo, J
     let snapshots = info.snapshots.into_iter();
     Ok(VolumeInfo {
         size_bytes: info.size_bytes,
-        snapshots: snapshots.map(|s| PointInfo { name: s.name, create_time: s.create_time }).collect(),
-        layers: info.layers,
+        snapshots: snapshots
+            .map(|s| PointInfo { name: s.name, layer: s.layer.into(), create_time: s.create_time })
+            .collect(),
+        chain: info.chain,
     })
 }
 
 /// Seals the head of a stopped volume.
 pub(super) async fn snapshot_stopped(inner: Arc<Inner>, volume: Uuid, name: String) -> Result<(), JobError> {
-    let gate = inner.volume_gate(volume);
-    let mut gate = gate.lock().await;
-    if gate.in_doubt.as_ref().is_some_and(|vmm| vmm.exit_now().is_none()) {
-        return Err(JobError::InDoubt(volume));
-    }
-    gate.in_doubt = None;
-    let layers = inspect(&inner, volume).await?.layers;
+    let _entered = inner.enter_sure(volume).await?;
+    let info = inspect(&inner, volume).await?;
     let dir = inner.volume_dir(volume);
-    let new = files::new_layer(&dir, layers)?;
+    let number = info.next_number();
+    let new = files::new_layer(&dir, number)?;
     let mut descriptors = Descriptors::default();
-    // All layers but the new one's: its files are there by now.
-    descriptors.push_layers(&dir, layers)?;
+    descriptors.push_chain(&dir, &info.chain, false)?;
     descriptors.push(new.0);
     descriptors.push(new.1);
     let body =
@@ -250,14 +258,14 @@ pub(super) async fn snapshot_stopped(inner: Arc<Inner>, volume: Uuid, name: Stri
     let answer = run(&inner, body, descriptors).await;
     if answer.is_err() {
         // The process is gone, whatever it did: the headers say.
-        drop_unused_layer(&inner, volume, layers).await;
+        drop_unused_layer(&inner, volume, number).await;
     }
     done(&answer?)
 }
 
 /// After a refused snapshot: takes the new layer's files away if the chain does not have them.
-pub(super) async fn drop_unused_layer(inner: &Inner, volume: Uuid, number: u32) {
-    if !inspect(inner, volume).await.is_ok_and(|info| info.layers == number) {
+pub(super) async fn drop_unused_layer(inner: &Inner, volume: Uuid, number: u64) {
+    if !inspect(inner, volume).await.is_ok_and(|info| !info.chain.contains(&number)) {
         return;
     }
     let (data, map) = files::layer_paths(&inner.volume_dir(volume), number);

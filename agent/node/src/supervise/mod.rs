@@ -26,13 +26,17 @@ mod cgroup;
 mod error;
 mod export;
 mod files;
+mod gate;
 mod jobs;
 mod launch;
 mod link;
+mod merge;
 mod plan;
 mod process;
+mod reshape;
 mod rundir;
 mod spawn;
+mod vdc_snapshot;
 mod vm;
 
 #[cfg(test)]
@@ -42,23 +46,27 @@ use std::{
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use self::{cgroup::Cgroups, process::Exit, rundir::RunDir, spawn::Watched};
+use self::{cgroup::Cgroups, gate::VolumeGate, process::Exit, rundir::RunDir, spawn::Watched};
 use crate::net::Net;
 
 pub use error::{AdoptError, FileError, JobError, LaunchError, SpawnError, TalkError, VolumeFilesError};
 pub use export::ExportHandle;
+pub use files::Allocated;
 pub use jobs::is_in_use;
+pub use merge::{MergeEnd, MergeGoal, MergePlan};
 pub use plan::{
     DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage, LaunchPlan, NicPlan,
     PointInfo, SupervisorSettings, VmReport, VolumeInfo,
 };
+pub use reshape::{ChangesAsk, CloneSource, is_unlinkable};
+pub use vdc_snapshot::{SealedVolume, VdcPart, VdcSnapshotPlan};
 pub use vm::VmHandle;
 
 /// Starts, finds and ends processes. Cheap to clone.
@@ -73,14 +81,7 @@ struct Inner {
     settings: SupervisorSettings,
     cgroups: Cgroups,
     net: Net,
-    gates: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<Gate>>>>,
-}
-
-/// One snapshot of a volume at a time.
-#[derive(Debug, Default)]
-struct Gate {
-    /// The VMM that has not answered the last one: until it is dead, the newest layer may be written by it.
-    in_doubt: Option<Watched>,
+    gates: Mutex<HashMap<Uuid, Arc<VolumeGate>>>,
 }
 
 impl Inner {
@@ -110,22 +111,6 @@ impl Inner {
 
     fn log_path(&self, uid: Uuid) -> PathBuf {
         self.settings.state_dir.join("vms").join(uid.to_string()).join("serial.log")
-    }
-
-    fn volume_gate(&self, volume: Uuid) -> Arc<tokio::sync::Mutex<Gate>> {
-        Arc::clone(self.gates.lock().unwrap_or_else(PoisonError::into_inner).entry(volume).or_default())
-    }
-
-    fn forget_volume(&self, volume: Uuid) {
-        self.gates.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume);
-    }
-
-    async fn inspect(&self, volume: Uuid) -> Result<VolumeInfo, JobError> {
-        jobs::inspect(self, volume).await
-    }
-
-    async fn drop_unused_layer(&self, volume: Uuid, number: u32) {
-        jobs::drop_unused_layer(self, volume, number).await;
     }
 
     /// Ends what may run of a VM and removes its files, cgroup and network.
@@ -181,6 +166,12 @@ impl Supervisor {
         }
         // A task: a caller that goes away leaves a whole VM or none.
         let launched = tokio::spawn(async move {
+            // Merges give way: the VMM wants the heads.
+            let volumes = plan.disks.iter().filter_map(|disk| match disk.source {
+                DiskSource::Volume(volume) => Some(volume),
+                DiskSource::File { .. } => None,
+            });
+            let _entered = inner.enter_all(volumes).await;
             // What an earlier run may have left.
             inner.clean(uid).await;
             let launched = launch::launch(&inner, plan).await;
@@ -248,6 +239,7 @@ impl Supervisor {
     /// [`JobError::File`].
     pub async fn delete_volume(&self, uid: Uuid) -> Result<(), JobError> {
         let inner = Arc::clone(&self.inner);
+        let _entered = inner.enter(uid).await;
         // Freeing a large file's blocks takes time.
         let job = tokio::task::spawn_blocking(move || jobs::delete_volume(&inner, uid));
         job.await.unwrap_or(Err(JobError::Ending))
@@ -261,11 +253,11 @@ impl Supervisor {
         Ok(names(&self.inner.volumes_dir())?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Bytes that a volume's files take on the host's disk.
+    /// Bytes that a volume's files take on the host's disk: its own, and those that it shares.
     ///
     /// # Errors
     /// The files cannot be looked at.
-    pub fn allocated_bytes(&self, uid: Uuid) -> Result<u64, FileError> {
+    pub fn allocated_bytes(&self, uid: Uuid) -> Result<Allocated, FileError> {
         files::allocated_bytes(&self.inner.volume_dir(uid))
     }
 
@@ -301,7 +293,7 @@ impl Supervisor {
     /// # Errors
     /// [`JobError`].
     pub async fn volume_info(&self, volume: Uuid) -> Result<VolumeInfo, JobError> {
-        self.inner.inspect(volume).await
+        jobs::inspect(&self.inner, volume).await
     }
 
     /// Serves a volume over NBD on `RUN/exports/<id>.sock`; returns when clients may connect.
@@ -309,7 +301,12 @@ impl Supervisor {
     /// # Errors
     /// [`JobError`].
     pub async fn start_export(&self, plan: ExportPlan) -> Result<ExportHandle, JobError> {
-        let job = export::start(Arc::clone(&self.inner), plan);
+        let inner = Arc::clone(&self.inner);
+        let job = async move {
+            // A merge gives way: its files may go at any moment, and an export of the head wants the lock.
+            let _entered = inner.enter(plan.volume).await;
+            export::start(Arc::clone(&inner), plan).await
+        };
         tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 

@@ -16,6 +16,8 @@ pub struct SupervisorSettings {
     pub vmm_path: PathBuf,
     /// The binary `serio-volumed`.
     pub volumed_path: PathBuf,
+    /// How fast layers are merged in the background, bytes a second; 0: as fast as it goes.
+    pub merge_bytes_per_s: u64,
     /// Where cgroup v2 is mounted; looked up at `/sys/fs/cgroup` when `None`.
     pub cgroup_root: Option<PathBuf>,
 }
@@ -169,8 +171,16 @@ pub struct VolumeInfo {
     pub size_bytes: u64,
     /// Sealed points, oldest first.
     pub snapshots: Vec<PointInfo>,
-    /// Layers of its chain.
-    pub layers: u32,
+    /// Numbers of the layers in its chain, oldest first. There may be gaps.
+    pub chain: Vec<u64>,
+}
+
+impl VolumeInfo {
+    /// The number for a new head. Files of that name are leftovers.
+    #[must_use]
+    pub fn next_number(&self) -> u64 {
+        self.chain.last().map_or(0, |top| top.saturating_add(1))
+    }
 }
 
 /// A sealed point.
@@ -178,6 +188,8 @@ pub struct VolumeInfo {
 pub struct PointInfo {
     /// Its name.
     pub name: String,
+    /// The number of its top layer.
+    pub layer: u64,
     /// Seconds since the epoch.
     pub create_time: u64,
 }

@@ -37,6 +37,7 @@ fn bench() -> Option<Bench> {
         run_dir: dir.path().join("run"),
         vmm_path: fake.clone(),
         volumed_path: fake,
+        merge_bytes_per_s: 0,
         // None here: the tests of `cgroup` use a real one.
         cgroup_root: Some(dir.path().to_owned()),
     };
@@ -217,7 +218,7 @@ async fn volumes_are_whole_or_not_there() {
     supervisor.snapshot_stopped(uid, "after").await.unwrap();
     let info = supervisor.volume_info(uid).await.unwrap();
     let names: Vec<_> = info.snapshots.iter().map(|point| point.name.as_str()).collect();
-    assert_eq!((names.as_slice(), info.layers), (["before", "after"].as_slice(), 3));
+    assert_eq!((names.as_slice(), info.chain), (["before", "after"].as_slice(), vec![0, 1, 2]));
 
     let broken = Uuid::new_v4();
     let error = supervisor.create_volume(broken, 13, None).await.unwrap_err();
@@ -243,7 +244,7 @@ async fn a_running_vm_seals_its_volume() {
     // A leftover of a snapshot that did not happen is overwritten.
     fs::write(bench.dir.path().join(format!("state/volumes/{uid}/00000002.map")), b"").unwrap();
     vm.snapshot_volume(uid, "two").await.unwrap();
-    assert_eq!(bench.supervisor.volume_info(uid).await.unwrap().layers, 3);
+    assert_eq!(bench.supervisor.volume_info(uid).await.unwrap().chain, [0, 1, 2]);
     vm.stop().await;
 }
 

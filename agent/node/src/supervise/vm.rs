@@ -1,6 +1,7 @@
 //! A running VM, from the outside.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use super::{
     EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
     files::{self, Descriptors},
-    link,
+    jobs, link,
     process::Exit,
     rundir::{self, RunDir},
     spawn::Watched,
@@ -90,6 +91,25 @@ impl VmHandle {
         })
     }
 
+    /// Asks the VMM anything.
+    pub(super) async fn ask(&self, body: Body, fds: &[OwnedFd], wait: Duration) -> Result<Body, TalkError> {
+        link::ask_with(&self.shared.run.control(), self.peer(), body, fds, wait).await
+    }
+
+    /// Its name in messages.
+    pub(super) fn peer(&self) -> String {
+        peer(self.pid())
+    }
+
+    /// Whether its process is gone within that time.
+    pub(super) async fn exit_within(&self, wait: Duration) -> bool {
+        self.shared.watched.exit_within(wait).await.is_some()
+    }
+
+    pub(super) fn watched(&self) -> &Watched {
+        &self.shared.watched
+    }
+
     async fn order(&self, body: Body, wait: Duration) -> Result<(), TalkError> {
         match link::ask(&self.shared.run.control(), peer(self.pid()), body, wait).await? {
             Body::Done(_) => Ok(()),
@@ -155,13 +175,8 @@ impl VmHandle {
 
     async fn seal(&self, volume: Uuid, name: String) -> Result<(), JobError> {
         let shared = &self.shared;
-        let gate = shared.inner.volume_gate(volume);
-        let mut gate = gate.lock().await;
-        if gate.in_doubt.as_ref().is_some_and(|vmm| vmm.exit_now().is_none()) {
-            return Err(JobError::InDoubt(volume));
-        }
-        gate.in_doubt = None;
-        let layers = shared.inner.inspect(volume).await?.layers;
+        let mut gate = shared.inner.enter_sure(volume).await?;
+        let layers = jobs::inspect(&shared.inner, volume).await?.next_number();
         let dir = shared.inner.volume_dir(volume);
         let (data, map) = files::new_layer(&dir, layers)?;
         let mut descriptors = Descriptors::default();
@@ -177,7 +192,7 @@ impl VmHandle {
         match asked {
             Ok(Body::Done(_)) => Ok(()),
             Err(error) if error.refusal().is_some() => {
-                shared.inner.drop_unused_layer(volume, layers).await;
+                jobs::drop_unused_layer(&shared.inner, volume, layers).await;
                 Err(error.into())
             }
             // It may still be at it: the new layer's files must not be touched while it lives.

@@ -7,15 +7,17 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::sync::Arc;
 
-use serio_devices::blk::{Blk, BlkConfig};
+use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
 use serio_devices::net::{Net, NetConfig};
+use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::Rng;
 use serio_hv::Tap;
 use serio_virtio::VirtioDevice;
 use serio_volume::{Access, Volume};
 
 use crate::cli::{DiskArg, NetArg, RunArgs};
+use crate::guest_agent::GuestAgent;
 
 /// A disk's queues follow the vcpus up to this many: beyond, threads cost more than they bring.
 const DISK_QUEUES_MAX: u32 = 4;
@@ -52,6 +54,9 @@ pub enum DeviceError {
         #[source]
         source: serio_hv::TapError,
     },
+    /// The guest agent's port cannot be made.
+    #[error("the guest agent's port cannot be made: raise the limit of open files")]
+    Port(#[source] std::io::Error),
     /// A console's file cannot be opened.
     #[error("console {path}: cannot open it for reading and writing")]
     Console {
@@ -70,6 +75,7 @@ impl DeviceError {
             DeviceError::Open { .. } | DeviceError::Volume { .. } => "disks",
             DeviceError::Tap { .. } => "nics",
             DeviceError::Console { .. } => "console",
+            DeviceError::Port(_) => "",
         }
     }
 
@@ -86,6 +92,16 @@ pub struct Disk {
     pub name: String,
     /// Its contents.
     pub volume: Volume,
+    /// Rung when it has grown.
+    pub bell: CapacityBell,
+}
+
+impl Disk {
+    /// A disk that nobody has been told of.
+    #[must_use]
+    pub fn new(name: String, volume: Volume) -> Disk {
+        Disk { name, volume, bell: CapacityBell::default() }
+    }
 }
 
 /// A network card whose tap stays open.
@@ -100,7 +116,7 @@ pub struct Nic {
 }
 
 /// All that a VM's devices are made from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Devices {
     /// In the order that the guest sees them.
     pub disks: Vec<Disk>,
@@ -110,15 +126,24 @@ pub struct Devices {
     pub consoles: Vec<Arc<ConsoleEnds>>,
     /// Queues of each disk.
     pub disk_queues: u16,
+    /// The agent in the guest, if it has one.
+    pub guest_agent: GuestAgent,
 }
 
 impl Devices {
+    /// None yet, for a machine with so many vcpus.
+    pub fn new(vcpus: u32) -> Result<Devices, DeviceError> {
+        let guest_agent = GuestAgent::new(HostPort::new().map_err(DeviceError::Port)?);
+        let (disks, nics, consoles) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Devices { disks, nics, consoles, disk_queues: disk_queues(vcpus), guest_agent })
+    }
+
     /// Opens what the command line names.
     pub fn open(args: &RunArgs) -> Result<Devices, DeviceError> {
         let disks = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
         let nics = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
         let consoles = args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?;
-        Ok(Devices { disks, nics, consoles, disk_queues: disk_queues(args.cpus) })
+        Ok(Devices { disks, nics, consoles, ..Devices::new(args.cpus)? })
     }
 
     /// The devices of one boot.
@@ -126,7 +151,7 @@ impl Devices {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for disk in &self.disks {
             let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
-            devices.push(Box::new(Blk::new(disk.volume.clone(), &config)));
+            devices.push(Box::new(Blk::new(disk.volume.clone(), &config).with_bell(disk.bell.clone())));
         }
         for nic in &self.nics {
             let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
@@ -136,17 +161,18 @@ impl Devices {
             devices.push(Box::new(Console::new(console.clone())));
         }
         devices.push(Box::new(Rng::new()));
+        devices.push(Box::new(Ports::new(GUEST_AGENT, self.guest_agent.port().clone())));
         Ok(devices)
     }
 
-    /// The volume of the disk with this name.
-    pub fn volume(&self, name: &str) -> Option<&Volume> {
-        self.disks.iter().find(|disk| disk.name == name).map(|disk| &disk.volume)
+    /// The disk with this name.
+    pub fn disk(&self, name: &str) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.name == name)
     }
 }
 
 /// How many queues a disk gets.
-pub fn disk_queues(vcpus: u32) -> u16 {
+fn disk_queues(vcpus: u32) -> u16 {
     vcpus.clamp(1, DISK_QUEUES_MAX) as u16
 }
 
@@ -166,7 +192,7 @@ fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
         .map_err(|source| DeviceError::Volume { name: name.clone(), source })?;
     // The serial number is short: the file's name says more than the start of its path.
     let serial = disk.path.file_name().map_or(name, |name| name.to_string_lossy().into_owned());
-    Ok(Disk { name: serial, volume })
+    Ok(Disk::new(serial, volume))
 }
 
 fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {

@@ -18,7 +18,7 @@ use serio_volume::{Access, LayerFiles, Volume, VolumeFiles};
 
 use crate::boot::BootSource;
 use crate::console::Output;
-use crate::devices::{DeviceError, Devices, Disk, Nic, disk_queues};
+use crate::devices::{DeviceError, Devices, Disk, Nic};
 use crate::end::{End, EndSlot, chain};
 use crate::machine::{self, Handle, MachineConfig, MachineError, Running};
 
@@ -68,6 +68,7 @@ impl LaunchError {
         let (code, field) = match self {
             LaunchError::Invalid { field, .. } => (Code::Invalid, *field),
             LaunchError::Device(error) if error.is_in_use() => (Code::InUse, error.field()),
+            LaunchError::Device(error @ DeviceError::Port(_)) => (Code::Exhausted, error.field()),
             LaunchError::Device(error) => (Code::Io, error.field()),
             LaunchError::Machine(error) => (error_code(error), error.field()),
             LaunchError::Kvm(_) | LaunchError::Seal(_) | LaunchError::Host(_) => (Code::Io, ""),
@@ -161,10 +162,10 @@ fn check(launch: &Launch) -> Result<(), LaunchError> {
 }
 
 fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchError> {
-    let mut devices = Devices { disk_queues: disk_queues(launch.vcpus), ..Devices::default() };
+    let mut devices = Devices::new(launch.vcpus)?;
     for disk in &launch.disks {
         let volume = open_volume(disk, passed)?;
-        devices.disks.push(Disk { name: disk.volume_id.clone(), volume });
+        devices.disks.push(Disk::new(disk.volume_id.clone(), volume));
     }
     for nic in &launch.nics {
         let mac = <[u8; 6]>::try_from(nic.mac.as_slice())

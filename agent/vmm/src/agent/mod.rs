@@ -13,6 +13,7 @@
 
 mod connection;
 mod console;
+mod cut;
 mod launch;
 mod log;
 mod requests;
@@ -20,6 +21,8 @@ mod state;
 
 #[cfg(test)]
 mod agent_test;
+#[cfg(test)]
+mod cut_test;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -214,11 +217,16 @@ impl Agent {
         vm.console.spread(&vm.launched.output.take());
         // A vcpu that waits for room in its output shall not wait for us.
         vm.launched.output.close();
+        let asked = self.state.take_reset_request();
+        let again = asked || vm.launched.on_reset == OnReset::Reboot;
+        if !(again && vm.launched.end.get() == Some(End::Reset)) {
+            // I/O that a held volume keeps from ending would keep the machine from ending.
+            self.state.cuts().abandon(&vm.launched.devices);
+        }
         let end = vm.launched.join();
         vm.console.spread(&vm.launched.output.take());
-        let asked = self.state.take_reset_request();
         let mut record = end.record();
-        if end == End::Reset && (asked || vm.launched.on_reset == OnReset::Reboot) {
+        if end == End::Reset && again {
             match vm.launched.boot_again() {
                 Ok(handle) => {
                     say("the guest was reset and boots again");

@@ -1,23 +1,25 @@
-//! What each request does. One request, one answer; none of them waits for the guest.
+//! What each request does. One request, one answer. Only `PrepareSnapshot` may wait for the guest, within its time, and
+//! costs nobody but its own connection's thread.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use serio_control::message::{Body, Code, Empty, Failed, Launch, SnapshotVolume};
-use serio_volume::{LayerFiles, SnapshotError};
+use serio_control::message::{Body, Code, Empty, Failed, Launch, ResizeVolume, SnapshotVolume};
+use serio_volume::{LayerFiles, ResizeError};
 
+use super::cut;
 use super::launch::{self, Passed};
 use super::state::State;
 use crate::devices::Devices;
 use crate::end::{End, chain};
 use crate::machine::Handle;
 
-fn done() -> Body {
+pub(super) fn done() -> Body {
     Body::Done(Empty {})
 }
 
-fn failed(code: Code, field: &str, message: impl Into<String>) -> Body {
+pub(super) fn failed(code: Code, field: &str, message: impl Into<String>) -> Body {
     Body::Failed(Failed { code: code.into(), message: message.into(), field: field.to_owned() })
 }
 
@@ -50,11 +52,16 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
         Some(Body::SnapshotVolume(request)) => {
             with_vm(state, |_, devices| snapshot(devices, &request, descriptors))
         }
+        Some(Body::PrepareSnapshot(request)) => {
+            with_vm(state, |vm, devices| state.cuts().prepare(devices, vm.is_paused(), &request, descriptors))
+        }
+        Some(Body::FinishSnapshot(request)) => state.cuts().finish(&request),
+        Some(Body::ResizeVolume(request)) => with_vm(state, |_, devices| resize(devices, &request)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }
 }
 
-fn with_vm(state: &State, act: impl FnOnce(&Handle, &Devices) -> Body) -> Body {
+fn with_vm(state: &State, act: impl FnOnce(&Handle, &Arc<Devices>) -> Body) -> Body {
     match state.running() {
         Some((handle, devices)) => act(&handle, &devices),
         None => failed(Code::Precondition, "", "no VM is running here"),
@@ -85,10 +92,34 @@ fn start(state: &Arc<State>, request: &Launch, descriptors: Vec<OwnedFd>) -> Bod
     }
 }
 
+fn no_volume(name: &str) -> Body {
+    failed(Code::Invalid, "volume_id", format!("this VM has no volume `{name}`"))
+}
+
+/// Grows a volume, then tells the guest.
+fn resize(devices: &Devices, request: &ResizeVolume) -> Body {
+    let Some(disk) = devices.disk(&request.volume_id) else { return no_volume(&request.volume_id) };
+    match disk.volume.resize(request.size_bytes) {
+        Ok(()) => {
+            disk.bell.ring();
+            done()
+        }
+        Err(error) => {
+            let (code, field) = match &error {
+                ResizeError::Shrink { .. } | ResizeError::TooLarge(_) | ResizeError::Unaligned(_) => {
+                    (Code::Invalid, "size_bytes")
+                }
+                ResizeError::Raw | ResizeError::ReadOnly => (Code::Precondition, "volume_id"),
+                ResizeError::Poisoned | ResizeError::NotDrained => (Code::Precondition, ""),
+                ResizeError::Io { .. } => (Code::Io, ""),
+            };
+            failed(code, field, chain(&error))
+        }
+    }
+}
+
 fn snapshot(devices: &Devices, request: &SnapshotVolume, descriptors: Vec<OwnedFd>) -> Body {
-    let Some(volume) = devices.volume(&request.volume_id) else {
-        return failed(Code::Invalid, "volume_id", format!("this VM has no volume `{}`", request.volume_id));
-    };
+    let Some(disk) = devices.disk(&request.volume_id) else { return no_volume(&request.volume_id) };
     let mut passed = Passed::new(descriptors);
     let data = passed.take("data_fd", request.data_fd);
     let map = passed.take("map_fd", request.map_fd);
@@ -96,16 +127,10 @@ fn snapshot(devices: &Devices, request: &SnapshotVolume, descriptors: Vec<OwnedF
         (Ok(data), Ok(map)) => (File::from(data), File::from(map)),
         (Err(error), _) | (_, Err(error)) => return Body::Failed(error.answer()),
     };
-    match volume.snapshot(LayerFiles { data, map }, &request.snapshot) {
+    match disk.volume.snapshot(LayerFiles { data, map }, &request.snapshot) {
         Ok(_) => done(),
         Err(error) => {
-            let (code, field) = match &error {
-                SnapshotError::Raw | SnapshotError::ReadOnly => (Code::Precondition, "volume_id"),
-                SnapshotError::Name { .. } => (Code::Invalid, "snapshot"),
-                SnapshotError::TooManyLayers(_) => (Code::Exhausted, "volume_id"),
-                SnapshotError::Poisoned | SnapshotError::NotDrained(_) => (Code::Precondition, ""),
-                SnapshotError::Create(_) | SnapshotError::Io { .. } => (Code::Io, ""),
-            };
+            let (code, field) = cut::refused(&error);
             failed(code, field, chain(&error))
         }
     }

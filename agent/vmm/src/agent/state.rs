@@ -13,6 +13,7 @@ use std::time::Instant;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serio_control::message::{EndRecord, VmState, VmStatus};
 
+use super::cut::Cuts;
 use super::launch::Launched;
 use crate::devices::Devices;
 use crate::end::End;
@@ -26,6 +27,7 @@ pub(super) struct State {
     inner: Mutex<Inner>,
     /// Wakes the main thread.
     wake: EventFd,
+    cuts: Arc<Cuts>,
 }
 
 struct Inner {
@@ -59,7 +61,12 @@ impl State {
             since: None,
             bells: Vec::new(),
         };
-        Ok(State { inner: Mutex::new(inner), wake: bell()? })
+        Ok(State { inner: Mutex::new(inner), wake: bell()?, cuts: Arc::default() })
+    }
+
+    /// Snapshots that are prepared.
+    pub(super) fn cuts(&self) -> &Arc<Cuts> {
+        &self.cuts
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

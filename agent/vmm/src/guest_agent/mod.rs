@@ -17,6 +17,8 @@
 mod lines;
 
 #[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
 mod guest_agent_test;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -94,6 +96,12 @@ impl GuestAgent {
         GuestAgent { port, owed: AtomicBool::new(false), settling: Mutex::new(()), number }
     }
 
+    /// The port, for the device that the guest sees.
+    #[must_use]
+    pub fn port(&self) -> &HostPort {
+        &self.port
+    }
+
     /// Whether an agent has its port open.
     #[must_use]
     pub fn is_there(&self) -> bool {
@@ -131,7 +139,7 @@ impl GuestAgent {
             }
             let seen = self.port.times_opened();
             let error = match self.thaw(Instant::now() + Duration::from_millis(THAW_MS)) {
-                Ok(()) => return self.owed.store(false, Ordering::Release),
+                Ok(()) => return,
                 Err(error) => error,
             };
             if tried == 1 {
@@ -152,8 +160,10 @@ impl GuestAgent {
         let thaw = json!({ "execute": THAW });
         talk.send(&[sync(number), format!("{thaw}\n").into_bytes()].concat())?;
         talk.wait_sync(number, deadline)?;
-        let answer = talk.answer(THAW, deadline)?;
-        count_of(&answer).map(drop).ok_or(AgentError::Nonsense(THAW))
+        count_of(&talk.answer(THAW, deadline)?).ok_or(AgentError::Nonsense(THAW))?;
+        // Before the session ends: the next one may be another freeze, which owes a thaw of its own.
+        self.owed.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// A conversation with an agent that has just answered.

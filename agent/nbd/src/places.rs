@@ -32,7 +32,7 @@ pub(crate) struct Place {
 
 struct Seat {
     stream: Arc<UnixStream>,
-    /// Milliseconds since the table was made, or one of the constants.
+    /// Nanoseconds since the table was made, or one of the constants.
     idle_since: AtomicU64,
     dropped: AtomicBool,
 }
@@ -88,7 +88,7 @@ impl Places {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(0)
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(0)
     }
 }
 

@@ -3,16 +3,31 @@
 //! Metadata contexts: `base:allocation`, and `qemu:dirty-bitmap:NAME` for each snapshot NAME below what is exported:
 //! what has changed since, for incremental copies.
 
-use std::{io, os::fd::BorrowedFd, sync::Arc};
+use std::{
+    fs::File,
+    io::{self, IoSliceMut},
+    num::NonZeroU64,
+    os::fd::BorrowedFd,
+    sync::Arc,
+};
 
 use serio_nbd::{
-    Backend, Command, ExportInfo, Payload, Queue,
+    Backend, Command, ExportInfo, Payload, Queue, Run,
     wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO},
 };
-use serio_volume::{Buffers, IoQueue, Op, Volume};
+use rustix::{
+    fs::{Advice, fadvise},
+    io::{ReadWriteFlags, preadv2},
+};
+use serio_volume::{Buffers, FileRun, IoQueue, Op, Volume};
 
 /// Extents of changes that are looked up at once.
 const CHANGES_MAX: usize = 512;
+
+/// Runs of one read that is sent from files; a more fragmented one is copied.
+const RUNS_MAX: usize = 64;
+/// Runs of data are at least so long on average, or the read is copied: each costs a call.
+const RUN_BYTES_MIN: u64 = 16 << 10;
 
 /// A volume that is exported.
 #[derive(Debug)]
@@ -51,7 +66,7 @@ impl Backend for VolumeExport {
 
     fn open(&self, depth: u16) -> io::Result<ExportQueue> {
         let (queue, since) = (self.volume.queue(depth)?, Arc::clone(&self.since));
-        Ok(ExportQueue { queue, volume: self.volume.clone(), since })
+        Ok(ExportQueue { queue, volume: self.volume.clone(), since, found: Vec::new() })
     }
 }
 
@@ -78,6 +93,21 @@ pub struct ExportQueue {
     queue: IoQueue,
     volume: Volume,
     since: Arc<[String]>,
+    found: Vec<FileRun>,
+}
+
+/// Has a part of a file read ahead unless its ends are in memory already, as all between them mostly is then.
+fn read_ahead(file: &File, offset: u64, len: u64) {
+    let mut byte = [0];
+    let mut is_here = |at| {
+        let mut buffers = [IoSliceMut::new(&mut byte)];
+        // A file system that cannot tell is let alone.
+        preadv2(file, &mut buffers, at, ReadWriteFlags::NOWAIT) != Err(rustix::io::Errno::AGAIN)
+    };
+    if !(is_here(offset) && is_here(offset.saturating_add(len.saturating_sub(1)))) {
+        // Only advice: the read itself says what is wrong.
+        let _ = fadvise(file, offset, NonZeroU64::new(len), Advice::WillNeed);
+    }
 }
 
 impl ExportQueue {
@@ -133,6 +163,32 @@ impl Queue for ExportQueue {
 
     fn event_fd(&self) -> BorrowedFd<'_> {
         self.queue.event_fd()
+    }
+
+    fn runs(&mut self, offset: u64, len: u64, runs: &mut Vec<Run>) -> bool {
+        self.found.clear();
+        if !self.queue.runs(offset, len, RUNS_MAX, &mut self.found) {
+            return false;
+        }
+        let (mut pieces, mut bytes) = (0, 0);
+        for run in self.found.drain(..) {
+            runs.push(match run {
+                FileRun::Zeros { len } => Run::Zeros { len },
+                FileRun::File { file, offset, len } => {
+                    (pieces, bytes) = (pieces + 1, bytes + len);
+                    Run::File { file, offset, len }
+                }
+            });
+        }
+        if bytes < pieces * RUN_BYTES_MIN {
+            return false;
+        }
+        for run in runs.iter() {
+            if let Run::File { file, offset, len } = run {
+                read_ahead(file, *offset, *len);
+            }
+        }
+        true
     }
 
     fn status(&mut self, context: usize, offset: u64, len: u64, mut each: impl FnMut(u64, u32) -> bool) {

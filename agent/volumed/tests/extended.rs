@@ -138,7 +138,8 @@ fn lengths_beyond_32_bits_and_nothing_but_chunks() {
     client.stream.write_all(&noise(5000, 1)).expect("payload");
     assert_eq!(client.chunks(0), refused(errno::EINVAL));
     assert_eq!(client.ask(cmd::READ, 0, 0, 1 << 33), refused(errno::EOVERFLOW));
-    assert_eq!(client.ask(cmd::TRIM, 0, 1, 10 << 30), refused(errno::ENOSPC));
+    assert_eq!(client.ask(cmd::TRIM, 0, 1, 10 << 30), refused(errno::EINVAL));
+    assert_eq!(client.ask(cmd::WRITE_ZEROES, 0, 1, 10 << 30), refused(errno::ENOSPC));
     assert_eq!(client.ask(cmd::FLUSH, 0, 0, 0), done);
 }
 

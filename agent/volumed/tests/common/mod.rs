@@ -53,6 +53,11 @@ impl Serving {
         self.child.id()
     }
 
+    /// Waits until it ends by itself.
+    pub(crate) fn ends(&mut self) -> std::process::ExitStatus {
+        self.child.wait().expect("wait")
+    }
+
     /// Ends it and says how it ended.
     pub(crate) fn stop(mut self) -> std::process::ExitStatus {
         self.terminate()

@@ -147,6 +147,8 @@ struct Model {
     maybe: Option<(String, Vec<u8>)>,
     /// One whose deletion was.
     maybe_gone: Option<String>,
+    /// Snapshots that a rollback to the last of them would leave, and the bytes there.
+    maybe_back: Option<(usize, Vec<u8>)>,
     /// A size to which the volume was growing.
     maybe_size: Option<usize>,
 }
@@ -158,6 +160,13 @@ impl Model {
 
     fn size(&self) -> usize {
         self.now().len()
+    }
+
+    fn go_back(&mut self) {
+        if let Some((left, bytes)) = self.maybe_back.take() {
+            self.snapshots.truncate(left);
+            self.states = vec![bytes];
+        }
     }
 
     fn grow(&mut self, size: usize) {
@@ -216,6 +225,26 @@ impl World {
 
     fn add_sums(&self) -> bool {
         scrub(&self.files, true).is_some()
+    }
+
+    /// Goes back to a snapshot of the closed volume.
+    fn rollback(&mut self, model: &mut Model, rng: &mut StdRng) -> bool {
+        if model.snapshots.is_empty() {
+            return true;
+        }
+        let at = rng.random_range(0..model.snapshots.len());
+        let (name, bytes) = model.snapshots[at].clone();
+        model.maybe_back = Some((at + 1, bytes));
+        let stopped = crate::rollback::Stopped::lock(self.files.clone()).expect("nobody else");
+        let number = stopped.next().expect("few") as usize;
+        self.files.truncate(number);
+        let new = (SimFile::media(&self.power), SimFile::media(&self.power));
+        self.files.push(new.clone());
+        if stopped.rollback(&name, new, true, None).is_err() {
+            return false;
+        }
+        model.go_back();
+        true
     }
 
     fn snapshot(&mut self, volume: &Volume, model: &mut Model) -> bool {
@@ -291,6 +320,11 @@ fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
     assert_eq!((scrubbed.rot, scrubbed.damaged_sums), (vec![], 0), "{context}: the checksums");
     let volume = Volume::open_media(files.to_vec(), Access::ReadWrite, None)
         .unwrap_or_else(|e| panic!("{context}: does not open: {e:?}"));
+    // Its new head has a number that no earlier one had.
+    if volume.head_header().expect("layered").layer as usize + 1 == files.len() {
+        model.go_back();
+    }
+    model.maybe_back = None;
     if let Some(size) = model.maybe_size.take()
         && volume.size_bytes() == size as u64
     {
@@ -334,6 +368,7 @@ fn life(seed: u64, steps: i64) -> bool {
         snapshots: Vec::new(),
         maybe: None,
         maybe_gone: None,
+        maybe_back: None,
         maybe_size: None,
     };
     power.0.store(steps, Ordering::SeqCst);
@@ -346,6 +381,9 @@ fn life(seed: u64, steps: i64) -> bool {
         survived = survived && (rng.random() || world.add_sums());
         survived = survived && world.delete(&mut model, &mut rng);
         survived = survived && (rng.random() || world.add_sums());
+        if rng.random_range(0..3) == 0 {
+            survived = survived && world.rollback(&mut model, &mut rng);
+        }
     }
 
     let context = format!("seed {seed}, power cut at step {steps}");

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     crypto::{VdcSecret, create_encrypted},
-    error::{CreateError, DeleteError, OpenError, SnapshotError},
+    error::{CloneError, CreateError, DeleteError, OpenError, RollbackError, SnapshotError},
     merge::Deleted,
     stack::LAYERS_MAX,
     volume::{Access, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer},
@@ -62,6 +62,24 @@ pub enum VolumeDirError {
         #[source]
         source: DeleteError,
     },
+    /// Making a clone.
+    #[error("cannot make a clone in {path}")]
+    Clone {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CloneError,
+    },
+    /// Going back to a snapshot.
+    #[error("cannot roll back the volume in {path}")]
+    Rollback {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: RollbackError,
+    },
     /// Taking a snapshot.
     #[error("cannot take a snapshot of the volume in {path}")]
     Snapshot {
@@ -90,11 +108,11 @@ impl VolumeDir {
         &self.path
     }
 
-    fn file(&self, layer: u64, suffix: &str) -> PathBuf {
+    pub(crate) fn file(&self, layer: u64, suffix: &str) -> PathBuf {
         self.path.join(format!("{layer:08}.{suffix}"))
     }
 
-    fn io(&self, what: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> VolumeDirError {
+    pub(crate) fn io(&self, what: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> VolumeDirError {
         move |source| VolumeDirError::Io { what, path, source }
     }
 
@@ -157,7 +175,7 @@ impl VolumeDir {
         Volume::open_snapshot(self.files(Access::ReadOnly)?, name).map_err(self.open_error())
     }
 
-    fn open_error(&self) -> impl FnOnce(OpenError) -> VolumeDirError {
+    pub(crate) fn open_error(&self) -> impl FnOnce(OpenError) -> VolumeDirError {
         let path = self.path.clone();
         move |source| VolumeDirError::Open { path, source }
     }
@@ -174,8 +192,15 @@ impl VolumeDir {
         Ok(VolumeFiles { layers })
     }
 
+    /// The files of these layers, for reading.
+    pub(crate) fn files_of(&self, numbers: &[u64]) -> Result<VolumeFiles, VolumeDirError> {
+        let layers: Result<_, _> =
+            numbers.iter().map(|layer| self.open_layer(*layer, false, false)).collect();
+        Ok(VolumeFiles { layers: layers? })
+    }
+
     /// Numbers of the layers that have a map file, ascending. They have gaps where snapshots were deleted.
-    fn numbers(&self) -> Result<Vec<u64>, VolumeDirError> {
+    pub(crate) fn numbers(&self) -> Result<Vec<u64>, VolumeDirError> {
         let entries = match fs::read_dir(&self.path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(VolumeDirError::NotAVolume(self.path.clone()));
@@ -201,11 +226,7 @@ impl VolumeDir {
             .files(Access::ReadWrite)?
             .delete_snapshot(name)
             .map_err(|source| VolumeDirError::Delete { path: self.path.clone(), source })?;
-        // The map first: a layer is there if its map is.
-        for suffix in ["map", "data"] {
-            let path = self.file(deleted.layer, suffix);
-            fs::remove_file(&path).map_err(self.io("remove", path))?;
-        }
+        self.remove_layer(deleted.layer)?;
         self.sync()?;
         Ok(deleted)
     }
@@ -224,10 +245,36 @@ impl VolumeDir {
         Ok(LayerFiles { data: open("data")?, map: open("map")? })
     }
 
+    /// New, empty files for a layer. What has their names is a leftover, which a clone may share: it loses this name only.
+    pub(crate) fn fresh_layer(&self, layer: u64) -> Result<LayerFiles, VolumeDirError> {
+        self.remove_layer(layer)?;
+        Ok(LayerFiles { data: self.fresh_file(layer, "data")?, map: self.fresh_file(layer, "map")? })
+    }
+
+    pub(crate) fn fresh_file(&self, layer: u64, suffix: &str) -> Result<File, VolumeDirError> {
+        let path = self.file(layer, suffix);
+        File::create_new(&path)
+            .and_then(|_| OpenOptions::new().read(true).write(true).open(&path))
+            .map_err(self.io("create", path))
+    }
+
+    /// Removes the files of a layer, if they are there.
+    pub(crate) fn remove_layer(&self, layer: u64) -> Result<(), VolumeDirError> {
+        // The map first: a layer is there if its map is.
+        for suffix in ["map", "data"] {
+            let path = self.file(layer, suffix);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.io("remove", path)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a snapshot of a volume of this directory that the caller has open for writing.
     pub fn snapshot(&self, volume: &Volume, name: &str) -> Result<SnapshotInfo, VolumeDirError> {
         let next = volume.head_header().map_or(0, |h| h.layer.saturating_add(1));
-        let files = self.open_layer(next, true, true)?;
+        let files = self.fresh_layer(next)?;
         // The names must outlive a crash before the sealed header names them.
         self.sync()?;
         volume
@@ -235,7 +282,7 @@ impl VolumeDir {
             .map_err(|source| VolumeDirError::Snapshot { path: self.path.clone(), source })
     }
 
-    fn sync(&self) -> Result<(), VolumeDirError> {
+    pub(crate) fn sync(&self) -> Result<(), VolumeDirError> {
         File::open(&self.path).and_then(|dir| dir.sync_all()).map_err(self.io("sync", self.path.clone()))
     }
 }

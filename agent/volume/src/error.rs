@@ -230,6 +230,75 @@ pub enum ResizeError {
     },
 }
 
+/// Why a clone was not made. What is in the new files then is no volume.
+#[derive(Debug, thiserror::Error)]
+pub enum CloneError {
+    /// The source cannot be read, or has no such snapshot.
+    #[error("cannot read the volume that is cloned")]
+    Open(#[from] OpenError),
+    /// Smaller than the source.
+    #[error("the source has {least} bytes there, the clone would have {size}: ask for at least as many")]
+    Size {
+        /// Bytes that were asked for.
+        size: u64,
+        /// Bytes of the source.
+        least: u64,
+    },
+    /// A data file of the source was cut.
+    #[error("the data file of layer {0} is shorter than its header promises")]
+    Cut(u64),
+    /// The chain is as long as it may be.
+    #[error("the source has {0} layers there, and a clone needs one more than may be: flatten it first")]
+    TooManyLayers(usize),
+    /// The source is encrypted and its key was not given, or no new data key can be made.
+    #[error("the clone's key cannot be made")]
+    Key(#[from] KeyError),
+    /// The new map files do not fit the layers.
+    #[error("each layer of the source needs a new map file")]
+    Maps,
+    /// The head could not be made.
+    #[error("the clone's head could not be made")]
+    Create(#[from] CreateError),
+    /// The host answered an error.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a volume was not rolled back.
+#[derive(Debug, thiserror::Error)]
+pub enum RollbackError {
+    /// The volume cannot be opened for it, is in use, or has no such snapshot.
+    #[error("cannot go back to the snapshot")]
+    Open(#[from] OpenError),
+    /// Later snapshots would be lost.
+    #[error("later snapshots would be lost ({}): say that they may be discarded, or clone the snapshot instead", .0.join(", "))]
+    Later(Vec<String>),
+    /// The highest layer has the highest number that there is.
+    #[error("the volume's layers have no number left for a new one")]
+    Numbers,
+    /// The volume is encrypted, and its key was not given or is another.
+    #[error("the new head cannot be encrypted")]
+    Key(#[from] KeyError),
+    /// The new head could not be made.
+    #[error("the new head could not be made")]
+    Create(#[from] CreateError),
+    /// The host answered an error; asked again, it starts over.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
 /// Why a snapshot was not deleted. Whatever the reason, all points but perhaps this one are as before, and asking again
 /// goes on.
 #[derive(Debug, thiserror::Error)]

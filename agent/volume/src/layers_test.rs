@@ -1,4 +1,4 @@
-//! Holding, growing: what concerns whole layers, on real files.
+//! Holding, growing, cloning, rolling back: what concerns whole layers, on real files.
 
 use std::{
     sync::{
@@ -10,7 +10,10 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{Access, BLOCK_BYTES, Buffers, LayerFiles, Op, ResizeError, SnapshotError, Volume, VolumeDir};
+use crate::{
+    Access, BLOCK_BYTES, Buffers, CloneError, LayerFiles, Op, OpenError, ResizeError, RollbackError,
+    SnapshotError, Volume, VolumeDir, VolumeDirError,
+};
 
 fn write(volume: &Volume, offset: u64, bytes: &[u8]) {
     let mut buffers = Buffers::owned(bytes.len());
@@ -125,4 +128,124 @@ fn growing() {
     drop(volume);
     let reader = dir.open(Access::ReadOnly).expect("open");
     assert!(matches!(reader.resize(1 << 41), Err(ResizeError::ReadOnly)));
+}
+
+fn link(from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+    std::fs::hard_link(from, to)
+}
+
+#[test]
+fn a_clone_starts_as_the_point_and_goes_its_own_way() {
+    let temp = TempDir::new().expect("tempdir");
+    let source = VolumeDir::new(temp.path().join("source"));
+    source.create(1 << 20).expect("create");
+    let volume = source.open(Access::ReadWrite).expect("open");
+    write(&volume, 0, &[1; 9000]);
+    source.snapshot(&volume, "a").expect("snapshot");
+    write(&volume, 5000, &[2; 9000]);
+    source.snapshot(&volume, "b").expect("snapshot");
+    write(&volume, 0, &[3; 20_000]);
+
+    let dir = VolumeDir::new(temp.path().join("clone"));
+    assert!(matches!(
+        dir.clone_point(&source, "b", Some(5), None, &mut link),
+        Err(VolumeDirError::Clone { source: CloneError::Size { .. }, .. })
+    ));
+    assert!(dir.clone_point(&source, "c", None, None, &mut link).is_err(), "no such snapshot");
+    dir.clone_point(&source, "b", Some(2 << 20), None, &mut link).expect("clone");
+    assert!(dir.clone_point(&source, "b", None, None, &mut link).is_err(), "it is there already");
+    let names: Vec<_> =
+        std::fs::read_dir(temp.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
+    assert_eq!(names.len(), 2, "nothing else is left behind: {names:?}");
+
+    let clone = dir.open(Access::ReadWrite).expect("open");
+    assert_eq!((clone.size_bytes(), clone.snapshots()), (2 << 20, vec![]));
+    let point = source.open_snapshot("b").expect("open");
+    assert!(read(&clone, 0, 1 << 20) == read(&point, 0, 1 << 20));
+    assert!(read(&clone, 1 << 20, 1 << 20).iter().all(|b| *b == 0));
+    write(&clone, 100, &[9; 5000]);
+    dir.snapshot(&clone, "b").expect("its own snapshots have its own names");
+    assert!(read(&point, 0, 9000)[..5000] == [1; 5000]);
+    assert!(read(&volume, 0, 20_000) == [3; 20_000]);
+    assert_ne!(clone.head_header().expect("layered").volume, volume.head_header().expect("layered").volume);
+    drop((clone, volume));
+    for dir in [&dir, &source] {
+        let report = dir.files(Access::ReadOnly).expect("files").check().expect("check");
+        assert!(report.is_clean(), "{:?}", report.problems);
+    }
+    std::fs::remove_dir_all(source.path()).expect("remove");
+    assert!(read(&dir.open(Access::ReadWrite).expect("open"), 100, 5000) == [9; 5000]);
+}
+
+#[test]
+fn an_image_is_shared_and_never_written() {
+    let temp = TempDir::new().expect("tempdir");
+    let image = temp.path().join("disk.raw");
+    std::fs::write(&image, [5; 10_000]).expect("write");
+    let dirs = ["a", "b"].map(|name| VolumeDir::new(temp.path().join(name)));
+    for dir in &dirs {
+        dir.clone_image(&image, Some(1 << 40), None, &mut link).expect("clone");
+    }
+    let [a, b] = dirs.each_ref().map(|dir| dir.open(Access::ReadWrite).expect("open"));
+    write(&a, 0, &[6; 4096]);
+    write(&a, 9_999, &[6; 2]);
+    assert!(read(&a, 0, 10_002) == [vec![6; 4096], vec![5; 5903], vec![6; 2], vec![0]].concat());
+    assert!(read(&b, 0, 10_001) == [vec![5; 10_000], vec![0]].concat());
+    assert!(std::fs::read(&image).expect("read") == [5; 10_000]);
+}
+
+#[test]
+fn a_clone_of_a_large_volume_is_immediate() {
+    let temp = TempDir::new().expect("tempdir");
+    let source = VolumeDir::new(temp.path().join("source"));
+    source.create(1 << 40).expect("create");
+    let volume = source.open(Access::ReadWrite).expect("open");
+    source.snapshot(&volume, "a").expect("snapshot");
+    for i in 0..64 {
+        write(&volume, i << 34, &[1; 9000]);
+    }
+    source.snapshot(&volume, "b").expect("snapshot");
+    let start = std::time::Instant::now();
+    let dir = VolumeDir::new(temp.path().join("clone"));
+    dir.clone_point(&source, "b", None, None, &mut link).expect("clone");
+    println!("a clone of 1 TiB took {:?}", start.elapsed());
+    assert!(read(&dir.open(Access::ReadOnly).expect("open"), 63 << 34, 9000) == [1; 9000]);
+}
+
+#[test]
+fn rolling_back() {
+    let temp = TempDir::new().expect("tempdir");
+    let dir = VolumeDir::new(temp.path());
+    dir.create(1 << 20).expect("create");
+    let volume = dir.open(Access::ReadWrite).expect("open");
+    for (i, name) in ["a", "b", "c"].iter().enumerate() {
+        write(&volume, 1000 * i as u64, &[i as u8 + 1; 5000]);
+        dir.snapshot(&volume, name).expect("snapshot");
+        volume.resize((1 << 20) + 1000 * (i as u64 + 1)).expect("grow");
+    }
+    write(&volume, 0, &[9; 10_000]);
+    let at_b = read(&dir.open_snapshot("b").expect("open"), 0, 20_000);
+    match dir.rollback("b", false, None) {
+        Err(VolumeDirError::Rollback {
+            source: RollbackError::Open(OpenError::InUse { layer: 3 }), ..
+        }) => {}
+        other => panic!("{other:?}"),
+    }
+    drop(volume);
+    match dir.rollback("b", false, None) {
+        Err(VolumeDirError::Rollback { source: RollbackError::Later(names), .. }) => assert_eq!(names, ["c"]),
+        other => panic!("{other:?}"),
+    }
+    assert!(dir.rollback("x", true, None).is_err());
+    let went = dir.rollback("b", true, None).expect("rollback");
+    assert_eq!((went.head, went.left, went.size_bytes), (4, vec![2, 3], (1 << 20) + 1000));
+    let volume = dir.open(Access::ReadWrite).expect("open");
+    assert_eq!(volume.size_bytes(), (1 << 20) + 1000);
+    assert!(read(&volume, 0, 20_000) == at_b);
+    assert_eq!(volume.snapshots().iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    write(&volume, 0, &[7; 10]);
+    dir.snapshot(&volume, "c").expect("the name is free again");
+    drop(volume);
+    let report = dir.files(Access::ReadOnly).expect("files").check().expect("check");
+    assert!(report.is_clean() && report.leftovers.is_empty(), "{report:?}");
 }

@@ -25,8 +25,10 @@ mod chain;
 mod changes;
 mod check;
 mod chunks;
+mod clones;
 mod crypto;
 mod dir;
+mod dir_change;
 mod error;
 mod header;
 mod keeper;
@@ -39,6 +41,7 @@ mod plan;
 mod queue;
 mod reader;
 mod resize;
+mod rollback;
 mod runs;
 mod scan;
 mod scrub;
@@ -64,13 +67,18 @@ mod stack_test;
 
 pub use changes::{ChangedExtent, ChangesError};
 pub use check::{CheckReport, LayerReport, Problem};
+pub use clones::{NewVolume, clone_image};
 pub use crypto::{KeyError, VdcSecret, WrappedKey, create_encrypted};
 pub use dir::{VolumeDir, VolumeDirError};
-pub use error::{CreateError, DeleteError, IoError, OpenError, ResizeError, SnapshotError};
+pub use dir_change::Share;
+pub use error::{
+    CloneError, CreateError, DeleteError, IoError, OpenError, ResizeError, RollbackError, SnapshotError,
+};
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
 pub use merge::Deleted;
 pub use op::{Full, Op};
 pub use queue::IoQueue;
+pub use rollback::RolledBack;
 pub use runs::FileRun;
 pub use scrub::{Rot, RotKind, ScrubOptions, ScrubReport};
 pub use snapshot::Held;

@@ -69,6 +69,12 @@ impl BlockMap {
         let mut buffer = vec![0; 256 * PAGE_BYTES];
         let mut at = 0;
         while at < len {
+            // Most of the map of a large volume was never written.
+            let (run, hole) = file.extent_at(MAP_OFFSET + at, MAP_OFFSET + len);
+            if hole && run >= PAGE_BYTES as u64 {
+                at += run / PAGE_BYTES as u64 * PAGE_BYTES as u64;
+                continue;
+            }
             let part = &mut buffer[..(len - at).min(256 * PAGE_BYTES as u64) as usize];
             file.read_exact_at(part, MAP_OFFSET + at).map_err(io)?;
             for (i, page) in part.chunks(PAGE_BYTES).enumerate() {

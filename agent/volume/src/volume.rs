@@ -271,16 +271,16 @@ impl VolumeFiles {
         self.layers.into_iter().map(|l| (Media::new(l.data), Media::new(l.map))).collect()
     }
 
+    /// The same files once more.
+    pub(crate) fn media(&self) -> io::Result<Vec<(Media, Media)>> {
+        let clone = |f: &File| f.try_clone().map(Media::new);
+        self.layers.iter().map(|l| Ok((clone(&l.data)?, clone(&l.map)?))).collect()
+    }
+
     /// Reads the headers only.
     pub fn inspect(&self) -> Result<Inspection, OpenError> {
-        let clone = |f: &File| {
-            f.try_clone()
-                .map(Media::new)
-                .map_err(|source| OpenError::Io { what: "duplicate a descriptor", source })
-        };
-        let files: Result<Vec<_>, OpenError> =
-            self.layers.iter().map(|l| Ok((clone(&l.data)?, clone(&l.map)?))).collect();
-        let files = files?;
+        let files =
+            self.media().map_err(|source| OpenError::Io { what: "duplicate a descriptor", source })?;
         if files.is_empty() {
             return Err(OpenError::Empty);
         }

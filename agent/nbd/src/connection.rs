@@ -21,7 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::poll::PollFlags;
+use nix::{
+    poll::PollFlags,
+    sys::socket::{setsockopt, sockopt},
+};
 
 use crate::{
     backend::{Backend, Command, ExportInfo, Payload, Queue, Run},
@@ -51,6 +54,8 @@ pub(crate) const DEPTH: u16 = 128;
 const OUT_MAX: usize = 1024;
 /// A client that owes something must move so much in [`Limits::stall`]: single bytes do not count.
 const PROGRESS_BYTES_MIN: usize = 4 << 10;
+/// What may wait in the socket for a client that reads.
+const SOCKET_BYTES: usize = 1 << 20;
 /// After so long without a request, memory that lies ready is freed.
 const TRIM_AFTER: Duration = Duration::from_secs(1);
 
@@ -92,12 +97,21 @@ pub(crate) fn serve<B: Backend>(
     else {
         return Ok(End::Vanished);
     };
+    widen(stream);
     (host.log)(Event::Clients(host.places.clients()));
     let queue = backend.open(DEPTH).map_err(ConnectionError::Queue)?;
     let share = host.budget.share()?;
     let mut connection = Connection::new(queue, info, negotiated, input, share);
     connection.stall = host.limits.stall;
     connection.run(stream, host.stop, place)
+}
+
+/// Lets more bytes wait in the socket: a writer is woken when three quarters of them are gone, and the client should have
+/// something to read until it is there. The system may allow less; that costs time only.
+fn widen(stream: &UnixStream) {
+    if setsockopt(stream, sockopt::SndBufForce, &SOCKET_BYTES).is_err() {
+        let _ = setsockopt(stream, sockopt::SndBuf, &SOCKET_BYTES);
+    }
 }
 
 /// A request that was submitted.

@@ -16,6 +16,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
+    crypto::{create_encrypted_media, test_secret},
     header::BLOCK_BYTES,
     media::Media,
     op::Op,
@@ -180,6 +181,8 @@ impl Model {
 struct World {
     files: Vec<(Media, Media)>,
     power: Arc<Power>,
+    /// What sizes are multiples of: encrypted volumes have whole blocks.
+    grain: usize,
 }
 
 impl World {
@@ -197,7 +200,7 @@ impl World {
                 }
                 9..=10 => zeroes(&mut queue, model, offset, len, rng.random()),
                 11..=13 => flush(&mut queue, model),
-                14 => grow(volume, model, rng.random_range(1..6000)),
+                14 => grow(volume, model, rng.random_range(1..6000), self.grain),
                 _ => self.snapshot(volume, model),
             };
             if !ok {
@@ -215,7 +218,7 @@ impl World {
         let at = rng.random_range(0..model.snapshots.len());
         let name = model.snapshots[at].0.clone();
         model.maybe_gone = Some(name.clone());
-        if crate::merge::delete(&self.files, &name, 4).is_err() {
+        if crate::merge::delete(&self.files, &name, Some(&test_secret()), 4).is_err() {
             return false;
         }
         model.maybe_gone = None;
@@ -281,8 +284,8 @@ fn zeroes(queue: &mut IoQueue, model: &mut Model, offset: usize, len: usize, unm
     queue.run(Op::WriteZeroes { offset: offset as u64, len: len as u64, unmap }).0.is_ok()
 }
 
-fn grow(volume: &Volume, model: &mut Model, bytes: usize) -> bool {
-    let size = model.size() + bytes;
+fn grow(volume: &Volume, model: &mut Model, bytes: usize, grain: usize) -> bool {
+    let size = (model.size() + bytes).next_multiple_of(grain);
     model.maybe_size = Some(size);
     let ok = volume.resize(size as u64).is_ok();
     if ok {
@@ -360,11 +363,23 @@ fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
 fn life(seed: u64, steps: i64) -> bool {
     let mut rng = StdRng::seed_from_u64(seed);
     let power = Arc::new(Power(AtomicI64::new(i64::MAX)));
-    let files = vec![(SimFile::media(&power), SimFile::media(&power))];
-    create_media(&files[0].0, &files[0].1, SIZE as u64, [7; 16], false).expect("create");
-    let mut world = World { files, power: Arc::clone(&power) };
+    let file = || (SimFile::media(&power), SimFile::media(&power));
+    let mut files = vec![file()];
+    let encrypted = seed % 2 == 1;
+    let (size, grain) = if encrypted {
+        (SIZE.next_multiple_of(BLOCK_BYTES as usize), BLOCK_BYTES as usize)
+    } else {
+        (SIZE, 1)
+    };
+    if encrypted {
+        files.push(file());
+        create_encrypted_media(&files[0], &files[1], size as u64, [7; 16], &test_secret()).expect("create");
+    } else {
+        create_media(&files[0].0, &files[0].1, size as u64, [7; 16], false).expect("create");
+    }
+    let mut world = World { files, power: Arc::clone(&power), grain };
     let mut model = Model {
-        states: vec![vec![0; SIZE]],
+        states: vec![vec![0; size]],
         snapshots: Vec::new(),
         maybe: None,
         maybe_gone: None,

@@ -95,12 +95,19 @@ pub enum VolumeDirError {
 #[derive(Debug, Clone)]
 pub struct VolumeDir {
     path: PathBuf,
+    key: Option<VdcSecret>,
 }
 
 impl VolumeDir {
     /// The directory at `path`, which need not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> VolumeDir {
-        VolumeDir { path: path.into() }
+        VolumeDir { path: path.into(), key: None }
+    }
+
+    /// The same directory, with the key of the vdc: what is created in it is encrypted, and what is encrypted can be
+    /// opened.
+    pub fn with_key(self, key: VdcSecret) -> VolumeDir {
+        VolumeDir { key: Some(key), ..self }
     }
 
     /// Where it is.
@@ -136,43 +143,25 @@ impl VolumeDir {
             .map_err(|source| VolumeDirError::Create { path: self.path.clone(), source })
     }
 
-    /// An empty volume of `size_bytes`.
+    /// An empty volume of `size_bytes`; encrypted if there is a key, and then this is a multiple of 4096.
     pub fn create(&self, size_bytes: u64) -> Result<(), VolumeDirError> {
         let files = self.begin()?;
-        self.commit(&files, size_bytes)
-    }
-
-    /// An empty encrypted volume of `size_bytes`, a multiple of 4096.
-    pub fn create_encrypted(&self, size_bytes: u64, key: &VdcSecret) -> Result<(), VolumeDirError> {
-        let bottom = self.begin()?;
+        let Some(key) = &self.key else { return self.commit(&files, size_bytes) };
         let head = self.open_layer(1, true, true)?;
         self.sync()?;
-        create_encrypted(&bottom, &head, size_bytes, *uuid::Uuid::new_v4().as_bytes(), key)
+        create_encrypted(&files, &head, size_bytes, *uuid::Uuid::new_v4().as_bytes(), key)
             .map_err(|source| VolumeDirError::Create { path: self.path.clone(), source })
-    }
-
-    /// Opens the volume, with the key of the vdc when it may be encrypted.
-    pub fn open_with_key(&self, access: Access, key: Option<&VdcSecret>) -> Result<Volume, VolumeDirError> {
-        Volume::open_with_key(self.files(access)?, access, key).map_err(self.open_error())
-    }
-
-    /// Opens the volume at a snapshot, read-only, with the key of the vdc when it may be encrypted.
-    pub fn open_snapshot_with_key(
-        &self,
-        name: &str,
-        key: Option<&VdcSecret>,
-    ) -> Result<Volume, VolumeDirError> {
-        Volume::open_snapshot_with_key(self.files(Access::ReadOnly)?, name, key).map_err(self.open_error())
     }
 
     /// Opens the volume.
     pub fn open(&self, access: Access) -> Result<Volume, VolumeDirError> {
-        Volume::open(self.files(access)?, access).map_err(self.open_error())
+        Volume::open_with_key(self.files(access)?, access, self.key.as_ref()).map_err(self.open_error())
     }
 
     /// Opens the volume at a snapshot, read-only.
     pub fn open_snapshot(&self, name: &str) -> Result<Volume, VolumeDirError> {
-        Volume::open_snapshot(self.files(Access::ReadOnly)?, name).map_err(self.open_error())
+        Volume::open_snapshot_with_key(self.files(Access::ReadOnly)?, name, self.key.as_ref())
+            .map_err(self.open_error())
     }
 
     pub(crate) fn open_error(&self) -> impl FnOnce(OpenError) -> VolumeDirError {
@@ -224,7 +213,7 @@ impl VolumeDir {
     pub fn delete_snapshot(&self, name: &str) -> Result<Deleted, VolumeDirError> {
         let deleted = self
             .files(Access::ReadWrite)?
-            .delete_snapshot(name)
+            .delete_snapshot_with_key(name, self.key.as_ref())
             .map_err(|source| VolumeDirError::Delete { path: self.path.clone(), source })?;
         self.remove_layer(deleted.layer)?;
         self.sync()?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    crypto::SectorCipher,
+    crypto::{SectorCipher, UNIT_BYTES},
     error::CreateError,
     header::{BLOCK_BYTES, Header, HeaderError, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
     map::BlockMap,
@@ -58,14 +58,9 @@ impl Layer {
         Layer { data, map_file: None, map: None, cipher: None, size_bytes, blocks, header: Mutex::new(None) }
     }
 
-    /// Reads a part of the data file; of an encrypted layer whole units, and in the clear.
-    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        read_at(&self.data, self.cipher.as_deref(), bytes, offset)
-    }
-
-    /// Writes a part of the data file; of an encrypted layer whole units, and `bytes` are the ciphertext afterwards.
-    pub(crate) fn write_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        write_at(&self.data, self.cipher.as_deref(), bytes, offset)
+    /// What its data file is written in: whole sectors if it is encrypted, else single bytes.
+    pub(crate) fn unit_bytes(&self) -> u64 {
+        if self.cipher.is_some() { UNIT_BYTES } else { 1 }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Header>> {

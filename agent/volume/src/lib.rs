@@ -47,6 +47,7 @@ mod scan;
 mod scrub;
 mod sealed;
 mod shared;
+mod slot;
 mod snapshot;
 mod stack;
 mod sums;
@@ -58,6 +59,8 @@ mod volume;
 mod check_test;
 #[cfg(test)]
 mod crash_test;
+#[cfg(test)]
+mod crypto_test;
 #[cfg(test)]
 mod layers_test;
 #[cfg(test)]

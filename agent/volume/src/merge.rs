@@ -11,12 +11,13 @@
 //! descriptors and the map that he has. Interrupted anywhere, the volume is whole; asked again, the merge goes on
 //! where j's map says that it was. The head is locked meanwhile.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use nix::fcntl::FallocateFlags;
 
 use crate::{
     chain::walk,
+    crypto::{self, SectorCipher, VdcSecret},
     error::{DeleteError, OpenError},
     header::{BLOCK_BYTES, Header, HeaderState},
     layer,
@@ -44,12 +45,22 @@ impl VolumeFiles {
     /// Deletes the snapshot `name` of a stopped volume, whose files are open for writing: all other points and the head
     /// keep their bytes. See the head of `merge.rs` for what an interruption leaves.
     pub fn delete_snapshot(&self, name: &str) -> Result<Deleted, DeleteError> {
+        self.delete_snapshot_with_key(name, None)
+    }
+
+    /// Like [`VolumeFiles::delete_snapshot`], with the key of the vdc when the volume may be encrypted: what one layer's
+    /// data key opens is written under the other's.
+    pub fn delete_snapshot_with_key(
+        &self,
+        name: &str,
+        key: Option<&VdcSecret>,
+    ) -> Result<Deleted, DeleteError> {
         let files: io::Result<Vec<_>> = self
             .layers
             .iter()
             .map(|l| Ok((Media::new(l.data.try_clone()?), Media::new(l.map.try_clone()?))))
             .collect();
-        delete(&files.map_err(io_error("duplicate a descriptor"))?, name, WINDOW_BLOCKS)
+        delete(&files.map_err(io_error("duplicate a descriptor"))?, name, key, WINDOW_BLOCKS)
     }
 }
 
@@ -60,12 +71,14 @@ fn io_error(what: &'static str) -> impl Fn(io::Error) -> DeleteError {
 pub(crate) fn delete(
     files: &[(Media, Media)],
     name: &str,
+    key: Option<&VdcSecret>,
     window_blocks: u64,
 ) -> Result<Deleted, DeleteError> {
     if files.is_empty() {
         return Err(OpenError::Empty.into());
     }
     let chain = walk(files, Access::ReadWrite, None)?;
+    let ciphers = crypto::ciphers(chain.iter().map(|(_, header)| header), key)?;
     let (top, head) = chain.last().expect("a walk has at least the bottom");
     let lock = &files[*top].0;
     let in_use = || DeleteError::Open(OpenError::InUse { layer: head.layer });
@@ -74,7 +87,7 @@ pub(crate) fn delete(
     }
     // Between our look and our lock somebody may have taken a snapshot, or deleted one, and gone.
     let result = match walk(files, Access::ReadWrite, None) {
-        Ok(again) if again == chain => merge(files, &chain, name, window_blocks),
+        Ok(again) if again == chain => merge(files, &chain, &ciphers, name, window_blocks),
         _ => Err(in_use()),
     };
     lock.unlock();
@@ -84,6 +97,7 @@ pub(crate) fn delete(
 fn merge(
     files: &[(Media, Media)],
     chain: &[(usize, Header)],
+    ciphers: &[Option<Arc<SectorCipher>>],
     name: &str,
     window_blocks: u64,
 ) -> Result<Deleted, DeleteError> {
@@ -92,6 +106,11 @@ fn merge(
     let Some((at, (from, into))) = at.and_then(|at| Some((at, (chain.get(at)?, chain.get(at + 1)?)))) else {
         return Err(OpenError::NoSuchSnapshot(name.to_owned()).into());
     };
+    if at == 0 && into.1.key.is_some() {
+        let why = "the bottom of an encrypted volume is plain, and stays what it is".into();
+        return Err(OpenError::Chain(why).into());
+    }
+    let cipher = |at: usize| ciphers.get(at).and_then(Option::as_deref);
     let map =
         |(index, header): &(usize, Header)| BlockMap::load(&files[*index].1, header.blocks(), header.layer);
     for (index, header) in [from, into] {
@@ -103,8 +122,10 @@ fn merge(
     let mut merge = Merge {
         from: &files[from.0].0,
         from_map: if at == 0 { None } else { Some(map(from)?) },
+        from_cipher: cipher(at),
         from_bytes: from.1.size_bytes,
         into: &files[into.0].0,
+        into_cipher: cipher(at + 1),
         into_map_file: &files[into.0].1,
         into_header: &into.1,
         into_map: map(into)?,
@@ -137,8 +158,10 @@ struct Merge<'a> {
     from: &'a Media,
     /// None at the bottom, whose file answers for every block; then `into` must too, in the end.
     from_map: Option<BlockMap>,
+    from_cipher: Option<&'a SectorCipher>,
     from_bytes: u64,
     into: &'a Media,
+    into_cipher: Option<&'a SectorCipher>,
     into_map_file: &'a Media,
     into_header: &'a Header,
     into_map: BlockMap,
@@ -210,9 +233,9 @@ impl Merge<'_> {
             let part = &mut self.buffer[..len as usize];
             // The last block of a smaller layer ends early, and zeros follow.
             let (there, beyond) = part.split_at_mut(self.from_bytes.saturating_sub(at).min(len) as usize);
-            self.from.read_exact_at(there, at)?;
+            layer::read_at(self.from, self.from_cipher, there, at)?;
             beyond.fill(0);
-            self.into.write_all_at(part, at)?;
+            layer::write_at(self.into, self.into_cipher, part, at)?;
             self.touched = true;
             self.copied_bytes += len;
             at += len;

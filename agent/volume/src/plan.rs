@@ -9,7 +9,7 @@ use crate::{
     map::State,
     shared::Claim,
     stack::{Source, Stack},
-    uring::{Body, BouncePart, Io, Span},
+    uring::{Body, BouncePart, Io, PIECE_MAX, Span},
 };
 
 /// Something that is done at once, in memory.
@@ -30,6 +30,11 @@ pub(crate) struct Range {
 impl Range {
     pub(crate) fn end(&self) -> u64 {
         self.offset + self.len
+    }
+
+    /// Whether it consists of whole units.
+    pub(crate) fn is_aligned(&self, unit_bytes: u64) -> bool {
+        self.offset.is_multiple_of(unit_bytes) && self.end().is_multiple_of(unit_bytes)
     }
 
     /// The blocks that it touches.
@@ -64,15 +69,43 @@ pub(crate) fn read(stack: &Stack, range: Range, ios: &mut Vec<Io>, mut fill: imp
         let start = at - range.offset;
         match source {
             Source::Layer(index) => {
-                ios.push(Io::Read { file: index as u32, offset: at, span: Span::buffers(start, len) });
+                let span = Span::buffers(start, len);
+                ios.extend(cut(stack, Io::Read { file: index as u32, offset: at, span }));
             }
             Source::Zero => fill(Fill::Buffers { start, len }),
         }
     });
 }
 
+/// A primitive as the driver may get it: one on an encrypted file in pieces, so that several are under way at once.
+pub(crate) fn cut(stack: &Stack, io: Io) -> impl Iterator<Item = Io> + use<> {
+    let encrypted = |file: u32| stack.layers.get(file as usize).is_some_and(|layer| layer.cipher.is_some());
+    let piece_max = match io {
+        Io::Read { file, .. } | Io::Write { file, .. } if encrypted(file) => PIECE_MAX as u64,
+        _ => u64::MAX,
+    };
+    let mut rest = Some(io);
+    std::iter::from_fn(move || {
+        let mut piece = rest.take()?;
+        let mut after = piece;
+        if let Io::Read { offset, span, .. } | Io::Write { offset, span, .. } = &mut after {
+            let room = piece_max - *offset % piece_max;
+            if span.len() > room {
+                span.advance(room);
+                *offset += room;
+                if let Io::Read { span, .. } | Io::Write { span, .. } = &mut piece {
+                    span.truncate(room);
+                }
+                rest = Some(after);
+            }
+        }
+        Some(piece)
+    })
+}
+
 /// The write of `body` to `range` in a head with layers below. Blocks at its ends that are covered in part and
-/// are not data in the head are completed from a bounce block: `copy_up` gets the reads that fill it first.
+/// are not data in the head are completed from a bounce block, and so are sectors of an encrypted head: `copy_up` gets
+/// the reads that fill it first.
 pub(crate) fn write(
     stack: &Stack,
     range: Range,
@@ -85,33 +118,37 @@ pub(crate) fn write(
     let mut span = Span { head: BouncePart::default(), body, tail: BouncePart::default() };
     let mut offset = range.offset;
     let state = |block| head.map.as_ref().map_or(State::Data, |map| map.run(block, 1).0);
-    let before = (range.offset % BLOCK_BYTES) as u32;
     let first = range.offset / BLOCK_BYTES;
     let last = (range.end() - 1) / BLOCK_BYTES;
     let last_len = (head.size_bytes - last * BLOCK_BYTES).min(BLOCK_BYTES) as u32;
+    let first_from = (range.offset % BLOCK_BYTES) as u32;
     let after_from = (range.end() - last * BLOCK_BYTES) as u32;
+    // Of a block that the head has, what was there stays there, but for sectors that can only be encrypted whole.
+    let unit = head.unit_bytes() as u32;
+    let before = if state(first) == State::Data { first_from % unit } else { first_from };
+    let after =
+        if state(last) == State::Data { after_from.next_multiple_of(unit) } else { last_len } - after_from;
     let mut filled = None;
-    if before > 0 && state(first) != State::Data {
+    if before > 0 {
         complete(stack, first, first_bounce, copy_up, &mut fill);
         filled = Some(first);
-        span.head = BouncePart { which: first_bounce, start: 0, len: before };
+        span.head = BouncePart { which: first_bounce, start: first_from - before, len: before };
         offset -= u64::from(before);
     }
-    if after_from < last_len && state(last) != State::Data {
+    if after > 0 {
         let which =
             if filled == Some(last) { first_bounce } else { first_bounce + u8::from(filled.is_some()) };
         if filled != Some(last) {
             complete(stack, last, which, copy_up, &mut fill);
         }
-        span.tail = BouncePart { which, start: after_from, len: last_len - after_from };
+        span.tail = BouncePart { which, start: after_from, len: after };
     }
     Io::Write { file: stack.head_index() as u32, offset, span }
 }
 
 /// Fills a bounce block with what `block` reads as now.
 fn complete(stack: &Stack, block: u64, which: u8, copy_up: &mut Vec<Io>, fill: &mut impl FnMut(Fill)) {
-    let zero_in_head = stack.head_map().is_some_and(|map| map.run(block, 1).0 == State::Zero);
-    let source = if zero_in_head { Source::Zero } else { stack.resolve(stack.head_index(), block, 1).0 };
+    let source = stack.resolve(stack.layers.len(), block, 1).0;
     fill(Fill::Bounce(BouncePart { which, start: 0, len: BLOCK_BYTES as u32 }));
     if let Source::Layer(index) = source {
         let offset = block * BLOCK_BYTES;

@@ -31,57 +31,16 @@ use crate::{
     keeper::{self, Keeper},
     map::State,
     op::{Full, Op},
-    plan::{self, Fill, Range, Verdict, edges, judge, punch_blocks},
+    plan::{self, Fill, Range, Verdict, cut, edges, judge, punch_blocks},
     runs::{self, FileRun},
-    shared::{Claim, Core, QueueShared, lock},
+    shared::{Core, QueueShared, lock},
+    slot::{Kind, Slot, Stage},
     stack::Stack,
     uring::{Answer, Body, Buffers, Driver, Io, Span, event_fd, signal},
 };
 
 /// Primitives of one operation under way at once; a badly fragmented one takes turns.
 const WAVE: u32 = 8;
-
-/// What is done, without its memory (which lies in the driver).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write { fua: bool },
-    Flush,
-    Discard,
-    WriteZeroes { unmap: bool },
-}
-
-impl Kind {
-    fn changes(self) -> bool {
-        !matches!(self, Kind::Read)
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Idle,
-    Parked,
-    CopyUp,
-    Transfer,
-    Sync,
-    Commit,
-    Done,
-}
-
-struct Slot {
-    tag: u64,
-    kind: Kind,
-    range: Range,
-    stage: Stage,
-    /// Primitives of this stage, and those of the next one while this is CopyUp.
-    ios: Vec<Io>,
-    then: Vec<Io>,
-    next: usize,
-    in_flight: u32,
-    error: Option<IoError>,
-    claim: Option<Claim>,
-    entered: bool,
-}
 
 /// See the head of this file.
 pub struct IoQueue {
@@ -115,26 +74,13 @@ impl IoQueue {
         // The epoch first: if the stack changes in between, the queue only looks again.
         let stack_epoch = core.stack_epoch.load(Ordering::SeqCst);
         let stack = core.stack();
-        let slot = || Slot {
-            tag: 0,
-            kind: Kind::Flush,
-            range: Range { offset: 0, len: 0 },
-            stage: Stage::Idle,
-            ios: Vec::new(),
-            then: Vec::new(),
-            next: 0,
-            in_flight: 0,
-            error: None,
-            claim: None,
-            entered: false,
-        };
         Ok(IoQueue {
-            driver: Driver::new(depth, event, &stack.files()),
+            driver: Driver::new(depth, event, stack.files()),
             core,
             shared,
             stack,
             stack_epoch,
-            slots: (0..depth).map(|_| slot()).collect(),
+            slots: (0..depth).map(|_| Slot::idle()).collect(),
             free: (0..u32::from(depth)).rev().collect(),
             parked: VecDeque::new(),
             done: Vec::new(),
@@ -305,7 +251,7 @@ impl IoQueue {
         if epoch != self.stack_epoch {
             self.stack = self.core.stack();
             self.stack_epoch = epoch;
-            self.driver.set_files(&self.stack.files());
+            self.driver.set_files(self.stack.files());
         }
     }
 
@@ -317,9 +263,25 @@ impl IoQueue {
             return true;
         }
         let touched = slot.range.touched();
+        let is_data = || map.all_data(touched.first, touched.count);
+        let unit = self.stack.head().unit_bytes();
+        if matches!(slot.kind, Kind::Write { .. }) && slot.range.is_aligned(unit) && is_data() {
+            // In place, and nothing is read first. Of encrypted sectors others may be completing some.
+            if unit == 1 {
+                return true;
+            }
+            if !self.core.share(&self.shared, touched) {
+                return false;
+            }
+            if is_data() {
+                slot.claim = Some(touched);
+                return true;
+            }
+            // A discard was quicker.
+            self.core.release(touched);
+        }
         let claim = match slot.kind {
             Kind::Read | Kind::Flush => return true,
-            Kind::Write { .. } if map.all_data(touched.first, touched.count) => return true,
             Kind::Write { .. } | Kind::WriteZeroes { .. } => touched,
             Kind::Discard => slot.range.covered(self.stack.head().size_bytes),
         };
@@ -354,7 +316,7 @@ impl IoQueue {
             Kind::Read => plan::read(stack, range, &mut slot.ios, fill),
             Kind::Write { .. } if layered => {
                 let body = Body::Buffers { start: 0, len: range.len };
-                slot.then.push(plan::write(stack, range, body, 0, &mut slot.ios, &mut fill));
+                slot.then.extend(cut(stack, plan::write(stack, range, body, 0, &mut slot.ios, &mut fill)));
                 slot.stage = Stage::CopyUp;
             }
             Kind::Write { .. } => {
@@ -366,7 +328,8 @@ impl IoQueue {
             Kind::WriteZeroes { .. } if layered => {
                 for (edge, bounce) in edges(range, covered) {
                     let body = Body::Zeros { len: edge.len };
-                    slot.then.push(plan::write(stack, edge, body, bounce, &mut slot.ios, &mut fill));
+                    let write = plan::write(stack, edge, body, bounce, &mut slot.ios, &mut fill);
+                    slot.then.extend(cut(stack, write));
                 }
                 slot.then.extend(punch_blocks(file, covered));
                 slot.stage = Stage::CopyUp;

@@ -5,7 +5,8 @@
 //!   atomics; the counter is the queue's own, so queues do not share a cache line.
 //! - **Claims**: a write to blocks that the head does not hold yet has them for itself until its bits are set,
 //!   else two partial writes would each copy the block up over the other's bytes. Blocks that are data already
-//!   need no claim.
+//!   need no claim. In an encrypted head a write that covers a sector in part reads the rest of it first, so it claims its
+//!   blocks as well, and the other writes to data *share* them: many at a time, and none beside a claim.
 //! - An operation that finds the gate closed or its blocks claimed is *parked* in its queue; whoever opens or
 //!   releases signals the queues that have parked something, and their `reap` tries again.
 
@@ -61,6 +62,8 @@ impl Claim {
 #[derive(Default)]
 struct Claims {
     held: Vec<Claim>,
+    /// Of writes of whole units to encrypted data: they exclude what is in `held`, not each other.
+    shared: Vec<Claim>,
     waited_for: bool,
 }
 
@@ -201,7 +204,7 @@ impl Core {
     /// Takes blocks for one operation; false when some are taken, and then the queue is woken on a release.
     pub(crate) fn claim(&self, queue: &QueueShared, claim: Claim) -> bool {
         let mut claims = lock(&self.claims);
-        if claims.held.iter().any(|held| held.overlaps(&claim)) {
+        if claims.held.iter().chain(&claims.shared).any(|held| held.overlaps(&claim)) {
             claims.waited_for = true;
             queue.parked.store(true, Ordering::SeqCst);
             return false;
@@ -210,10 +213,27 @@ impl Core {
         true
     }
 
+    /// Takes blocks together with others that share them; false when some are claimed, and then the queue is woken on a release.
+    pub(crate) fn share(&self, queue: &QueueShared, claim: Claim) -> bool {
+        let mut claims = lock(&self.claims);
+        if claims.held.iter().any(|held| held.overlaps(&claim)) {
+            claims.waited_for = true;
+            queue.parked.store(true, Ordering::SeqCst);
+            return false;
+        }
+        claims.shared.push(claim);
+        true
+    }
+
     pub(crate) fn release(&self, claim: Claim) {
         let mut claims = lock(&self.claims);
-        let at = claims.held.iter().position(|held| *held == claim);
-        claims.held.swap_remove(at.expect("only what was claimed is released"));
+        let taken = |list: &[Claim]| list.iter().position(|held| *held == claim);
+        if let Some(at) = taken(&claims.shared) {
+            claims.shared.swap_remove(at);
+        } else {
+            let at = taken(&claims.held).expect("only what was claimed is released");
+            claims.held.swap_remove(at);
+        }
         if std::mem::take(&mut claims.waited_for) {
             drop(claims);
             self.wake_parked();

@@ -6,7 +6,7 @@ use crate::{
     header::BLOCK_BYTES,
     layer::Layer,
     map::{BlockMap, State},
-    media::Media,
+    uring::Backing,
 };
 
 /// Layers in one stack: two descriptors each must fit into one control message (253). Past it a snapshot is refused.
@@ -50,8 +50,10 @@ impl Stack {
         self.head().map.as_ref()
     }
 
-    pub(crate) fn files(&self) -> Vec<Media> {
-        self.layers.iter().map(|layer| layer.data.clone()).collect()
+    pub(crate) fn files(&self) -> Vec<Backing> {
+        let backing =
+            |layer: &Arc<Layer>| Backing { media: layer.data.clone(), cipher: layer.cipher.clone() };
+        self.layers.iter().map(backing).collect()
     }
 
     /// Where `block` is, asking the layers below index `top`, and for how many blocks (`max` at most) that holds.

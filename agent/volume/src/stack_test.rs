@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::{
     Access, BLOCK_BYTES, Buffers, IoError, LayerFiles, Op, OpenError, Volume, VolumeDir, VolumeDirError,
-    VolumeFiles,
+    VolumeFiles, crypto::test_secret,
 };
 
 const SIZE: u64 = 40 * BLOCK_BYTES + 1234;
@@ -113,12 +113,15 @@ fn read_all(volume: &Volume) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
     #[test]
-    fn behaves_as_an_array(steps in steps()) {
+    fn behaves_as_an_array(encrypted: bool, steps in steps()) {
         let temp = TempDir::new().expect("tempdir");
         let dir = VolumeDir::new(temp.path());
-        dir.create(SIZE).expect("create");
+        // An encrypted volume has whole blocks.
+        let (dir, grain) = if encrypted { (dir.with_key(test_secret()), BLOCK_BYTES) } else { (dir, 1) };
+        let size = SIZE.next_multiple_of(grain);
+        dir.create(size).expect("create");
         let mut volume = dir.open(Access::ReadWrite).expect("open");
-        let mut model = vec![0; SIZE as usize];
+        let mut model = vec![0; size as usize];
         let mut snapshots = Vec::new();
         for (i, step) in steps.into_iter().enumerate() {
             match step {
@@ -130,7 +133,7 @@ proptest! {
                 }
                 Step::Hold => drop(volume.hold(Duration::from_secs(9)).expect("hold")),
                 Step::Grow(bytes) => {
-                    let size = volume.size_bytes() + bytes;
+                    let size = (volume.size_bytes() + bytes).next_multiple_of(grain);
                     volume.resize(size).expect("grow");
                     model.resize(size as usize, 0);
                     prop_assert_eq!(volume.size_bytes(), size);

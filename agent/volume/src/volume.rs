@@ -135,7 +135,7 @@ impl Volume {
         access: Access,
         snapshot: Option<&str>,
     ) -> Result<Volume, OpenError> {
-        Volume::open_keyed(files, access, snapshot, None)
+        Volume::open_keyed(files, access, snapshot, Some(&crypto::test_secret()))
     }
 
     pub(crate) fn open_keyed(

@@ -30,6 +30,12 @@ use crate::{error::OpenError, header::Header};
 /// crash promise of plain layers ("each sector is old or new") holds for encrypted ones too.
 pub(crate) const UNIT_BYTES: u64 = 512;
 
+/// What encrypted volumes of tests have.
+#[cfg(test)]
+pub(crate) fn test_secret() -> VdcSecret {
+    VdcSecret::new(*b"the test's key 1", *b"of the test, so it is no secret.")
+}
+
 /// The wrapped key and the cipher of a new layer above `below`: none when that one is plain.
 pub(crate) fn new_layer(
     below: &Header,

@@ -11,8 +11,10 @@
 //! Two engines: io_uring with one ring a queue, registered files and a registered eventfd; and inline system
 //! calls where io_uring is forbidden, and on the simulated disk of the crash tests.
 
+mod crypt;
 mod inline;
 mod memory;
+mod pool;
 mod ring;
 
 use std::{
@@ -25,8 +27,10 @@ use libc::iovec;
 use nix::sys::eventfd::EventFd;
 
 pub use memory::{Buffers, GuestMemory, GuestRangeError};
+pub(crate) use pool::PIECE_MAX;
 
-use crate::{header::BLOCK_BYTES, media::Media};
+use crate::{crypto::SectorCipher, header::BLOCK_BYTES, media::Media};
+use crypt::Crypt;
 use ring::Ring;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -34,6 +38,13 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 const SEGMENTS_MAX: usize = 1024;
 /// Source of written zeros, bytes.
 const ZEROS_BYTES: usize = 64 << 10;
+
+/// A data file as the driver needs it.
+pub(crate) struct Backing {
+    pub(crate) media: Media,
+    /// Of an encrypted layer: what is read and written goes through it.
+    pub(crate) cipher: Option<Arc<SectorCipher>>,
+}
 
 /// A part of one of a slot's two bounce blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -75,6 +86,15 @@ impl Span {
             Body::Buffers { len, .. } | Body::Zeros { len } => len,
         };
         u64::from(self.head.len) + body + u64::from(self.tail.len)
+    }
+
+    /// Keeps the first `n` bytes at most.
+    pub(crate) fn truncate(&mut self, n: u64) {
+        self.head.len = n.min(u64::from(self.head.len)) as u32;
+        let n = n - u64::from(self.head.len);
+        let (Body::Buffers { len, .. } | Body::Zeros { len }) = &mut self.body;
+        *len = n.min(*len);
+        self.tail.len = (n - *len).min(u64::from(self.tail.len)) as u32;
     }
 
     /// Forgets the first `n` bytes, which were transferred.
@@ -142,6 +162,7 @@ pub(crate) struct Driver {
     /// iovecs between two submissions; never grows, so the kernel's pointers into it hold.
     arena: Vec<iovec>,
     zeros: Buffers,
+    crypt: Crypt,
     event: Arc<EventFd>,
     in_flight: u32,
 }
@@ -152,10 +173,10 @@ unsafe impl Send for Driver {}
 
 impl Driver {
     /// A driver with `slots` slots. Falls back to inline calls when io_uring is not to be had or cannot be used.
-    pub(crate) fn new(slots: u16, event: Arc<EventFd>, files: &[Media]) -> Driver {
+    pub(crate) fn new(slots: u16, event: Arc<EventFd>, files: Vec<Backing>) -> Driver {
         // The kernel hands reads and writes of a tmpfs to threads of the ring, which costs more than the copy.
-        let waits = !files.iter().all(Media::is_in_memory);
-        let real = waits && files.iter().all(|m| matches!(m, Media::File(_)));
+        let waits = !files.iter().all(|file| file.media.is_in_memory());
+        let real = waits && files.iter().all(|file| matches!(file.media, Media::File(_)));
         let engine = match real.then(|| Ring::new(u32::from(slots), event.as_fd())) {
             Some(Ok(ring)) => Engine::Ring(Box::new(ring)),
             _ => Engine::Inline(Vec::with_capacity(usize::from(slots))),
@@ -167,6 +188,7 @@ impl Driver {
             files: Vec::new(),
             arena: Vec::with_capacity(4 * SEGMENTS_MAX),
             zeros: Buffers::owned(ZEROS_BYTES),
+            crypt: Crypt::default(),
             event,
             in_flight: 0,
         };
@@ -180,10 +202,11 @@ impl Driver {
     }
 
     /// Replaces the files; nothing may be in flight.
-    pub(crate) fn set_files(&mut self, files: &[Media]) {
+    pub(crate) fn set_files(&mut self, files: Vec<Backing>) {
         assert_eq!(self.in_flight, 0, "files change only while nothing is under way");
-        self.files.clear();
-        self.files.extend_from_slice(files);
+        let (media, ciphers) = files.into_iter().map(|file| (file.media, file.cipher)).unzip();
+        self.files = media;
+        self.crypt.set_ciphers(ciphers);
         if let Engine::Ring(ring) = &mut self.engine {
             ring.set_files(&self.files);
         }
@@ -220,20 +243,28 @@ impl Driver {
 
     /// Hands one primitive of a slot over. It starts at the next [`Driver::submit`] at the latest.
     pub(crate) fn issue(&mut self, slot: u32, token: u32, io: &Io) {
+        self.in_flight += 1;
+        self.cargo[slot as usize].in_flight += 1;
+        if self.crypt.concerns(io) {
+            return self.issue_encrypted(slot, token, io);
+        }
         self.make_room();
         let (first, count) = match io {
             Io::Read { span, .. } | Io::Write { span, .. } => self.gather(slot, span),
             Io::SyncData { .. } | Io::Allocate { .. } => (0, 0),
         };
+        self.push(slot, token, io, first, count);
+    }
+
+    /// Gives a primitive to the engine, with its `count` iovecs from `first` on in the arena.
+    fn push(&mut self, slot: u32, token: u32, io: &Io, first: usize, count: usize) {
         let iovecs = &self.arena[first..first + count];
-        self.in_flight += 1;
-        self.cargo[slot as usize].in_flight += 1;
         match &mut self.engine {
-            // SAFETY: the iovecs stay in the arena until they were submitted, and what they point to is kept
-            // alive by the cargo of this slot, which does not leave while `in_flight` counts this primitive.
+            // SAFETY: the iovecs stay in the arena until they were submitted, and what they point to is kept alive by
+            // the cargo of this slot, which does not leave while `in_flight` counts this primitive, or by its transit.
             Engine::Ring(ring) => unsafe { ring.push(slot, token, io, iovecs, &self.files) },
             Engine::Inline(done) => {
-                // SAFETY: the iovecs point into the cargo of this slot, which is not touched during the call.
+                // SAFETY: the iovecs point into the cargo of this slot or its transit, not touched during the call.
                 let result = unsafe { inline::run(io, iovecs, &self.files) };
                 done.push(Answer { slot, token, result });
                 self.arena.clear();
@@ -253,38 +284,11 @@ impl Driver {
     /// Appends the iovecs of a span to the arena; at most [`SEGMENTS_MAX`], the rest comes back as a short count.
     fn gather(&mut self, slot: u32, span: &Span) -> (usize, usize) {
         let first = self.arena.len();
-        let bounce = |part: BouncePart| (usize::from(part.which) * BLOCK + part.start as usize) as u64;
         if span.head.len + span.tail.len > 0 {
             self.bounce(slot);
         }
         let cargo = &self.cargo[slot as usize];
-        if let Some(Bounce(b)) = cargo.bounce.as_ref().filter(|_| span.head.len > 0) {
-            self.arena.extend(b.parts(bounce(span.head), u64::from(span.head.len)));
-        }
-        let room = SEGMENTS_MAX - (self.arena.len() - first);
-        let whole = match span.body {
-            Body::Buffers { start, len } => {
-                let before = self.arena.len();
-                self.arena.extend(cargo.buffers.parts(start, len).take(room));
-                let taken: usize = self.arena[before..].iter().map(|v| v.iov_len).sum();
-                taken as u64 == len
-            }
-            Body::Zeros { len } => {
-                let pieces = (len as usize).div_ceil(ZEROS_BYTES);
-                for i in 0..pieces.min(room) {
-                    let piece = (len as usize - i * ZEROS_BYTES).min(ZEROS_BYTES);
-                    self.arena.extend(self.zeros.parts(0, piece as u64));
-                }
-                pieces <= room
-            }
-        };
-        // The tail may only follow a whole body: else the bytes would not be one run of the file.
-        if whole
-            && self.arena.len() - first < SEGMENTS_MAX
-            && let Some(Bounce(b)) = cargo.bounce.as_ref().filter(|_| span.tail.len > 0)
-        {
-            self.arena.extend(b.parts(bounce(span.tail), u64::from(span.tail.len)));
-        }
+        self.arena.extend(segments(cargo, &self.zeros, span).take(SEGMENTS_MAX));
         (first, self.arena.len() - first)
     }
 
@@ -306,14 +310,25 @@ impl Driver {
 
     /// Appends what has finished.
     pub(crate) fn poll(&mut self, answers: &mut Vec<Answer>) {
-        let before = answers.len();
-        match &mut self.engine {
-            Engine::Ring(ring) => ring.poll(answers),
-            Engine::Inline(done) => answers.append(done),
-        }
-        for answer in &answers[before..] {
-            self.cargo[answer.slot as usize].in_flight -= 1;
-            self.in_flight -= 1;
+        loop {
+            let mut kept = answers.len();
+            match &mut self.engine {
+                Engine::Ring(ring) => ring.poll(answers),
+                Engine::Inline(done) => answers.append(done),
+            }
+            for index in kept..answers.len() {
+                let Some(answer) = self.settle(answers[index]) else { continue };
+                self.cargo[answer.slot as usize].in_flight -= 1;
+                self.in_flight -= 1;
+                answers[kept] = answer;
+                kept += 1;
+            }
+            answers.truncate(kept);
+            if !std::mem::take(&mut self.crypt.restarted) {
+                break;
+            }
+            // Nobody else knows that something was issued here.
+            self.submit();
         }
     }
 
@@ -331,6 +346,7 @@ impl Driver {
                 // The kernel may still write: better to lose the memory than to reuse it.
                 std::mem::forget(std::mem::take(&mut self.cargo));
                 std::mem::forget(std::mem::take(&mut self.zeros));
+                std::mem::forget(std::mem::take(&mut self.crypt));
                 return;
             }
         }
@@ -341,6 +357,22 @@ impl Drop for Driver {
     fn drop(&mut self) {
         self.wait_idle();
     }
+}
+
+/// The memory of a span, in order. Its bounce blocks must be there if it has some.
+fn segments<'a>(cargo: &'a Cargo, zeros: &'a Buffers, span: &Span) -> impl Iterator<Item = iovec> + use<'a> {
+    let bounce = move |part: BouncePart| {
+        let at = (usize::from(part.which) * BLOCK + part.start as usize) as u64;
+        let blocks = cargo.bounce.iter().take(usize::from(part.len > 0));
+        blocks.flat_map(move |Bounce(blocks)| blocks.parts(at, u64::from(part.len)))
+    };
+    let (start, len, zero) = match span.body {
+        Body::Buffers { start, len } => (start, len, 0),
+        Body::Zeros { len } => (0, 0, len),
+    };
+    let step = ZEROS_BYTES as u64;
+    let zeros = (0..zero.div_ceil(step)).flat_map(move |i| zeros.parts(0, (zero - i * step).min(step)));
+    bounce(span.head).chain(cargo.buffers.parts(start, len)).chain(zeros).chain(bounce(span.tail))
 }
 
 /// Makes an eventfd readable.

@@ -10,6 +10,10 @@ use crate::{clock, cpu, println};
 use alloc::format;
 use alloc::vec::Vec;
 
+/// Where a measurement of latency ends: after so many requests, or after that time.
+const LATENCY_SAMPLES: usize = 100_000;
+const LATENCY_NS: u64 = 4_000_000_000;
+
 /// A set of block requests with their own buffers, to have in flight together.
 pub struct Requests {
     slots: Vec<(Dma, Dma)>,
@@ -85,6 +89,7 @@ impl Requests {
 pub fn run(machine: &mut Machine, choice: &str) {
     match choice {
         "blk" => blk(machine),
+        "latency" => latency(machine),
         "exit" => exits(machine),
         _ => println!("mini: nothing to measure is named {choice}"),
     }
@@ -115,6 +120,43 @@ fn blk_one(index: usize, function: crate::pci::Function) -> Result<()> {
         }
         let ns = Requests::new(depth, len).measure(&mut disk.queues[0], kind, sectors, total)?;
         println!("bench blk{index}-{name} {ns} ns/op");
+    }
+    disk.device.reset()
+}
+
+/// How long single requests of 4 KiB to the first disk take, one after the other, reads and writes in turn.
+fn latency(machine: &mut Machine) {
+    let disk = machine.bus.as_ref().and_then(|bus| bus.virtio(2).first().copied());
+    let result = disk.ok_or_else(|| "there is none".into()).and_then(latency_of);
+    if let Err(reason) = result {
+        println!("mini: disk 0: {reason}");
+    }
+}
+
+fn latency_of(function: crate::pci::Function) -> Result<()> {
+    let mut disk = Disk::open(function, 16)?;
+    let sectors = disk.sectors;
+    let request = Requests::new(1, 4096);
+    let mut times = Vec::with_capacity(LATENCY_SAMPLES);
+    let end = clock::now_ns() + LATENCY_NS;
+    let mut random = 0x5e10u64;
+    while times.len() < LATENCY_SAMPLES && clock::now_ns() < end {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let kind = if times.len() % 2 == 0 { kind::IN } else { kind::OUT };
+        let start = clock::now_ns();
+        request.offer(&mut disk.queues[0], 0, kind, (random >> 20) % (sectors / 8) * 8)?;
+        disk.queues[0].kick();
+        disk.queues[0].wait(5000)?;
+        times.push(clock::now_ns() - start);
+        if request.slots[0].0.get8(16) != 0 {
+            return Err(format!("status {}", request.slots[0].0.get8(16)));
+        }
+    }
+    times.sort_unstable();
+    let share = |thousandths: usize| times[(times.len() - 1) * thousandths / 1000];
+    println!("bench latency-count {} requests", times.len());
+    for (name, thousandths) in [("p50", 500), ("p90", 900), ("p99", 990), ("p999", 999)] {
+        println!("bench latency-{name} {} ns", share(thousandths));
     }
     disk.device.reset()
 }

@@ -259,6 +259,13 @@ impl Host {
         self.serio(&args).ok()
     }
 
+    /// Waits for the prompt of the guest `tiny`: what is typed before its shell reads is lost.
+    #[track_caller]
+    pub fn wait_for_shell(&self, vm: &str) {
+        let until = ["--until", "tiny: ready", "--until", "tiny# "];
+        self.serio(&[&["vm", "console", vm], &until[..], &["--timeout", "180s"]].concat()).ok();
+    }
+
     /// A vdc for one case, with room for what cases do.
     #[track_caller]
     pub fn vdc(&self, label: &str) -> Vdc<'_> {
@@ -293,10 +300,10 @@ impl Vdc<'_> {
         vm
     }
 
-    /// Waits for the guest's userland.
+    /// Waits for the guest's shell.
     #[track_caller]
     pub fn wait_ready(&self, vm: &str) {
-        self.host.serio(&["vm", "console", vm, "--until", "tiny: ready", "--timeout", "180s"]).ok();
+        self.host.wait_for_shell(vm);
     }
 
     fn names(&self, noun: &str) -> Vec<String> {

@@ -2,4 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod bed;
+pub mod guest;
 pub mod sizes;
+pub mod storm;
+#[cfg(test)]
+mod storm_test;
+pub mod volumes;

@@ -3,6 +3,8 @@
 
 #[path = "e2e/bad_input.rs"]
 mod bad_input;
+#[path = "e2e/durability.rs"]
+mod durability;
 #[path = "e2e/export.rs"]
 mod export;
 #[path = "e2e/life.rs"]

@@ -155,6 +155,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         | Body::ImportImage(_)
         | Body::SnapshotStopped(_)
         | Body::InspectVolume(_)
+        | Body::CheckVolume(_)
         | Body::Export(_) => {}
         _ => return Err(refusal(Code::Invalid, "serio-volumed does not know this request")),
     }
@@ -176,6 +177,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         Body::CreateVolume(ask) => jobs::create_volume(ask, descriptors, &agent.progress),
         Body::ImportImage(ask) => jobs::import_image(ask, descriptors, &agent.progress),
         Body::SnapshotStopped(ask) => jobs::snapshot_stopped(ask, descriptors),
+        Body::CheckVolume(ask) => jobs::check_volume(ask, descriptors, &agent.progress),
         _ => jobs::inspect_volume(descriptors),
     };
     agent.job_done.store(true, Ordering::SeqCst);

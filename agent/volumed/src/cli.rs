@@ -16,7 +16,7 @@ use serio_volume::{Access, Inspection, SIZE_BYTES_MAX, Volume, VolumeDir};
 
 use crate::{
     agent::{self, Log},
-    check::{self, CheckArgs},
+    check::{self, CheckArgs, ScrubArgs},
     copy::{self, Progress},
     export::VolumeExport,
 };
@@ -66,9 +66,16 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Verify headers, chain, sizes and maps. Exit code 0: clean, 1: problems. It may be in use.
-    #[command(after_help = "Example:\n  serio-volumed check vol")]
+    /// Verify headers, chain, sizes and maps; with --data also the bytes of sealed layers against their checksums.
+    /// Exit code 0: clean, 1: problems. It may be in use.
+    #[command(
+        after_help = "Examples:\n  serio-volumed check vol\n  serio-volumed check vol --data --pace 50MiB"
+    )]
     Check(CheckArgs),
+    /// Read all sealed data, compare them with their checksums, and compute those that are missing: check --data --add-sums.
+    /// It may be in use.
+    #[command(after_help = "Example:\n  serio-volumed scrub vol --pace 50MiB")]
+    Scrub(ScrubArgs),
     /// Serve a volume, a point of it, or a raw file over NBD until SIGINT or SIGTERM.
     #[command(after_help = "Examples:
   serio-volumed serve vol --socket /tmp/vol.sock
@@ -142,6 +149,7 @@ impl Cli {
             Command::Snapshot { volume, name } => snapshot(volume, &name),
             Command::Info { volume, json } => info(&volume, json),
             Command::Check(args) => check::run(&args),
+            Command::Scrub(args) => check::run(&args.into()),
             Command::Serve(args) => serve(&args),
             Command::Agent { control_fd } => agent::main(control_fd),
         }

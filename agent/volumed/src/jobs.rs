@@ -8,8 +8,8 @@ use std::{
 };
 
 use serio_control::message::{
-    Body, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo, SnapshotStopped,
-    VolumeInfo,
+    Body, CheckVolume, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo,
+    SnapshotStopped, VolumeInfo,
 };
 use serio_volume::{
     Access, CreateError, LayerFiles, OpenError, SnapshotError, Volume, VolumeFiles, create_layer,
@@ -18,6 +18,7 @@ use serio_volume::{
 use crate::{
     copy::{self, CopyError, Progress},
     export::VolumeExport,
+    integrity,
 };
 
 /// A refusal or failure, as the control protocol tells it.
@@ -45,7 +46,7 @@ fn io_code(source: &std::io::Error) -> Code {
     }
 }
 
-fn open_failed(error: OpenError) -> Failed {
+pub(crate) fn open_failed(error: OpenError) -> Failed {
     let code = match &error {
         OpenError::InUse { .. } => Code::InUse,
         OpenError::NoSuchSnapshot(_) => return failed(Code::Precondition, "snapshot", &error),
@@ -174,6 +175,11 @@ pub fn snapshot_stopped(ask: &SnapshotStopped, descriptors: Vec<OwnedFd>) -> Job
     let volume = Volume::open(files, Access::ReadWrite).map_err(open_failed)?;
     volume.snapshot(new_head, &ask.snapshot).map_err(snapshot_failed)?;
     Ok(Body::Done(Empty {}))
+}
+
+/// Checks a volume, and scrubs it; also one that is in use.
+pub fn check_volume(ask: &CheckVolume, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
+    integrity::check_volume(ask, &layers(descriptors)?, progress)
 }
 
 /// What the headers say; also of a volume that is in use.

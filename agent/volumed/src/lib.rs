@@ -2,8 +2,9 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`cli`] | `serio-volumed create|import|snapshot|info|check|serve`, for people |
-//! | [`check`] | the table that `serio-volumed check` prints |
+//! | [`cli`] | `serio-volumed create|import|snapshot|info|check|scrub|serve`, for people |
+//! | [`check`] | the table that `serio-volumed check` and `scrub` print |
+//! | [`integrity`] | checks and scrubs, in the words that people and `seriod` get |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
@@ -18,4 +19,5 @@ pub mod check;
 pub mod cli;
 pub mod copy;
 pub mod export;
+pub mod integrity;
 pub mod jobs;

@@ -41,5 +41,5 @@ fn clean_in_use_damaged() {
     let (code, _, err) = check(temp.path());
     assert!(code == Some(1) && err.contains("not a volume directory"), "{err}");
     let help = volumed(&["check", "--help"]);
-    assert!(String::from_utf8_lossy(&help.stdout).contains("Example:\n  serio-volumed check vol"));
+    assert!(String::from_utf8_lossy(&help.stdout).contains("Examples:\n  serio-volumed check vol"));
 }

@@ -421,6 +421,9 @@ pub struct Export {
     /// Opens the layers of an encrypted volume.
     #[prost(message, optional, tag = "6")]
     pub key: Option<VdcKey>,
+    /// End when a client has said goodbye and no other is connected.
+    #[prost(bool, tag = "7")]
+    pub once: bool,
 }
 
 /// Ask for [`VolumeInfo`].

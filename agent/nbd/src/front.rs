@@ -138,6 +138,11 @@ impl Front {
                 self.input.clear();
                 return Ok(FrontStep::StartTls);
             }
+            (_, opt::STARTTLS) => {
+                // "If the server receives NBD_OPT_STARTTLS when TLS has already been negotiated": or with a payload.
+                reply(out, option, rep::ERR_INVALID, b"TLS is there already, or the option has a payload");
+                FrontStep::Read
+            }
             // It has no error reply, so closing is all there is.
             (Phase::Clear | Phase::Starting, opt::EXPORT_NAME) => FrontStep::Close,
             (Phase::Clear | Phase::Starting, _) => {
@@ -194,6 +199,15 @@ impl Front {
     /// The name of the last [`FrontStep::Relay`] is not known: the client is told so. Then send the output, and
     /// feed again, or close when this returns [`FrontStep::Close`].
     pub fn refuse(&mut self) -> FrontStep {
+        self.refuse_as(rep::ERR_UNKNOWN, b"there is no export of that name, or it has expired")
+    }
+
+    /// As [`Front::refuse`], where there is no place for the client.
+    pub fn refuse_full(&mut self) -> FrontStep {
+        self.refuse_as(rep::ERR_POLICY, b"too many clients are at work already: try again later")
+    }
+
+    fn refuse_as(&mut self, kind: u32, why: &[u8]) -> FrontStep {
         let Some(option) = self.asked.take() else { return FrontStep::Read };
         if option == opt::EXPORT_NAME {
             return FrontStep::Close;
@@ -202,12 +216,7 @@ impl Front {
         if let Some(Ok(header)) = header {
             self.input.drain(..(OPTION_HEADER_BYTES + header.len as usize).min(self.input.len()));
         }
-        reply(
-            &mut self.output,
-            option,
-            rep::ERR_UNKNOWN,
-            b"there is no export of that name, or it has expired",
-        );
+        reply(&mut self.output, option, kind, why);
         FrontStep::Read
     }
 }
@@ -246,6 +255,8 @@ mod tests {
 
         assert_eq!(front.feed(&OptionHeader::encode(opt::STRUCTURED_REPLY, &[])), Ok(FrontStep::Read));
         assert_eq!(kind(&front.take_output()), rep::ACK);
+        assert_eq!(front.feed(&OptionHeader::encode(opt::STARTTLS, &[])), Ok(FrontStep::Read));
+        assert_eq!(kind(&front.take_output()), rep::ERR_INVALID, "it is there already");
         assert!(matches!(front.feed(&go("wrong")), Ok(FrontStep::Relay { name, .. }) if name == "wrong"));
         assert_eq!(front.refuse(), FrontStep::Read);
         assert_eq!(kind(&front.take_output()), rep::ERR_UNKNOWN);

@@ -182,9 +182,18 @@ async fn start_nbd(config: &Config, handles: &Handles) -> anyhow::Result<Option<
         .with_context(|| format!("cannot listen on {address} (nbd.listen)"))?;
     let bound = listener.local_addr().context("the NBD listener has no address")?;
     let handles = handles.clone();
-    let lookup: nbd::Lookup = Arc::new(move |token: &str| {
-        let id = token.parse().ok()?;
-        handles.export(&id).map(|export| export.socket().to_owned())
+    let lookup: nbd::Lookup = Arc::new(move |token: &str, fingerprint: &str| {
+        let Some(export) = token.parse().ok().and_then(|id| handles.export(&id)) else {
+            return nbd::Admission::Unknown;
+        };
+        match export.admit(fingerprint) {
+            Ok(true) => nbd::Admission::Export(export.socket().to_owned()),
+            Ok(false) => nbd::Admission::Taken,
+            Err(error) => {
+                tracing::warn!(%error, "whose an export is cannot be kept, so nobody gets it");
+                nbd::Admission::Unknown
+            }
+        }
     });
     tokio::spawn(nbd::serve(listener, tls, lookup));
     let advertise = &config.nbd.advertise;

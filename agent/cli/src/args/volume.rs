@@ -82,7 +82,7 @@ of your certificate (SERIO_CERT; the names ca-cert.pem, client-cert.pem and clie
 
 Examples:
   serio volume export ardesio/web-root --snapshot before
-  nbdcopy \"$(serio volume export ardesio/web-root --snapshot before)\" before.raw
+  nbdcopy \"$(serio volume export ardesio/web-root --snapshot before --once)\" before.raw
   serio volume export ardesio/data --writable --ttl 10m -o json"
 )]
 pub struct ExportArgs {
@@ -95,6 +95,9 @@ pub struct ExportArgs {
     /// Let clients write (a volume that is not in use only)
     #[arg(long, conflicts_with = "snapshot")]
     pub writable: bool,
+    /// End it when its first user has gone: with the last of its connections that says goodbye
+    #[arg(long)]
+    pub once: bool,
     /// When it ends by itself; one hour if left out
     #[arg(long, value_name = "TIME")]
     pub ttl: Option<Seconds>,

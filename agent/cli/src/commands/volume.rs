@@ -177,6 +177,7 @@ async fn export(client: &Client, global: &Global, args: ExportArgs, output: Outp
         snapshot: args.snapshot.map(|s| s.to_string()).unwrap_or_default(),
         writable: args.writable,
         ttl: args.ttl.map(|ttl| Duration::from(ttl.0)),
+        once: args.once,
     };
     let mut export = client
         .call(&format!("export volume {}", args.volume), request, |channel, request| async move {

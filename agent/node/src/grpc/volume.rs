@@ -217,7 +217,8 @@ impl VolumeService for VolumeApi {
         };
         let volume = fields.done(volume)?;
         let ttl = convert::duration("ttl", message.ttl.as_ref(), TTL, TTL_MAX)?;
-        let mutation = Mutation::CreateExport { volume, snapshot, writable: message.writable, ttl };
+        let (writable, once) = (message.writable, message.once);
+        let mutation = Mutation::CreateExport { volume, snapshot, writable, once, ttl };
         match self.0.mutate(mutation, id).await? {
             Answer::Export(view) => Ok(Response::new(self.show_export(&view).await)),
             other => Err(unexpected(&other).into()),

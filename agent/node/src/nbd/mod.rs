@@ -7,121 +7,76 @@
 //! Owns: the TLS session and the handshake until the client has named its export; then it copies bytes. What may be
 //! said in the handshake is decided by [`serio_nbd::Front`]. Never: blocks, volumes, who made a token.
 //!
-//! Bounds: [`CLIENTS_MAX`] connections (more are closed at once), [`HANDSHAKE_MAX`] until a known export is named, two
-//! buffers of [`BUFFER_BYTES`] a connection. A peer that is gone is noticed by TCP keep-alive.
+//! **Tokens.** The name of an export is random and works for one user: the first certificate that asks for it has it for
+//! itself, with any number of connections, now and after a restart of seriod, until the export ends. Whoever else asks is
+//! told what one is told who guesses: there is no such export.
+//!
+//! Bounds: see [`clients`] for their number; [`HANDSHAKE_MAX`] until a known export is named; `relay.rs` for buffers and
+//! for clients that take nothing. A peer that is gone is noticed by TCP within about [`GONE_AFTER`].
 //! Tasks: one a connection; they end with [`serve`].
 
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
+
+use rustix::net::sockopt;
 
 use serio_nbd::{Front, FrontStep};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixStream},
-    sync::Semaphore,
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{
-        RootCertStore, ServerConfig,
-        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-        server::WebPkiClientVerifier,
-    },
-};
+use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+
+mod clients;
+mod relay;
+mod tls;
+
+use clients::{Activity, Clients, Seat};
+pub use clients::{CLIENTS_MAX, HANDSHAKES_MAX};
+pub use tls::{TlsError, tls_config};
 
 #[cfg(test)]
 mod nbd_test;
 
-/// Connections at a time.
-pub const CLIENTS_MAX: usize = 128;
 /// For TLS and the handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(15);
-/// Each way. A read of 256 KiB passes in one piece.
-const BUFFER_BYTES: usize = 256 * 1024;
+/// A peer that answers nothing, neither data nor probes, is gone.
+const GONE_AFTER: Duration = Duration::from_secs(60);
 /// What is read at once in the handshake.
 const OPTION_BYTES: usize = 4096;
 /// After a failed accept (out of descriptors, say) others get time to free some.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Finds an export's Unix socket by its token (the export name that the client asks for). `None` when there is no
-/// such export, or it has expired: the client cannot tell which.
-pub type Lookup = Arc<dyn Fn(&str) -> Option<PathBuf> + Send + Sync>;
-
-/// Why the certificates cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A file.
-    #[error("cannot use {path}: `serio pki` makes it")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// What is in them does not fit together.
-    #[error("the certificates in {path} cannot be used together")]
-    Content {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+/// What a token is good for, to somebody.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admission {
+    /// The export's Unix socket.
+    Export(PathBuf),
+    /// There is no such export, or it has expired.
+    Unknown,
+    /// It is another's.
+    Taken,
 }
 
-/// `ca-cert.pem`, `server-cert.pem` and `server-key.pem` of a directory, demanding a client certificate of that CA.
-///
-/// # Errors
-/// [`TlsError`].
-pub fn tls_config(dir: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let content =
-        |source: Box<dyn std::error::Error + Send + Sync>| TlsError::Content { path: dir.into(), source };
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&dir.join("ca-cert.pem"))? {
-        roots.add(certificate).map_err(|e| content(e.into()))?;
-    }
-    let key_path = dir.join("server-key.pem");
-    let key = fs::read(&key_path).map_err(|e| e.into()).and_then(|pem| {
-        PrivateKeyDer::from_pem_slice(&pem).map_err(Box::<dyn std::error::Error + Send + Sync>::from)
-    });
-    let key = key.map_err(|source| TlsError::File { path: key_path, source })?;
-    // Named, not the process's default: that depends on which crates are linked.
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .build()
-        .map_err(|e| content(e.into()))?;
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| content(e.into()))?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(certificates(&dir.join("server-cert.pem"))?, key)
-        .map_err(|e| content(e.into()))?;
-    Ok(Arc::new(config))
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let file = |source| TlsError::File { path: path.to_owned(), source };
-    let pem = fs::read(path).map_err(|e| file(e.into()))?;
-    let parsed: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let certificates = parsed.map_err(|e| file(e.into()))?;
-    if certificates.is_empty() { Err(file("there is no certificate in it".into())) } else { Ok(certificates) }
-}
+/// Finds an export by its token (the export name that the client asks for), for the holder of the certificate with this
+/// SHA-256 fingerprint.
+pub type Lookup = Arc<dyn Fn(&str, &str) -> Admission + Send + Sync>;
 
 /// Serves until the future is dropped; the connections end with it.
 pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup) {
     let acceptor = TlsAcceptor::from(tls);
-    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
-    let mut clients = JoinSet::new();
+    let clients = Clients::new();
+    let log = Arc::new(Rationed::default());
+    let mut tasks = JoinSet::new();
     loop {
         // Ended tasks are let go of as new ones come.
-        while clients.try_join_next().is_some() {}
+        while tasks.try_join_next().is_some() {}
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -130,17 +85,43 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
                 continue;
             }
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tracing::warn!(%peer, "an NBD client was turned away: {CLIENTS_MAX} are connected");
-            continue;
-        };
-        let (acceptor, lookup) = (acceptor.clone(), Arc::clone(&lookup));
-        clients.spawn(async move {
-            let _place = place;
-            if let Err(error) = client(stream, &acceptor, &lookup).await {
-                tracing::info!(%peer, error = &error as &dyn std::error::Error, "an NBD client was disconnected");
+        let (seat, crowded) = clients.enter();
+        if crowded && let Some(more) = log.may() {
+            tracing::warn!(%peer, more, "{HANDSHAKES_MAX} NBD clients have not named an export: the oldest is dropped");
+        }
+        let id = seat.id();
+        let (acceptor, lookup, log) = (acceptor.clone(), Arc::clone(&lookup), Arc::clone(&log));
+        let task = tasks.spawn(async move {
+            if let Err(error) = client(stream, &acceptor, &lookup, &seat).await
+                && let Some(more) = log.may()
+            {
+                let error = &error as &dyn std::error::Error;
+                tracing::info!(%peer, more, error, "an NBD client was disconnected");
             }
         });
+        clients.task(id, task);
+    }
+}
+
+/// Lets one line a second through: clients must not fill a log.
+#[derive(Default)]
+struct Rationed {
+    state: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Rationed {
+    /// How many lines were left out since the last one, if this one may be written.
+    fn may(&self) -> Option<u64> {
+        // Two numbers, replaced together.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if state.0.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
+            state.1 += 1;
+            return None;
+        }
+        let left_out = state.1;
+        *state = (Some(now), 0);
+        Some(left_out)
     }
 }
 
@@ -159,34 +140,49 @@ enum ClientError {
     Relay(#[source] io::Error),
 }
 
-async fn client(stream: TcpStream, acceptor: &TlsAcceptor, lookup: &Lookup) -> Result<(), ClientError> {
-    // Replies are small and waited for; a host that is gone must not hold a place for ever.
-    stream.set_nodelay(true).map_err(ClientError::Talk)?;
-    rustix::net::sockopt::set_socket_keepalive(&stream, true).map_err(|e| ClientError::Talk(e.into()))?;
-    let Some((mut near, mut far)) = timeout(HANDSHAKE_MAX, handshake(stream, acceptor, lookup))
+async fn client(
+    stream: TcpStream,
+    acceptor: &TlsAcceptor,
+    lookup: &Lookup,
+    seat: &Seat,
+) -> Result<(), ClientError> {
+    tune(&stream).map_err(ClientError::Talk)?;
+    let Some((near, far, active)) = timeout(HANDSHAKE_MAX, handshake(stream, acceptor, lookup, seat))
         .await
         .map_err(|_| ClientError::Slow)??
     else {
         return Ok(());
     };
-    let copied = copy_bidirectional_with_sizes(&mut near, &mut far, BUFFER_BYTES, BUFFER_BYTES).await;
-    copied.map(drop).map_err(ClientError::Relay)
+    relay::relay(near, far, active).await.map_err(ClientError::Relay)
+}
+
+/// Replies are small and waited for; a host that is gone must not hold a place for ever.
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, GONE_AFTER / 2)?;
+    sockopt::set_tcp_keepintvl(stream, GONE_AFTER / 6)?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(GONE_AFTER.as_millis()).unwrap_or(u32::MAX))?;
+    Ok(())
 }
 
 /// The client's side inside TLS, and the export's.
-type Joined = (tokio_rustls::server::TlsStream<TcpStream>, UnixStream);
+type Joined = (tokio_rustls::server::TlsStream<TcpStream>, UnixStream, Arc<Activity>);
 
 /// Up to the point where bytes are copied; `None` when the client has ended it properly before.
 async fn handshake(
     mut clear: TcpStream,
     acceptor: &TlsAcceptor,
     lookup: &Lookup,
+    seat: &Seat,
 ) -> Result<Option<Joined>, ClientError> {
     let mut front = Front::new();
     if !until_tls(&mut clear, &mut front).await? {
         return Ok(None);
     }
     let mut secure = acceptor.accept(clear).await.map_err(ClientError::Talk)?;
+    let fingerprint = tls::fingerprint(secure.get_ref().1).unwrap_or_default();
     front.tls_done();
     let mut step = front.feed(&[])?;
     loop {
@@ -196,17 +192,33 @@ async fn handshake(
                 Some(bytes) => front.feed(&bytes)?,
                 None => return Ok(None),
             },
-            FrontStep::Relay { name, send, discard } => match lookup(&name) {
-                Some(socket) => return Ok(Some((secure, join(&socket, &send, discard).await?))),
-                None => match front.refuse() {
+            FrontStep::Relay { name, send, discard } => {
+                let refused = match lookup(&name, &fingerprint) {
+                    Admission::Export(socket) => match seat.admit() {
+                        Some(active) => {
+                            return Ok(Some((secure, join(&socket, &send, discard).await?, active)));
+                        }
+                        None => front.refuse_full(),
+                    },
+                    Admission::Taken => {
+                        tracing::warn!(
+                            export = name,
+                            fingerprint,
+                            "a certificate was refused: the export is another's"
+                        );
+                        front.refuse()
+                    }
+                    Admission::Unknown => front.refuse(),
+                };
+                match refused {
                     FrontStep::Read => {
                         // The refusal goes out before what follows it is looked at.
                         self::send(&mut secure, &mut front).await?;
                         front.feed(&[])?
                     }
                     other => other,
-                },
-            },
+                }
+            }
             FrontStep::Close | FrontStep::StartTls => {
                 secure.shutdown().await.map_err(ClientError::Talk)?;
                 return Ok(None);

@@ -1,8 +1,8 @@
 //! The front before a stranger's NBD server, talked to by strangers' clients (nbdkit, nbdinfo, nbdcopy).
 
 use std::{
+    fs,
     process::{Output, Stdio},
-    sync::Mutex,
 };
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -17,7 +17,7 @@ fn certificates_in(dir: &Path) {
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
     fs::write(dir.join("ca-cert.pem"), authority.pem()).unwrap();
-    for name in ["server", "client"] {
+    for name in ["server", "client", "other"] {
         let key = KeyPair::generate().unwrap();
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
         let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
@@ -64,9 +64,16 @@ async fn bench() -> Option<Bench> {
     let port = listener.local_addr().unwrap().port();
     let asked: Arc<Mutex<Vec<String>>> = Arc::default();
     let names = Arc::clone(&asked);
-    let lookup: Lookup = Arc::new(move |name| {
+    let user: Mutex<Option<String>> = Mutex::default();
+    let lookup: Lookup = Arc::new(move |name, fingerprint| {
         names.lock().unwrap().push(name.to_owned());
-        (name == "token").then(|| socket.clone())
+        if name != "token" {
+            return Admission::Unknown;
+        }
+        assert!(fingerprint.len() == 64 && fingerprint.bytes().all(|b| b.is_ascii_hexdigit()));
+        let mut user = user.lock().unwrap();
+        let first = user.get_or_insert_with(|| fingerprint.to_owned());
+        if first == fingerprint { Admission::Export(socket.clone()) } else { Admission::Taken }
     });
     let front = tokio::spawn(serve(listener, tls_config(dir.path()).unwrap(), lookup));
     Some(Bench { dir, port, front, _disk: disk, asked })
@@ -133,6 +140,54 @@ async fn strangers_are_refused() {
     let _ = timeout(Duration::from_secs(20), garbage.read_to_end(&mut answer)).await.unwrap();
     let size = run("nbdinfo", &["--size", &bench.uri("token", bench.dir.path())]).await;
     assert!(size.status.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_its_first_user_s() {
+    let Some(bench) = bench().await else { return };
+    let uri = bench.uri("token", bench.dir.path());
+    // Four connections of one user.
+    let copied = run("nbdcopy", &["--connections=4", &uri, "null:"]).await;
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    // Another certificate of the same authority.
+    let other = tempfile::tempdir().unwrap();
+    for (from, to) in [("ca-cert", "ca-cert"), ("other-cert", "client-cert"), ("other-key", "client-key")] {
+        fs::copy(bench.dir.path().join(format!("{from}.pem")), other.path().join(format!("{to}.pem")))
+            .unwrap();
+    }
+    let taken = run("nbdinfo", &["--size", &bench.uri("token", other.path())]).await;
+    let said = String::from_utf8_lossy(&taken.stderr);
+    assert!(!taken.status.success() && said.contains("No such file or directory"), "{said}");
+    assert!(run("nbdinfo", &["--size", &uri]).await.status.success(), "the first keeps it");
+}
+
+/// What is in the log is of no matter: that it is there, and that honest clients pass.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_swarm_keeps_nobody_out() {
+    let Some(bench) = bench().await else { return };
+    let uri = bench.uri("token", bench.dir.path());
+    let mut swarm = Vec::new();
+    for i in 0..1500 {
+        let mut stream = TcpStream::connect(("127.0.0.1", bench.port)).await.unwrap();
+        if i % 2 == 0 {
+            // It may have been dropped for others already.
+            let _ = stream.write_all(&[0, 0, 0, 3]).await;
+        }
+        swarm.push(stream);
+        if i % 500 == 499 {
+            assert!(run("nbdinfo", &["--size", &uri]).await.status.success(), "after {i}");
+        }
+    }
+    // All but those that may wait were dropped, so memory and descriptors are bounded.
+    let mut open = 0;
+    for mut stream in swarm {
+        let mut bytes = vec![0; 64];
+        let gone = timeout(Duration::from_millis(20), async {
+            while stream.read(&mut bytes).await.is_ok_and(|n| n > 0) {}
+        });
+        open += usize::from(gone.await.is_err());
+    }
+    assert!(open <= HANDSHAKES_MAX, "{open}");
 }
 
 #[test]

@@ -65,7 +65,7 @@ pub enum Mutation {
     /// → [`Answer::Operation`].
     DeleteVdcSnapshot { name: VdcName },
     /// → [`Answer::Export`].
-    CreateExport { volume: VdcName, snapshot: Option<Name>, writable: bool, ttl: Duration },
+    CreateExport { volume: VdcName, snapshot: Option<Name>, writable: bool, once: bool, ttl: Duration },
     /// → [`Answer::Nothing`].
     DeleteExport { id: Name },
     /// → [`Answer::Import`], or [`Answer::Image`] if the request was done before.

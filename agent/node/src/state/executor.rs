@@ -279,13 +279,14 @@ impl Executor {
 
     async fn export(&self, effect: Effect) {
         match effect {
-            Effect::StartExport { id, volume, snapshot, writable } => {
+            Effect::StartExport { id, volume, snapshot, writable, once } => {
                 let plan = ExportPlan {
                     id: id.to_string(),
                     volume,
                     export_name: id.to_string(),
                     snapshot: snapshot.map(String::from),
                     writable,
+                    once,
                 };
                 match self.supervisor.start_export(plan).await {
                     Ok(handle) => {

@@ -26,7 +26,7 @@ impl State {
         &mut self,
         volume: &VdcName,
         snapshot: Option<Name>,
-        writable: bool,
+        (writable, once): (bool, bool),
         ttl: Duration,
         op: Op,
     ) -> Result<(), Refused> {
@@ -47,7 +47,7 @@ impl State {
         changes.extend(self.remember(&op, format!("exports/{id}")));
         check!(op, self.commit(changes));
         self.export_ops.insert(id.clone(), op);
-        self.out.push(Effect::StartExport { id, volume: uid, snapshot, writable });
+        self.out.push(Effect::StartExport { id, volume: uid, snapshot, writable, once });
         Ok(())
     }
 

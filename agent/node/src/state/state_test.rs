@@ -197,6 +197,7 @@ fn a_volume_has_one_user() {
         volume: "ardesio/web-root".parse().unwrap(),
         snapshot: snapshot.map(|s| s.parse().unwrap()),
         writable: false,
+        once: false,
         ttl: MINUTE,
     };
     assert!(matches!(sim.ask(export(None)), Err(Error::Precondition { .. })));

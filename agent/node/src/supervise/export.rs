@@ -1,10 +1,14 @@
 //! Volumes served over NBD: a `serio-volumed` process per export, which survives seriod and is found again.
 //!
-//! Owns: `RUN/exports/<id>.{sock,ctl,meta,log}` and the process. Never: who may connect from the network (`nbd`).
+//! Owns: `RUN/exports/<id>.{sock,ctl,meta,log,user}` and the process. Never: what a client must show (`nbd`).
+//!
+//! `<id>.user` is the fingerprint of the first certificate that used the export over the network: no other may from then
+//! on. It is kept in a file since clients come again after a restart of seriod.
 
 use std::{
+    fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -41,6 +45,7 @@ pub(super) struct ExportFiles {
     control: PathBuf,
     meta: PathBuf,
     log: PathBuf,
+    user: PathBuf,
 }
 
 impl ExportFiles {
@@ -50,12 +55,18 @@ impl ExportFiles {
             && id.len() <= ID_BYTES_MAX
             && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         let at = |end: &str| inner.exports_dir().join(format!("{id}.{end}"));
-        fine.then(|| Self { sock: at("sock"), control: at("ctl"), meta: at("meta"), log: at("log") })
+        fine.then(|| Self {
+            sock: at("sock"),
+            control: at("ctl"),
+            meta: at("meta"),
+            log: at("log"),
+            user: at("user"),
+        })
     }
 
     fn remove(&self) {
         // `meta` last: while it is there the process can be found.
-        for path in [&self.sock, &self.control, &self.log, &self.meta] {
+        for path in [&self.sock, &self.control, &self.log, &self.user, &self.meta] {
             rundir::remove_quietly(path);
         }
     }
@@ -66,6 +77,7 @@ impl ExportFiles {
 pub struct ExportHandle {
     files: Arc<ExportFiles>,
     watched: Watched,
+    user: Arc<Mutex<Option<String>>>,
 }
 
 impl ExportHandle {
@@ -79,6 +91,23 @@ impl ExportHandle {
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.files.sock
+    }
+
+    /// Whether the holder of the certificate with this fingerprint may use it: the first who asks, for good.
+    ///
+    /// # Errors
+    /// The file that keeps who was first cannot be written: then nobody is.
+    pub fn admit(&self, fingerprint: &str) -> io::Result<bool> {
+        // It is replaced whole.
+        let mut user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(user) = &*user {
+            return Ok(user == fingerprint);
+        }
+        let temporary = self.files.user.with_extension("user-new");
+        fs::write(&temporary, fingerprint)?;
+        fs::rename(&temporary, &self.files.user)?;
+        *user = Some(fingerprint.to_owned());
+        Ok(true)
     }
 
     /// Asks it.
@@ -117,7 +146,7 @@ pub(super) async fn start(inner: Arc<Inner>, plan: ExportPlan) -> Result<ExportH
     let files = ExportFiles::new(&inner, &plan.id).ok_or_else(|| JobError::ExportId(plan.id.clone()))?;
     let started = try_start(&inner, &plan, &files).await;
     match started {
-        Ok(watched) => Ok(ExportHandle { files: Arc::new(files), watched }),
+        Ok(watched) => Ok(ExportHandle { files: Arc::new(files), watched, user: Arc::default() }),
         Err(error) => {
             files.remove();
             Err(error)
@@ -147,6 +176,7 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         read_only,
         uid: 0,
         key: None,
+        once: plan.once,
     });
     let served = match rundir::write_meta(&files.meta, &meta) {
         Ok(()) => ask(files, &watched, body, &descriptors).await,
@@ -194,8 +224,17 @@ pub(super) async fn adopt(inner: &Inner, id: &str) -> Result<Option<ExportHandle
         files.remove();
         return Ok(None);
     };
+    let user = match fs::read_to_string(&files.user) {
+        Ok(fingerprint) => Some(fingerprint),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            // Somebody was first, and nobody knows who.
+            tracing::warn!(id, %error, "whose an export is cannot be read: no client from the network gets it any more");
+            Some(String::new())
+        }
+    };
     let watched = Watched::new(process, files.log.clone());
-    Ok(Some(ExportHandle { files: Arc::new(files), watched }))
+    Ok(Some(ExportHandle { files: Arc::new(files), watched, user: Arc::new(Mutex::new(user)) }))
 }
 
 /// Ends what may run of an export and removes its files.

@@ -7,6 +7,7 @@
 //!                   exit          the VMM's last words (EndRecord); empty while it runs
 //!                   vmm.log       its standard error, bounded
 //!  RUN/exports/     <id>.sock     NBD        <id>.ctl  control        <id>.meta  who
+//!                   <id>.user     the fingerprint of the certificate that has it for itself
 //! ```
 //!
 //! Owns: run directories, cgroups, taps and bridges of running VMs, and these processes' lives.

@@ -96,6 +96,8 @@ pub struct ExportPlan {
     pub snapshot: Option<String>,
     /// Clients may write (the head of a stopped volume only).
     pub writable: bool,
+    /// It ends when its first user has gone.
+    pub once: bool,
 }
 
 /// How a run ended.

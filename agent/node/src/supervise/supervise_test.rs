@@ -296,6 +296,7 @@ async fn an_export_survives_and_is_found_again() {
         export_name: "token".into(),
         snapshot: None,
         writable: false,
+        once: false,
     };
     let bad = ExportPlan { id: "../e1".into(), ..plan.clone() };
     assert!(matches!(bench.supervisor.start_export(bad).await, Err(JobError::ExportId(_))));

@@ -6,7 +6,7 @@ use crate::boot::Boot;
 use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
-use crate::{apic, bench, blk, clock, cpu, println, serial, writer};
+use crate::{apic, bench, blk, clock, cpu, grow, pair, println, serial, writer};
 
 /// Does what the command line asks for, then powers off.
 pub fn run(boot: Boot) -> ! {
@@ -40,6 +40,8 @@ pub fn run(boot: Boot) -> ! {
         "poweroff" => {}
         "heartbeat" => heartbeat(),
         "writer" => writer::run(&machine),
+        "pair" => pair::run(&mut machine),
+        "grow" => grow::run(&mut machine),
         "echo" => echo(),
         "reset" => reset_once(&mut machine),
         _ => match machine.boot.option("mini.bench").map(alloc::string::String::from) {

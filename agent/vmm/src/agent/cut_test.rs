@@ -116,6 +116,15 @@ fn assert_done(body: &Body) {
     assert!(matches!(body, Body::Done(_)), "{body:?}");
 }
 
+/// Set when dropped, so that a test that fails ends its threads too.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// One operation, waited for.
 fn run(queue: &mut IoQueue, op: Op) -> Buffers {
     assert!(queue.submit(0, op).is_ok(), "room");
@@ -164,12 +173,13 @@ fn the_second_of_two_volumes_is_never_ahead_of_the_first() {
             }
             count
         });
+        let stopper = StopOnDrop(&stop);
         for number in 1..=CUTS {
             let prepared = bench.prepared(number, |_| {});
             assert_eq!((prepared.class, prepared.frozen), (PointClass::Crash.into(), 0));
             assert_done(&bench.finish(number, true));
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stopper);
         assert!(writer.join().expect("no panic") > 0);
     });
     let mut last = 0;

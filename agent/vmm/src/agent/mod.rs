@@ -22,7 +22,11 @@ mod state;
 #[cfg(test)]
 mod agent_test;
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod cut_test;
+#[cfg(test)]
+mod mini_test;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;

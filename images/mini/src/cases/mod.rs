@@ -7,6 +7,7 @@ mod irq;
 mod memory;
 mod net;
 mod pci;
+mod port;
 mod rng;
 mod serial;
 mod virtio;
@@ -26,6 +27,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         rng::CASES,
         blk::CASES,
         net::CASES,
+        port::CASES,
     ]
     .into_iter()
     .flatten()

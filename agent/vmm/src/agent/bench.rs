@@ -1,0 +1,165 @@
+//! For tests: the whole agent behind its socket, on a thread, with guests of a few bytes or the mini guest.
+
+use std::cell::Cell;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use prost::Message;
+use serio_control::message::{Body, Empty, EndRecord, Launch, VmState, VmStatus};
+use serio_control::{Channel, ChannelError};
+use tempfile::TempDir;
+
+#[path = "../../tests/guest/mod.rs"]
+pub(super) mod guest;
+
+/// A process' worth of agent, on a thread.
+pub(super) struct Bench {
+    pub(super) dir: TempDir,
+    agent: Cell<Option<JoinHandle<Result<(), super::AgentError>>>>,
+}
+
+/// The files of a launch, by their place among the descriptors.
+pub(super) const KVM: u32 = 0;
+pub(super) const KERNEL: u32 = 1;
+pub(super) const LOG: u32 = 2;
+pub(super) const CONSOLE: u32 = 3;
+pub(super) const EXIT: u32 = 4;
+
+impl Bench {
+    pub(super) fn new() -> Option<Bench> {
+        if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+            println!("skipped: /dev/kvm: {error}");
+            return None;
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let listener = UnixListener::bind(dir.path().join("control")).expect("bound");
+        let agent = std::thread::spawn(move || super::serve(listener));
+        Some(Bench { dir, agent: Cell::new(Some(agent)) })
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(super) fn connect(&self) -> Channel {
+        let channel = Channel::new(UnixStream::connect(self.path("control")).expect("listens"));
+        channel.set_timeout(Some(Duration::from_secs(30))).expect("set");
+        channel
+    }
+
+    pub(super) fn file(&self, name: &str) -> File {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).open(self.path(name)).expect("opened")
+    }
+
+    pub(super) fn request() -> Launch {
+        Launch {
+            vm_id: "7d3c".into(),
+            name: "ardesio/web".into(),
+            vcpus: 2,
+            memory_bytes: 16 << 20,
+            kvm_fd: KVM,
+            kernel_fd: KERNEL,
+            log_fd: LOG,
+            console_fd: CONSOLE,
+            exit_fd: EXIT,
+            ..Launch::default()
+        }
+    }
+
+    pub(super) fn launch_with(
+        &self,
+        code: &[&[u8]],
+        change: impl FnOnce(&mut Launch),
+        more: &[File],
+    ) -> Result<Channel, String> {
+        std::fs::write(self.path("kernel"), guest::elf(&code.concat())).expect("written");
+        self.launch_kernel(change, more)
+    }
+
+    /// Launches the mini guest with one vcpu.
+    pub(super) fn launch_mini(
+        &self,
+        cmdline: &str,
+        change: impl FnOnce(&mut Launch),
+        more: &[File],
+    ) -> Channel {
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images/mini/build");
+        let output = Command::new(&recipe).output().expect("images/mini/build starts");
+        assert!(output.status.success(), "images/mini/build: {}", String::from_utf8_lossy(&output.stderr));
+        std::fs::copy(String::from_utf8_lossy(&output.stdout).trim(), self.path("kernel")).expect("copied");
+        let set = |launch: &mut Launch| {
+            launch.cmdline = cmdline.to_owned();
+            launch.vcpus = 1;
+            launch.memory_bytes = 64 << 20;
+            change(launch);
+        };
+        self.launch_kernel(set, more).expect("launched")
+    }
+
+    fn launch_kernel(&self, change: impl FnOnce(&mut Launch), more: &[File]) -> Result<Channel, String> {
+        let console = UnixListener::bind(self.path("console")).expect("bound");
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("is there");
+        let (kernel, log, exit) = (self.file("kernel"), self.file("log"), self.file("exit"));
+        let mut fds: Vec<BorrowedFd<'_>> =
+            vec![kvm.as_fd(), kernel.as_fd(), log.as_fd(), console.as_fd(), exit.as_fd()];
+        fds.extend(more.iter().map(|file| file.as_fd()));
+        let mut request = Bench::request();
+        change(&mut request);
+        let mut channel = self.connect();
+        match channel.call(Body::Launch(request), &fds) {
+            Ok(Body::Done(_)) => Ok(channel),
+            Ok(other) => panic!("{other:?}"),
+            Err(ChannelError::Refused(failed)) => Err(format!("{}: {}", failed.field, failed.message)),
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+
+    pub(super) fn launch(&self, code: &[&[u8]]) -> Channel {
+        self.launch_with(code, |_| {}, &[]).expect("launched")
+    }
+
+    /// Waits for the agent's end: then nobody has its files open.
+    pub(super) fn agent_ended(&self) {
+        self.agent.take().expect("asked once").join().expect("no panic").expect("no error");
+    }
+
+    /// The agent's end, and what it left behind: the exit record and the log.
+    pub(super) fn finish(self) -> (EndRecord, String) {
+        self.agent_ended();
+        let record = std::fs::read(self.dir.path().join("exit")).expect("a record");
+        let log = std::fs::read(self.dir.path().join("log")).unwrap_or_default();
+        (EndRecord::decode(&*record).expect("a record"), String::from_utf8_lossy(&log).into_owned())
+    }
+}
+
+pub(super) fn status(channel: &mut Channel) -> VmStatus {
+    match channel.call(Body::Status(Empty {}), &[]).expect("answered") {
+        Body::VmStatus(status) => status,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(super) fn done(channel: &mut Channel, body: Body) {
+    assert!(matches!(channel.call(body, &[]).expect("done"), Body::Done(_)));
+}
+
+/// Waits for the event that says the VM is over.
+pub(super) fn wait_end(channel: &mut Channel) -> VmStatus {
+    loop {
+        let event = match channel.take_event() {
+            Some(event) => event,
+            None => channel.receive().expect("told").0.body.expect("a body"),
+        };
+        if let Body::VmChanged(status) = event
+            && status.state == i32::from(VmState::Ended)
+        {
+            return status;
+        }
+    }
+}

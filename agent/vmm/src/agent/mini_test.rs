@@ -1,0 +1,179 @@
+//! Volumes of a VM that runs, with the mini guest on the machine's own `/dev/kvm`: what the guest sees of it, and what
+//! is on the disks.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serio_control::message::{
+    Body, Disk, Empty, FinishSnapshot, Launch, LayerFds, NewHead, PointClass, PrepareSnapshot, Prepared,
+    PreparedVolume, ResizeVolume,
+};
+use serio_control::{Channel, ChannelError};
+use serio_volume::{Access, Buffers, LayerFiles, Op, Volume, VolumeFiles, create_layer};
+
+use super::bench::{Bench, done};
+
+const SIZE: u64 = 8 << 20;
+
+fn layer(bench: &Bench, volume: &str, number: u64) -> LayerFiles {
+    LayerFiles {
+        data: bench.file(&format!("{volume}{number}.data")),
+        map: bench.file(&format!("{volume}{number}.map")),
+    }
+}
+
+/// New volumes of one layer each, as the launch wants them.
+fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<File>) {
+    let (mut disks, mut files) = (Vec::new(), Vec::new());
+    for (at, name) in (0u32..).zip(names) {
+        create_layer(&layer(bench, name, 0), SIZE, [7; 16], false).expect("created");
+        let LayerFiles { data, map } = layer(bench, name, 0);
+        files.extend([data, map]);
+        let layers = vec![LayerFds { data_fd: 5 + 2 * at, map_fd: Some(6 + 2 * at) }];
+        disks.push(Disk { volume_id: (*name).to_owned(), layers, read_only: false, key: None });
+    }
+    (disks, files)
+}
+
+/// The lines that the guest prints from now on.
+struct Lines(BufReader<UnixStream>);
+
+impl Lines {
+    fn of(bench: &Bench) -> Lines {
+        let console = UnixStream::connect(bench.path("console")).expect("listens");
+        console.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+        Lines(BufReader::new(console))
+    }
+
+    fn wait(&mut self, start: &str) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.0.read_line(&mut line).expect("in time") > 0, "the guest ended before {start:?}");
+            if let Some(rest) = line.trim_end().strip_prefix(start) {
+                return rest.to_owned();
+            }
+            assert!(!line.contains("failed"), "{line}");
+        }
+    }
+}
+
+/// Seals both volumes as layer `number` under the name `s{number}`.
+fn cut(bench: &Bench, channel: &mut Channel, number: u64, freeze: bool) -> Prepared {
+    let files: Vec<File> = ["a", "b"]
+        .iter()
+        .flat_map(|name| {
+            let LayerFiles { data, map } = layer(bench, name, number);
+            [data, map]
+        })
+        .collect();
+    let fds: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+    let volumes = (0u32..)
+        .zip(["a", "b"])
+        .map(|(at, name)| PreparedVolume {
+            volume_id: name.to_owned(),
+            head: Some(NewHead { data_fd: 2 * at, map_fd: 2 * at + 1 }),
+        })
+        .collect();
+    let snapshot = format!("s{number}");
+    let request = PrepareSnapshot {
+        snapshot_id: snapshot.clone(),
+        snapshot: snapshot.clone(),
+        volumes,
+        freeze,
+        ..PrepareSnapshot::default()
+    };
+    let prepared = match channel.call(Body::PrepareSnapshot(request), &fds).expect("prepared") {
+        Body::Prepared(prepared) => prepared,
+        other => panic!("{other:?}"),
+    };
+    // As seriod does: on another connection.
+    done(&mut bench.connect(), Body::FinishSnapshot(FinishSnapshot { snapshot_id: snapshot, commit: true }));
+    prepared
+}
+
+/// The counter of a volume at a snapshot.
+fn counted(bench: &Bench, name: &str, layers: u64, snapshot: &str) -> u64 {
+    let layers = (0..=layers).map(|number| layer(bench, name, number)).collect();
+    let volume = Volume::open_snapshot(VolumeFiles { layers }, snapshot).expect("opened");
+    let mut queue = volume.queue(1).expect("a queue");
+    let op = Op::Read { offset: 4096, buffers: Buffers::owned(4096) };
+    assert!(queue.submit(0, op).is_ok());
+    queue.kick();
+    let mut count = None;
+    while count.is_none() {
+        queue.reap(|_, outcome, buffers| {
+            outcome.expect("read");
+            let bytes = buffers.as_slice().expect("ours");
+            let first = u64::from_le_bytes(bytes[..8].try_into().expect("eight"));
+            assert!(bytes.chunks(8).all(|word| word == first.to_le_bytes()), "a block is written whole");
+            count = Some(first);
+        });
+        std::thread::yield_now();
+    }
+    count.expect("just now")
+}
+
+#[test]
+fn two_disks_of_a_guest_are_cut_at_one_instant_and_frozen_between_two_rounds() {
+    let Some(bench) = Bench::new() else { return };
+    let (disks, files) = with_volumes(&bench, &["a", "b"]);
+    let mut channel = bench.launch_mini("mini.test=pair", |launch: &mut Launch| launch.disks = disks, &files);
+    let mut lines = Lines::of(&bench);
+    lines.wait("pair: ");
+    const CUTS: u64 = 12;
+    let mut frozen_at = Vec::new();
+    for number in 1..=CUTS {
+        let freeze = number % 3 == 0;
+        let prepared = cut(&bench, &mut channel, number, freeze);
+        let class = if freeze { PointClass::App } else { PointClass::Crash };
+        assert_eq!((prepared.class, prepared.reason.as_str()), (class.into(), ""));
+        if freeze {
+            assert_eq!(prepared.frozen, 2);
+            let count = lines.wait("pair: frozen at ");
+            assert_eq!(lines.wait("pair: thawed at "), count);
+            frozen_at.push((number, count.parse::<u64>().expect("a number")));
+        }
+        // It goes on.
+        lines.wait("pair: ");
+    }
+    done(&mut channel, Body::Stop(Empty {}));
+    bench.agent_ended();
+    let mut last = 0;
+    for number in 1..=CUTS {
+        let snapshot = format!("s{number}");
+        let [a, b] = ["a", "b"].map(|name| counted(&bench, name, CUTS, &snapshot));
+        assert!(b <= a && a <= b + 1 && last < a, "{snapshot}: a has {a}, b has {b}, before it was {last}");
+        if let Some((_, count)) = frozen_at.iter().find(|(at, _)| *at == number) {
+            assert_eq!((a, b), (*count, *count), "{snapshot} was frozen");
+        }
+        last = a;
+    }
+}
+
+#[test]
+fn a_guest_sees_its_disk_grow() {
+    let Some(bench) = Bench::new() else { return };
+    let (disks, files) = with_volumes(&bench, &["a"]);
+    let mut channel = bench.launch_mini("mini.test=grow", |launch: &mut Launch| launch.disks = disks, &files);
+    let mut lines = Lines::of(&bench);
+    let resize =
+        |size_bytes| Body::ResizeVolume(ResizeVolume { volume_id: "a".to_owned(), size_bytes, key: None });
+    // The first line may have come before we listened.
+    for mib in [9, 64, 1 << 20] {
+        done(&mut channel, resize(mib << 20));
+        while lines.wait("grow: ") != format!("{} sectors", mib << 11) {}
+    }
+    match channel.call(resize(1 << 20), &[]) {
+        Err(ChannelError::Refused(failed)) => {
+            assert!(failed.field == "size_bytes" && failed.message.contains("cannot shrink"), "{failed:?}")
+        }
+        other => panic!("{other:?}"),
+    }
+    done(&mut channel, Body::Stop(Empty {}));
+    bench.agent_ended();
+    let files = VolumeFiles { layers: vec![layer(&bench, "a", 0)] };
+    assert_eq!(Volume::open(files, Access::ReadOnly).expect("opened").size_bytes(), 1 << 40);
+}

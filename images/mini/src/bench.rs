@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 
 /// Where a measurement of latency ends: after so many requests, or after that time.
 const LATENCY_SAMPLES: usize = 100_000;
-const LATENCY_NS: u64 = 4_000_000_000;
+const LATENCY_NS: u64 = 1_000_000_000;
 
 /// A set of block requests with their own buffers, to have in flight together.
 pub struct Requests {

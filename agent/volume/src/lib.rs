@@ -38,6 +38,7 @@ mod media;
 mod merge;
 mod op;
 mod plan;
+mod points;
 mod queue;
 mod reader;
 mod resize;
@@ -80,6 +81,7 @@ pub use error::{
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
 pub use merge::Deleted;
 pub use op::{Full, Op};
+pub use points::Maps;
 pub use queue::IoQueue;
 pub use rollback::RolledBack;
 pub use runs::FileRun;

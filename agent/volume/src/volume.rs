@@ -144,17 +144,37 @@ impl Volume {
         snapshot: Option<&str>,
         key: Option<&VdcSecret>,
     ) -> Result<Volume, OpenError> {
+        let ciphers =
+            |chain: &mut Vec<(usize, Header)>| crypto::ciphers(chain.iter().map(|(_, header)| header), key);
+        Volume::open_with(files, access, snapshot, key, ciphers)
+    }
+
+    /// For who asks the maps only, and has no key: what lies in encrypted layers would be read as it is stored.
+    pub(crate) fn open_unread(files: VolumeFiles, snapshot: Option<&str>) -> Result<Volume, OpenError> {
+        Volume::open_with(files.into_media(), Access::ReadOnly, snapshot, None, |chain| {
+            chain.iter_mut().for_each(|(_, header)| header.key = None);
+            Ok(vec![None; chain.len()])
+        })
+    }
+
+    fn open_with(
+        files: Vec<(Media, Media)>,
+        access: Access,
+        snapshot: Option<&str>,
+        key: Option<&VdcSecret>,
+        ciphers_of: impl Fn(&mut Vec<(usize, Header)>) -> Result<Vec<Option<Arc<SectorCipher>>>, OpenError>,
+    ) -> Result<Volume, OpenError> {
         if files.is_empty() {
             return Err(OpenError::Empty);
         }
         for _ in 0..OPEN_TRIES_MAX {
-            let chain = walk(&files, access, snapshot)?;
-            let ciphers = crypto::ciphers(chain.iter().map(|(_, header)| header), key)?;
-            let (top, header) = chain.last().expect("a walk has at least the bottom");
+            let mut chain = walk(&files, access, snapshot)?;
+            let (top, header) = chain.last().cloned().expect("a walk has at least the bottom");
+            let ciphers = ciphers_of(&mut chain)?;
             if header.state == HeaderState::Head {
-                take_lock(&files[*top].0, access, header.layer)?;
+                take_lock(&files[top].0, access, header.layer)?;
                 // Between our look and our lock somebody may have taken a snapshot and gone.
-                if layer::read_header(&files[*top].1) != Ok(header.clone()) {
+                if layer::read_header(&files[top].1) != Ok(header) {
                     continue;
                 }
             }

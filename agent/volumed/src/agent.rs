@@ -35,6 +35,7 @@ use serio_sandbox::Seal;
 use crate::{
     copy::Progress,
     jobs::{self, JobResult},
+    layers,
 };
 
 /// Control connections at once: seriod has one, and one more after its restart.
@@ -156,6 +157,10 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         | Body::SnapshotStopped(_)
         | Body::InspectVolume(_)
         | Body::CheckVolume(_)
+        | Body::ResizeVolume(_)
+        | Body::CloneVolume(_)
+        | Body::RollbackVolume(_)
+        | Body::ListChanges(_)
         | Body::Export(_) => {}
         _ => return Err(refusal(Code::Invalid, "serio-volumed does not know this request")),
     }
@@ -178,6 +183,10 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         Body::ImportImage(ask) => jobs::import_image(ask, descriptors, &agent.progress),
         Body::SnapshotStopped(ask) => jobs::snapshot_stopped(ask, descriptors),
         Body::CheckVolume(ask) => jobs::check_volume(ask, descriptors, &agent.progress),
+        Body::ResizeVolume(ask) => layers::resize_volume(ask, descriptors),
+        Body::CloneVolume(ask) => layers::clone_volume(ask, descriptors),
+        Body::RollbackVolume(ask) => layers::rollback_volume(ask, descriptors),
+        Body::ListChanges(ask) => layers::list_changes(ask, descriptors),
         _ => jobs::inspect_volume(descriptors),
     };
     agent.job_done.store(true, Ordering::SeqCst);

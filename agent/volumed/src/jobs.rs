@@ -35,11 +35,11 @@ pub fn failed(code: Code, field: &str, error: &dyn std::error::Error) -> Failed 
     Failed { code: code.into(), message, field: field.to_owned() }
 }
 
-fn invalid(field: &str, message: &str) -> Failed {
+pub(crate) fn invalid(field: &str, message: &str) -> Failed {
     Failed { code: Code::Invalid.into(), message: message.to_owned(), field: field.to_owned() }
 }
 
-fn io_code(source: &std::io::Error) -> Code {
+pub(crate) fn io_code(source: &std::io::Error) -> Code {
     match source.raw_os_error() {
         Some(nix::libc::ENOSPC | nix::libc::EDQUOT | nix::libc::ENOMEM | nix::libc::EFBIG) => Code::Exhausted,
         _ => Code::Io,
@@ -59,7 +59,7 @@ pub(crate) fn open_failed(error: OpenError) -> Failed {
     failed(code, "", &error)
 }
 
-fn create_failed(error: CreateError) -> Failed {
+pub(crate) fn create_failed(error: CreateError) -> Failed {
     match &error {
         CreateError::Size(_) | CreateError::Unaligned(_) => failed(Code::Invalid, "size_bytes", &error),
         CreateError::Key(_) => failed(Code::Internal, "", &error),
@@ -99,7 +99,7 @@ fn exactly<const N: usize>(descriptors: Vec<OwnedFd>) -> Result<[File; N], Faile
 }
 
 /// Pairs of data and map, oldest first.
-fn layers(descriptors: Vec<OwnedFd>) -> Result<VolumeFiles, Failed> {
+pub(crate) fn layers(descriptors: Vec<OwnedFd>) -> Result<VolumeFiles, Failed> {
     if descriptors.is_empty() || !descriptors.len().is_multiple_of(2) {
         return Err(invalid("descriptors", "a data and a map descriptor are needed for each layer"));
     }
@@ -112,7 +112,7 @@ fn layers(descriptors: Vec<OwnedFd>) -> Result<VolumeFiles, Failed> {
 }
 
 /// The 16 bytes of a UUID in its text form.
-fn volume_id(text: &str) -> Result<[u8; 16], Failed> {
+pub(crate) fn volume_id(text: &str) -> Result<[u8; 16], Failed> {
     let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
     let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
     let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();

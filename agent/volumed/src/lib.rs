@@ -7,6 +7,7 @@
 //! | [`integrity`] | checks and scrubs, in the words that people and `seriod` get |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
+//! | [`layers`] | the jobs that change which layers a volume has: growing, cloning, rolling back, merging |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
 //! | [`export`] | a volume behind the NBD server's seam |
 //!
@@ -21,3 +22,4 @@ pub mod copy;
 pub mod export;
 pub mod integrity;
 pub mod jobs;
+pub mod layers;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, IsTerminal, Read},
+    io::{self, IsTerminal},
     os::{fd::RawFd, unix::net::UnixListener},
     path::{Path, PathBuf},
 };
@@ -12,13 +12,13 @@ use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{SigSet, Signal};
 use serio_nbd::{Limits, Server, Stop};
 use serio_types::ByteSize;
-use serio_volume::{Access, Inspection, SIZE_BYTES_MAX, Volume, VolumeDir};
+use serio_volume::{Access, Inspection, Volume, VolumeDir};
 
 use crate::{
     agent::{self, Log},
     check::{self, CheckArgs, ScrubArgs},
-    copy::{self, Progress},
     export::VolumeExport,
+    import::verbs,
 };
 
 /// Volumes without a VM: make them, fill them, snapshot them, serve them over NBD.
@@ -29,7 +29,8 @@ use crate::{
     after_help = "Examples:
   serio-volumed create vol --size 10GiB
   serio-volumed import vol disk.raw
-  qemu-img convert -O raw disk.qcow2 disk.raw && serio-volumed import vol disk.raw
+  serio-volumed import vol disk.qcow2 --format qcow2
+  serio-volumed export vol copy.qcow2 --format qcow2
   serio-volumed snapshot vol monday
   serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday
   nbdcopy nbd+unix:///?socket=/tmp/vol.sock monday.raw"
@@ -44,11 +45,23 @@ enum Command {
     /// Make an empty volume in a directory.
     #[command(after_help = "Example:\n  serio-volumed create vol --size 10GiB")]
     Create(CreateArgs),
-    /// Make a volume from a raw image: a file, a block device, or - for standard input.
-    #[command(
-        after_help = "Examples:\n  serio-volumed import vol disk.raw\n  zcat disk.raw.gz | serio-volumed import vol - --size 20GiB"
-    )]
-    Import(ImportArgs),
+    /// Make a volume from an image: a file, a block device, an NBD export, or - for standard input.
+    #[command(after_help = "Examples:
+  serio-volumed import vol disk.raw
+  serio-volumed import vol disk.qcow2 --format qcow2 --backing base.qcow2
+  serio-volumed import vol 'nbd://server/export'
+  zcat disk.raw.gz | serio-volumed import vol - --size 20GiB
+
+An image is validated as a whole before anything is written. An import of a file or an NBD export that is interrupted
+goes on where it was when it is given again.")]
+    Import(verbs::ImportArgs),
+    /// Copy a volume, or a point of it, into an image: a file, a block device, an NBD export, or - for standard output.
+    #[command(after_help = "Examples:
+  serio-volumed export vol disk.qcow2 --format qcow2
+  serio-volumed export vol@monday monday.raw
+  serio-volumed export vol@monday - | zstd > monday.raw.zst
+  serio-volumed export vol@monday 'nbd+unix:///?socket=/tmp/other.sock' --resume")]
+    Export(verbs::ExportArgs),
     /// Seal the volume as it is now under a name; it goes on in a new layer.
     #[command(after_help = "Example:\n  serio-volumed snapshot vol monday")]
     Snapshot {
@@ -103,20 +116,6 @@ struct CreateArgs {
 }
 
 #[derive(Debug, Args)]
-struct ImportArgs {
-    /// The volume's directory; made if it is not there.
-    volume: PathBuf,
-    /// The image, or - for standard input.
-    image: PathBuf,
-    /// Format of the image: raw, never guessed.
-    #[arg(long, default_value = "raw")]
-    format: String,
-    /// Size of the volume if larger than the image's.
-    #[arg(long)]
-    size: Option<ByteSize>,
-}
-
-#[derive(Debug, Args)]
 struct ServeArgs {
     /// A volume's directory, or a raw disk file or device.
     source: PathBuf,
@@ -145,7 +144,8 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Create(args) => Ok(VolumeDir::new(args.volume).create(args.size.bytes())?),
-            Command::Import(args) => import(&args),
+            Command::Import(args) => verbs::import(&args),
+            Command::Export(args) => verbs::export(&args),
             Command::Snapshot { volume, name } => snapshot(volume, &name),
             Command::Info { volume, json } => info(&volume, json),
             Command::Check(args) => check::run(&args),
@@ -154,39 +154,6 @@ impl Cli {
             Command::Agent { control_fd } => agent::main(control_fd),
         }
     }
-}
-
-fn import(args: &ImportArgs) -> anyhow::Result<()> {
-    if args.format != "raw" {
-        bail!(
-            "--format {}: only raw can be imported yet; convert it first: qemu-img convert -O raw {} disk.raw",
-            args.format,
-            args.image.display()
-        );
-    }
-    let dir = VolumeDir::new(&args.volume);
-    let name = args.image.display();
-    let stream = args.image == Path::new("-");
-    // Before the volume's files are made, so that a wrong name leaves nothing behind.
-    let source = match stream {
-        true => None,
-        false => Some(File::open(&args.image).with_context(|| format!("cannot open the image {name}"))?),
-    };
-    let files = dir.begin()?;
-    let progress = Progress::default();
-    let image_bytes = match &source {
-        Some(file) => copy::clone_file(file, &files.data, &progress),
-        None => {
-            let stdin: Box<dyn Read> = Box::new(io::stdin().lock());
-            copy::import_raw(stdin, &files.data, 0, SIZE_BYTES_MAX, &progress).map(|i| i.size_bytes)
-        }
-    }
-    .with_context(|| format!("cannot import {name}"))?;
-    let size = args.size.map_or(image_bytes, ByteSize::bytes);
-    if size < image_bytes {
-        bail!("--size is smaller than the image, which has {image_bytes} bytes");
-    }
-    Ok(dir.commit(&files, size)?)
 }
 
 fn snapshot(path: PathBuf, name: &str) -> anyhow::Result<()> {

@@ -200,7 +200,8 @@ fn fill(from: &mut impl Read, buffer: &mut [u8]) -> Result<usize, CopyError> {
     Ok(filled)
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+/// Whether there is nothing but zeros.
+pub fn is_zero(bytes: &[u8]) -> bool {
     // Words at a time; the compiler makes vectors of it.
     let (words, rest) = bytes.as_chunks::<16>();
     words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|&b| b == 0)

@@ -18,6 +18,8 @@ use serio_volume::{
 use crate::{
     copy::{self, CopyError, Progress},
     export::VolumeExport,
+    formats::{self, Format, FormatError, source::Source},
+    import::convert::{ConvertError, Start, Sum, Unwatched, convert},
     integrity,
 };
 
@@ -146,23 +148,50 @@ pub fn create_volume(ask: &CreateVolume, descriptors: Vec<OwnedFd>, progress: &P
     Ok(Body::Done(Empty {}))
 }
 
-/// A stream or file into an image's data.
+/// A stream (raw) or a file (any format) into an image's data.
 pub fn import_image(ask: &ImportImage, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
-    if ask.format != "raw" {
-        let why = format!(
-            "the format `{}` cannot be imported yet: convert it first, `qemu-img convert -O raw SOURCE disk.raw`, and import that as raw",
-            ask.format
-        );
-        return Err(invalid("format", &why));
-    }
+    let format: Format = ask.format.parse().map_err(|e| failed(Code::Invalid, "format", &e))?;
     let [from, to] = exactly(descriptors)?;
     let max = if ask.size_bytes_max == 0 { serio_volume::SIZE_BYTES_MAX } else { ask.size_bytes_max };
-    let imported = copy::import_raw(from, &to, ask.expected_bytes, max, progress).map_err(copy_failed)?;
+    let imported = match format {
+        Format::Raw => copy::import_raw(from, &to, ask.expected_bytes, max, progress).map_err(copy_failed)?,
+        Format::Qcow2 | Format::Vmdk => {
+            let source = Source::new(from).map_err(|e| failed(Code::Io, "", &e))?;
+            let (expected, arrived) = (ask.expected_bytes, source.len());
+            if expected > 0 && expected != arrived {
+                return Err(copy_failed(CopyError::Length { expected, arrived }));
+            }
+            // Everything is looked at before the first byte is written.
+            let mut image =
+                formats::open(source, format, max, &mut formats::NoBackings).map_err(format_failed)?;
+            let start = Start { offset: 0, sum: Sum::new(true) };
+            convert(image.as_mut(), &to, start, progress, &mut Unwatched).map_err(convert_failed)?
+        }
+    };
     Ok(Body::JobStatus(JobStatus {
         size_bytes: imported.size_bytes,
         blake3: imported.blake3.to_vec(),
         ..status(progress)
     }))
+}
+
+fn format_failed(error: FormatError) -> Failed {
+    match &error {
+        FormatError::Malformed { .. } | FormatError::Unsupported { .. } | FormatError::NotAllowed(_) => {
+            failed(Code::Invalid, "data", &error)
+        }
+        FormatError::TooLarge { .. } => failed(Code::Invalid, "size_bytes", &error),
+        FormatError::Io(source) => failed(io_code(source), "", &error),
+        FormatError::Nbd(_) => failed(Code::Io, "", &error),
+    }
+}
+
+fn convert_failed(error: ConvertError) -> Failed {
+    match error {
+        ConvertError::Image(error) => format_failed(error),
+        ConvertError::Io { ref source, .. } => failed(io_code(source), "", &error),
+        ConvertError::Stopped => failed(Code::Precondition, "", &error),
+    }
 }
 
 /// Seals the head of a stopped volume.

@@ -2,13 +2,15 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`cli`] | `serio-volumed create|import|snapshot|info|check|scrub|serve`, for people |
+//! | [`cli`] | `serio-volumed create|import|export|snapshot|info|check|scrub|serve`, for people |
 //! | [`check`] | the table that `serio-volumed check` and `scrub` print |
 //! | [`integrity`] | checks and scrubs, in the words that people and `seriod` get |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
 //! | [`layers`] | the jobs that change which layers a volume has: growing, cloning, rolling back, merging |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
+//! | [`formats`] | raw, qcow2, vmdk: read with all metadata validated first, and written |
+//! | [`import`] | images into volumes and back, with progress, checksum, resume |
 //! | [`export`] | a volume behind the NBD server's seam |
 //!
 //! Threads and io_uring, no async runtime. Owns: the bytes of volumes that no VM has open. Never: opens a path in
@@ -20,6 +22,8 @@ pub mod check;
 pub mod cli;
 pub mod copy;
 pub mod export;
+pub mod formats;
+pub mod import;
 pub mod integrity;
 pub mod jobs;
 pub mod layers;

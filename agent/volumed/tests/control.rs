@@ -168,7 +168,7 @@ fn a_job_ends_with_its_connection_and_garbage_with_its_own() {
     assert!(!matches!(garbage.read(&mut [0; 1]), Ok(1)));
     let refusal = job
         .channel
-        .call(Body::ImportImage(ImportImage { format: "qcow2".into(), ..ImportImage::default() }), &[]);
+        .call(Body::ImportImage(ImportImage { format: "vhdx".into(), ..ImportImage::default() }), &[]);
     assert_eq!(refused(refusal), (Code::Invalid, "format".into()));
     job.ends();
 

@@ -1,0 +1,19 @@
+//! Images into volumes and volumes into images.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`convert`] | an image that was validated, into a file: sparse, hashed, step by step |
+//! | [`journal`] | how far an import came, so that it goes on after an interruption |
+//! | [`reading`] | a volume from its start, read ahead |
+//! | [`sinks`] | where an export goes: raw file, pipe, NBD, qcow2, vmdk |
+//! | [`verbs`] | `serio-volumed import` and `export` |
+//! | [`bar`] | progress on a terminal, and the wish to stop |
+//!
+//! Owns: the order validate → write → sync → make it a volume. Never: what a format's bytes mean (`formats`).
+
+pub mod bar;
+pub mod convert;
+pub mod journal;
+pub mod reading;
+pub mod sinks;
+pub mod verbs;

@@ -11,6 +11,7 @@ use serio_control::message::{
     Body, CheckVolume, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo,
     SnapshotStopped, VolumeInfo,
 };
+use serio_formats::{self as formats, Format, FormatError, source::Source};
 use serio_volume::{
     Access, CreateError, LayerFiles, OpenError, SnapshotError, Volume, VolumeFiles, create_layer,
 };
@@ -18,7 +19,6 @@ use serio_volume::{
 use crate::{
     copy::{self, CopyError, Progress},
     export::VolumeExport,
-    formats::{self, Format, FormatError, source::Source},
     import::convert::{ConvertError, Start, Sum, Unwatched, convert},
     integrity,
 };

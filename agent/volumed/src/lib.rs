@@ -9,7 +9,6 @@
 //! | [`jobs`] | what each request does, on descriptors |
 //! | [`layers`] | the jobs that change which layers a volume has: growing, cloning, rolling back, merging |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
-//! | [`formats`] | raw, qcow2, vmdk: read with all metadata validated first, and written |
 //! | [`import`] | images into volumes and back, with progress, checksum, resume |
 //! | [`export`] | a volume behind the NBD server's seam |
 //!
@@ -22,7 +21,6 @@ pub mod check;
 pub mod cli;
 pub mod copy;
 pub mod export;
-pub mod formats;
 pub mod import;
 pub mod integrity;
 pub mod jobs;

@@ -2,10 +2,9 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::atomic::Ordering};
 
-use crate::{
-    copy::{Imported, Progress, is_zero},
-    formats::{FormatError, Image},
-};
+use serio_formats::{FormatError, Image};
+
+use crate::copy::{Imported, Progress, is_zero};
 
 /// Grain at which zeros become holes, bytes.
 pub const GRAIN: usize = 64 << 10;
@@ -161,9 +160,9 @@ fn write_sparse(to: &File, offset: u64, data: &[u8]) -> Result<(), ConvertError>
 pub fn sum_of(file: &File, len: u64, progress: &Progress) -> Result<Sum, ConvertError> {
     let mut sum = Sum::new(true);
     let read = || -> io::Result<File> { file.try_clone() };
-    let source = crate::formats::source::Source::new(read().map_err(at("read the disk"))?)
+    let source = serio_formats::source::Source::new(read().map_err(at("read the disk"))?)
         .map_err(at("read the disk"))?;
-    let mut image = crate::formats::raw::RawFile::open(source)?;
+    let mut image = serio_formats::raw::RawFile::open(source)?;
     let (mut offset, mut buffer) = (0, Vec::new());
     progress.total.store(len, Ordering::Relaxed);
     while offset < len {

@@ -9,7 +9,7 @@
 //! | [`verbs`] | `serio-volumed import` and `export` |
 //! | [`bar`] | progress on a terminal, and the wish to stop |
 //!
-//! Owns: the order validate → write → sync → make it a volume. Never: what a format's bytes mean (`formats`).
+//! Owns: the order validate → write → sync → make it a volume. Never: what a format's bytes mean (`serio-formats`).
 
 pub mod bar;
 pub mod convert;

@@ -10,6 +10,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::Args;
+use serio_formats::{
+    self as formats, Backings, Format, FormatError, Image, qcow2_out, raw::RawNbd, source::Source, vmdk_out,
+};
 use serio_nbd::client::{Client, Options, Uri, is_uri};
 use serio_types::ByteSize;
 use serio_volume::{Access, LayerFiles, SIZE_BYTES_MAX, Volume, VolumeDir};
@@ -21,10 +24,7 @@ use super::{
     reading::{self, Piece, ReadError},
     sinks::{ImageSink, NbdSink, PipeSink, RawSink, Sink, SinkError},
 };
-use crate::{
-    copy::{self, Imported, Progress},
-    formats::{self, Backings, Format, FormatError, Image, qcow2_out, raw::RawNbd, source::Source, vmdk_out},
-};
+use crate::copy::{self, Imported, Progress};
 
 /// Backing files below one another.
 const BACKINGS_MAX: usize = 16;

@@ -14,6 +14,7 @@
 //! An image's bytes are hostile. Readers are bounded: a table is read only after its place and size were checked
 //! against the file and a limit; each cluster that is used must lie in the file and belong to one owner; what does not
 //! fit is refused before the first byte of the disk is written anywhere.
+#![forbid(unsafe_code)]
 
 pub mod qcow2;
 mod qcow2_check;

@@ -95,7 +95,7 @@ pub enum VolumeDirError {
 #[derive(Debug, Clone)]
 pub struct VolumeDir {
     path: PathBuf,
-    key: Option<VdcSecret>,
+    pub(crate) key: Option<VdcSecret>,
 }
 
 impl VolumeDir {

@@ -12,7 +12,6 @@ use std::{
 use crate::{
     chain::walk,
     clones::{NewVolume, clone_image},
-    crypto::VdcSecret,
     dir::{VolumeDir, VolumeDirError},
     error::{CloneError, RollbackError},
     media::Media,
@@ -31,7 +30,6 @@ impl VolumeDir {
         source: &VolumeDir,
         name: &str,
         size_bytes: Option<u64>,
-        key: Option<&VdcSecret>,
         share: Share<'_>,
     ) -> Result<(), VolumeDirError> {
         let all =
@@ -48,8 +46,13 @@ impl VolumeDir {
             }
             let head = new.fresh_layer(numbers.last().map_or(0, |top| top.saturating_add(1)))?;
             new.sync()?;
-            let plan =
-                NewVolume { volume, size_bytes: size_bytes.unwrap_or(least), maps, head, key: key.cloned() };
+            let plan = NewVolume {
+                volume,
+                size_bytes: size_bytes.unwrap_or(least),
+                maps,
+                head,
+                key: self.key.clone(),
+            };
             files.clone_point(name, plan).map_err(self.clone_error())
         })
     }
@@ -59,7 +62,6 @@ impl VolumeDir {
         &self,
         image: &Path,
         size_bytes: Option<u64>,
-        key: Option<&VdcSecret>,
         share: Share<'_>,
     ) -> Result<(), VolumeDirError> {
         let file = File::open(image).map_err(self.io("open", image.to_owned()))?;
@@ -71,19 +73,19 @@ impl VolumeDir {
             let maps = vec![new.fresh_file(0, "map")?];
             let head = new.fresh_layer(1)?;
             new.sync()?;
-            let plan =
-                NewVolume { volume, size_bytes: size_bytes.unwrap_or(least), maps, head, key: key.cloned() };
+            let plan = NewVolume {
+                volume,
+                size_bytes: size_bytes.unwrap_or(least),
+                maps,
+                head,
+                key: self.key.clone(),
+            };
             clone_image(&file, plan).map_err(self.clone_error())
         })
     }
 
     /// Puts a volume that nobody has open back to a snapshot; the files of the layers above it are removed.
-    pub fn rollback(
-        &self,
-        name: &str,
-        discard_later: bool,
-        key: Option<&VdcSecret>,
-    ) -> Result<RolledBack, VolumeDirError> {
+    pub fn rollback(&self, name: &str, discard_later: bool) -> Result<RolledBack, VolumeDirError> {
         let error = |source| VolumeDirError::Rollback { path: self.path().to_owned(), source };
         let files =
             self.files(Access::ReadWrite)?.media().map_err(self.io("open", self.path().to_owned()))?;
@@ -93,7 +95,12 @@ impl VolumeDir {
         let LayerFiles { data, map } = self.fresh_layer(next)?;
         // The names must outlive a crash before a header names them.
         self.sync()?;
-        let went = match stopped.rollback(name, (Media::new(data), Media::new(map)), discard_later, key) {
+        let went = match stopped.rollback(
+            name,
+            (Media::new(data), Media::new(map)),
+            discard_later,
+            self.key.as_ref(),
+        ) {
             Ok(went) => went,
             Err(source) => {
                 // After an error of the host nobody knows whether a header names them.

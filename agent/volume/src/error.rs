@@ -306,6 +306,40 @@ pub enum DeleteError {
     /// The volume cannot be opened for it, is in use, or has no such snapshot.
     #[error("cannot delete the snapshot")]
     Open(#[from] OpenError),
+    /// Its layer could not be merged into the one above.
+    #[error("cannot merge the snapshot's layer into the one above")]
+    Merge(#[from] MergeError),
+}
+
+/// Why a merge does not go on. The volume is whole, every point reads as before, and asking again goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// A plain raw file has no layers.
+    #[error("a plain raw file has no layers to merge")]
+    Raw,
+    /// Opened read-only.
+    #[error("the volume is open read-only")]
+    ReadOnly,
+    /// An earlier sync failed.
+    #[error("an earlier sync of this volume failed; reopen it first")]
+    Poisoned,
+    /// It failed before.
+    #[error("this merge has failed; begin it again")]
+    Over,
+    /// Not a sealed layer of this volume.
+    #[error("layer {0} is no sealed layer of the volume")]
+    NotSealed(u64),
+    /// Another merge of this volume is under way.
+    #[error("another merge of this volume is under way: wait for its end, or end it")]
+    Busy,
+    /// The file system makes no holes.
+    #[error(
+        "the file system of the volume cannot make holes in files, which this merge needs: move the volume to another one"
+    )]
+    NoHoles,
+    /// I/O under way did not end in time. The same merge may go on.
+    #[error("I/O on the volume did not drain in time for the last step of the merge; it may be tried again")]
+    NotDrained,
     /// The host answered an error.
     #[error("cannot {what}")]
     Io {

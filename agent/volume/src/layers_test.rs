@@ -148,12 +148,12 @@ fn a_clone_starts_as_the_point_and_goes_its_own_way() {
 
     let dir = VolumeDir::new(temp.path().join("clone"));
     assert!(matches!(
-        dir.clone_point(&source, "b", Some(5), None, &mut link),
+        dir.clone_point(&source, "b", Some(5), &mut link),
         Err(VolumeDirError::Clone { source: CloneError::Size { .. }, .. })
     ));
-    assert!(dir.clone_point(&source, "c", None, None, &mut link).is_err(), "no such snapshot");
-    dir.clone_point(&source, "b", Some(2 << 20), None, &mut link).expect("clone");
-    assert!(dir.clone_point(&source, "b", None, None, &mut link).is_err(), "it is there already");
+    assert!(dir.clone_point(&source, "c", None, &mut link).is_err(), "no such snapshot");
+    dir.clone_point(&source, "b", Some(2 << 20), &mut link).expect("clone");
+    assert!(dir.clone_point(&source, "b", None, &mut link).is_err(), "it is there already");
     let names: Vec<_> =
         std::fs::read_dir(temp.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
     assert_eq!(names.len(), 2, "nothing else is left behind: {names:?}");
@@ -184,7 +184,7 @@ fn an_image_is_shared_and_never_written() {
     std::fs::write(&image, [5; 10_000]).expect("write");
     let dirs = ["a", "b"].map(|name| VolumeDir::new(temp.path().join(name)));
     for dir in &dirs {
-        dir.clone_image(&image, Some(1 << 40), None, &mut link).expect("clone");
+        dir.clone_image(&image, Some(1 << 40), &mut link).expect("clone");
     }
     let [a, b] = dirs.each_ref().map(|dir| dir.open(Access::ReadWrite).expect("open"));
     write(&a, 0, &[6; 4096]);
@@ -207,7 +207,7 @@ fn a_clone_of_a_large_volume_is_immediate() {
     source.snapshot(&volume, "b").expect("snapshot");
     let start = std::time::Instant::now();
     let dir = VolumeDir::new(temp.path().join("clone"));
-    dir.clone_point(&source, "b", None, None, &mut link).expect("clone");
+    dir.clone_point(&source, "b", None, &mut link).expect("clone");
     println!("a clone of 1 TiB took {:?}", start.elapsed());
     assert!(read(&dir.open(Access::ReadOnly).expect("open"), 63 << 34, 9000) == [1; 9000]);
 }
@@ -225,19 +225,19 @@ fn rolling_back() {
     }
     write(&volume, 0, &[9; 10_000]);
     let at_b = read(&dir.open_snapshot("b").expect("open"), 0, 20_000);
-    match dir.rollback("b", false, None) {
+    match dir.rollback("b", false) {
         Err(VolumeDirError::Rollback {
             source: RollbackError::Open(OpenError::InUse { layer: 3 }), ..
         }) => {}
         other => panic!("{other:?}"),
     }
     drop(volume);
-    match dir.rollback("b", false, None) {
+    match dir.rollback("b", false) {
         Err(VolumeDirError::Rollback { source: RollbackError::Later(names), .. }) => assert_eq!(names, ["c"]),
         other => panic!("{other:?}"),
     }
-    assert!(dir.rollback("x", true, None).is_err());
-    let went = dir.rollback("b", true, None).expect("rollback");
+    assert!(dir.rollback("x", true).is_err());
+    let went = dir.rollback("b", true).expect("rollback");
     assert_eq!((went.head, went.left, went.size_bytes), (4, vec![2, 3], (1 << 20) + 1000));
     let volume = dir.open(Access::ReadWrite).expect("open");
     assert_eq!(volume.size_bytes(), (1 << 20) + 1000);

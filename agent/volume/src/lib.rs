@@ -36,6 +36,7 @@ mod layer;
 mod map;
 mod media;
 mod merge;
+mod merge_copy;
 mod op;
 mod plan;
 mod points;
@@ -54,6 +55,7 @@ mod stack;
 mod sums;
 #[allow(unsafe_code)]
 mod uring;
+mod visitor;
 mod volume;
 
 #[cfg(test)]
@@ -67,6 +69,8 @@ mod layers_test;
 #[cfg(test)]
 mod scrub_test;
 #[cfg(test)]
+mod sim_disk;
+#[cfg(test)]
 mod stack_test;
 
 pub use changes::{ChangedExtent, ChangesError};
@@ -76,10 +80,11 @@ pub use crypto::{KeyError, VdcSecret, WrappedKey, create_encrypted};
 pub use dir::{VolumeDir, VolumeDirError};
 pub use dir_change::Share;
 pub use error::{
-    CloneError, CreateError, DeleteError, IoError, OpenError, ResizeError, RollbackError, SnapshotError,
+    CloneError, CreateError, DeleteError, IoError, MergeError, OpenError, ResizeError, RollbackError,
+    SnapshotError,
 };
 pub use header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, NAME_BYTES_MAX, SIZE_BYTES_MAX};
-pub use merge::Deleted;
+pub use merge::{Deleted, Merge, MergeProgress};
 pub use op::{Full, Op};
 pub use points::Maps;
 pub use queue::IoQueue;

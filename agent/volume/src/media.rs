@@ -8,7 +8,7 @@ use nix::{
 };
 
 #[cfg(test)]
-use crate::crash_test::SimFile;
+use crate::sim_disk::SimFile;
 
 /// A file of a layer.
 #[derive(Debug, Clone)]
@@ -144,6 +144,20 @@ impl Media {
             Media::File(file) => file.metadata().map(|m| (m.dev(), m.ino(), m.nlink())),
             #[cfg(test)]
             Media::Sim(sim) => Ok((0, Arc::as_ptr(sim) as u64, 1)),
+        }
+    }
+
+    /// Whether the file system can make holes. Asked behind the end, where nothing can be lost.
+    pub(crate) fn can_punch(&self) -> bool {
+        let behind = self.len().map_or(0, |len| len.next_multiple_of(4096));
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self {
+            Media::File(_) => {
+                let punched = self.fallocate(punch, behind, 4096);
+                !punched.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP))
+            }
+            #[cfg(test)]
+            Media::Sim(_) => true,
         }
     }
 

@@ -1,36 +1,44 @@
-//! Deleting a snapshot of a stopped volume: its layer is merged into the next newer one, and leaves the chain.
+//! Merging a sealed layer into the next newer one, so that it can go; also while the volume is used.
 //!
 //! ```text
-//! before     p ──► k "s" ──► j        1  window by window: blocks that j has not and k has: copied to j's data, synced,
+//! before     p ──► k ──► j            1  window by window: blocks that j has not and k has: copied to j's data, synced,
 //! during     p ──► k ──► j ⊇ k           then j's map names them, synced. Every point reads as before at any moment.
-//! after      p ──► j                  2  commit: one header slot. p: "my successor is j"; or, if k was the bottom,
-//!                 (k: leftover)          j: "I have no parent". Then j's parent becomes p, and k's files may go.
+//! after      p ──► j                  2  commit, the gate closed: one header slot. p: "my successor is j"; or, if k was the
+//!                 (k: leftover)          bottom, j: "I have no parent". Then j's parent becomes p, and k's files may go.
 //! ```
 //!
-//! Nothing is ever taken from k, and j's blocks are never overwritten: who has a point open goes on reading from the
-//! descriptors and the map that he has. Interrupted anywhere, the volume is whole; asked again, the merge goes on
-//! where j's map says that it was. The head is locked meanwhile.
+//! Nothing is ever taken from k, and j's blocks are never overwritten: who reads goes on from k until the stack changes. If
+//! j is the live head, each piece is copied under a *claim* (`shared.rs`), as a guest's first write to those blocks would be:
+//! neither can overwrite the other. Each piece is inside the gate, so a snapshot or a resize waits for one piece at most, and
+//! whatever it does, the next piece looks anew at which layers k and j are.
+//!
+//! Interrupted anywhere, the volume is whole; asked again, the merge goes on where j's map says that it was.
+//! The pieces themselves are in `merge_copy.rs`. The caller's thread does all, and may pause between steps.
 
-use std::{io, sync::Arc};
-
-use nix::fcntl::FallocateFlags;
-
-use crate::{
-    chain::walk,
-    crypto::{self, SectorCipher, VdcSecret},
-    error::{DeleteError, OpenError},
-    header::{BLOCK_BYTES, Header, HeaderState},
-    layer,
-    map::{BlockMap, PAGE_BYTES, State},
-    media::{Lock, Media},
-    sealed::commit_merged,
-    volume::{Access, VolumeFiles},
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
 };
 
-/// Blocks between two commits of the map: 256 MiB, so that an interrupted merge repeats little.
-const WINDOW_BLOCKS: u64 = 65_536;
-/// Bytes that are copied at a time.
-const PART_BYTES: u64 = 1 << 20;
+use crate::{
+    crypto::VdcSecret,
+    error::{DeleteError, MergeError, OpenError},
+    header::{BLOCK_BYTES, HeaderState},
+    keeper,
+    layer::Layer,
+    media::Media,
+    merge_copy::{Copier, View},
+    shared::lock,
+    snapshot::DRAIN_LIMIT,
+    stack::Stack,
+    visitor::Visitor,
+    volume::{Access, Volume, VolumeFiles},
+};
+
+/// Bytes between two commits of the map, so that an interrupted merge repeats little.
+const WINDOW_BYTES: u64 = 256 << 20;
+/// Bytes that are copied inside the gate at a time. A guest that wants these blocks waits so long.
+const PIECE_BYTES: u64 = 512 << 10;
 
 /// A snapshot that was deleted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +47,228 @@ pub struct Deleted {
     pub layer: u64,
     /// Bytes copied to the layer above it by this call.
     pub copied_bytes: u64,
+}
+
+/// How far a merge is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MergeProgress {
+    /// Bytes of the volume that are looked at.
+    pub done_bytes: u64,
+    /// Bytes of the volume.
+    pub total_bytes: u64,
+    /// Bytes that were copied so far, by this [`Merge`]: what a pace is kept by.
+    pub copied_bytes: u64,
+    /// The layer is out of the chain, and its files may go; but see `stays`.
+    pub done: bool,
+    /// The layer is the plain bottom of an encrypted volume and remains in the chain, but nobody needs its bytes any more: its
+    /// data file may be replaced (by a rename) by an empty one of the same length.
+    pub stays: bool,
+}
+
+/// A merge under way; dropping it leaves what was done. At most one of a volume.
+#[derive(Debug)]
+pub struct Merge {
+    volume: Volume,
+    /// Number of the layer that goes.
+    layer: u64,
+    visitor: Visitor,
+    copier: Copier,
+    window_bytes: u64,
+    piece_bytes: u64,
+    done: bool,
+    stays: bool,
+    failed: bool,
+}
+
+impl Drop for Merge {
+    fn drop(&mut self) {
+        self.volume.core.merging.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Volume {
+    /// Begins, or goes on, to merge the sealed layer number `layer` into the one above it. Nothing happens until
+    /// [`Merge::step`]. A layer that has left the chain already is merged at once.
+    pub fn merge(&self, layer: u64) -> Result<Merge, MergeError> {
+        self.merge_by(layer, WINDOW_BYTES, PIECE_BYTES)
+    }
+
+    pub(crate) fn merge_by(
+        &self,
+        layer: u64,
+        window_bytes: u64,
+        piece_bytes: u64,
+    ) -> Result<Merge, MergeError> {
+        let core = &self.core;
+        if core.read_only {
+            return Err(MergeError::ReadOnly);
+        }
+        if core.is_poisoned() {
+            return Err(MergeError::Poisoned);
+        }
+        let stack = core.stack();
+        let top = stack.head().header().ok_or(MergeError::Raw)?.layer;
+        let view = View::of(&stack, layer);
+        if view.is_none() && layer >= top {
+            return Err(MergeError::NotSealed(layer));
+        }
+        if let Some(view) = &view {
+            view.check()?;
+        }
+        let visitor = Visitor::new(core).map_err(io_error("make an eventfd"))?;
+        if core.merging.swap(true, Ordering::SeqCst) {
+            return Err(MergeError::Busy);
+        }
+        Ok(Merge {
+            volume: self.clone(),
+            layer,
+            visitor,
+            copier: Copier::new(piece_bytes),
+            window_bytes,
+            piece_bytes,
+            done: view.is_none(),
+            stays: false,
+            failed: false,
+        })
+    }
+}
+
+fn io_error(what: &'static str) -> impl Fn(io::Error) -> MergeError {
+    move |source| MergeError::Io { what, source }
+}
+
+impl Merge {
+    /// Number of the layer that goes.
+    pub fn layer(&self) -> u64 {
+        self.layer
+    }
+
+    /// Goes on for about `bytes_max` bytes of copying, and says how far it is; the last step takes the layer out of the chain.
+    ///
+    /// It waits for others' I/O, so it must not be called by a thread that has to reap a queue of this volume. After an error
+    /// this merge is over; a new one goes on, once the reason is gone.
+    pub fn step(&mut self, bytes_max: u64) -> Result<MergeProgress, MergeError> {
+        if self.failed {
+            return Err(MergeError::Over);
+        }
+        let result = self.try_step(bytes_max);
+        // A finish that others' I/O kept waiting may be tried again; nothing else may.
+        self.failed = matches!(&result, Err(e) if !matches!(e, MergeError::NotDrained));
+        result
+    }
+
+    fn try_step(&mut self, bytes_max: u64) -> Result<MergeProgress, MergeError> {
+        let start = self.copier.copied_bytes;
+        let until = start.saturating_add(bytes_max.max(1));
+        while !self.done && self.copier.copied_bytes < until {
+            if self.volume.core.is_poisoned() {
+                return Err(MergeError::Poisoned);
+            }
+            let more = self.piece(until)?;
+            if self.copier.uncommitted_bytes >= self.window_bytes {
+                self.commit()?;
+            }
+            if !more {
+                self.finish()?;
+            } else if self.copier.copied_bytes == start {
+                // Nothing to copy for a long way: so that a caller may look up now and then.
+                break;
+            }
+        }
+        Ok(self.progress())
+    }
+
+    fn progress(&self) -> MergeProgress {
+        let total_bytes = self.volume.size_bytes();
+        let done_bytes = if self.done { total_bytes } else { self.copier.next_block * BLOCK_BYTES };
+        MergeProgress {
+            done_bytes: done_bytes.min(total_bytes),
+            total_bytes,
+            copied_bytes: self.copier.copied_bytes,
+            done: self.done,
+            stays: self.stays,
+        }
+    }
+
+    /// One piece, inside the gate; false when there are no more.
+    fn piece(&mut self, until: u64) -> Result<bool, MergeError> {
+        let inside = self.visitor.enter();
+        let stack = self.volume.core.stack();
+        let view = View::of(&stack, self.layer).ok_or(MergeError::NotSealed(self.layer))?;
+        let budget = until.saturating_sub(self.copier.copied_bytes).clamp(1, self.piece_bytes);
+        self.copier.piece(&view, &inside, budget).map_err(io_error("copy to the layer above"))
+    }
+
+    /// Makes durable what was copied: data before the map that names them.
+    fn commit(&mut self) -> Result<(), MergeError> {
+        // Inside, so that no snapshot seals the layer between the look at its state and the commit.
+        let inside = self.visitor.enter();
+        let core = &self.volume.core;
+        let stack = core.stack();
+        let view = View::of(&stack, self.layer).ok_or(MergeError::NotSealed(self.layer))?;
+        if view.live {
+            // What was copied while it was sealed cannot be: a head is never sealed again.
+            keeper::commit(core)
+                .map_err(|e| io_error("flush the head")(io::Error::from_raw_os_error(e.errno())))?;
+            self.copier.committed();
+            return Ok(());
+        }
+        let committed = self.copier.commit_sealed(&view);
+        drop(inside);
+        committed.map_err(|source| {
+            // What the disk has of the map is unknown, and the page cache may say otherwise: only a reopening tells.
+            core.merge_broken.store(true, Ordering::SeqCst);
+            io_error("sync the layer above")(source)
+        })
+    }
+
+    /// Takes the layer out of the chain. All of it is in the layer above, since blocks there never become absent again.
+    fn finish(&mut self) -> Result<(), MergeError> {
+        self.commit()?;
+        let core = Arc::clone(&self.volume.core);
+        if core.merge_broken.load(Ordering::SeqCst) {
+            return Err(MergeError::Poisoned);
+        }
+        let closed = core.close(DRAIN_LIMIT).ok_or(MergeError::NotDrained)?;
+        let stack = core.stack();
+        let view = View::of(&stack, self.layer).ok_or(MergeError::NotSealed(self.layer))?;
+        if view.keeps_bottom() {
+            (self.done, self.stays) = (true, true);
+            return Ok(());
+        }
+        if view.live {
+            // What the guest has done to the head since: the layer's own zeros and data must be durable in it.
+            keeper::commit(&core)
+                .map_err(|e| io_error("flush the head")(io::Error::from_raw_os_error(e.errno())))?;
+        }
+        let _no_commit = lock(&core.commit);
+        let below = view.index.checked_sub(1).and_then(|below| stack.layers.get(below));
+        let into = view.into;
+        let number = into.header().ok_or(MergeError::Raw)?.layer;
+        let poisoned = |source| {
+            // Whether it is on disk is unknown: only a reopening tells.
+            core.poison();
+            io_error("take the layer out of the chain")(source)
+        };
+        if let Some(below) = below {
+            below.update_header(|h| h.state = HeaderState::Sealed { successor: number }).map_err(poisoned)?;
+        }
+        // For a new bottom this is the commit point. Else it only tidies: the walk accepts both parents.
+        let parent = below.and_then(|below| below.header()).map(|h| h.layer);
+        into.update_header(|h| h.parent = parent).map_err(poisoned)?;
+        let mut layers = stack.layers.clone();
+        layers.remove(view.index);
+        if let (None, Some(first), Some(map_file), Some(header)) =
+            (below, layers.first_mut(), &into.map_file, into.header())
+        {
+            // The file answers for every block now.
+            *first =
+                Arc::new(Layer::new(into.data.clone(), map_file.clone(), header, None, into.cipher.clone()));
+        }
+        closed.replace_stack(Stack { layers });
+        self.done = true;
+        Ok(())
+    }
 }
 
 impl VolumeFiles {
@@ -55,226 +285,27 @@ impl VolumeFiles {
         name: &str,
         key: Option<&VdcSecret>,
     ) -> Result<Deleted, DeleteError> {
-        let files: io::Result<Vec<_>> = self
-            .layers
-            .iter()
-            .map(|l| Ok((Media::new(l.data.try_clone()?), Media::new(l.map.try_clone()?))))
-            .collect();
-        delete(&files.map_err(io_error("duplicate a descriptor"))?, name, key, WINDOW_BLOCKS)
+        let files =
+            self.media().map_err(|source| OpenError::Io { what: "duplicate a descriptor", source })?;
+        delete(files, name, key, (WINDOW_BYTES, PIECE_BYTES))
     }
 }
 
-fn io_error(what: &'static str) -> impl Fn(io::Error) -> DeleteError {
-    move |source| DeleteError::Io { what, source }
-}
-
+/// `by`: bytes of a window, bytes of a piece.
 pub(crate) fn delete(
-    files: &[(Media, Media)],
+    files: Vec<(Media, Media)>,
     name: &str,
     key: Option<&VdcSecret>,
-    window_blocks: u64,
+    by: (u64, u64),
 ) -> Result<Deleted, DeleteError> {
-    if files.is_empty() {
-        return Err(OpenError::Empty.into());
-    }
-    let chain = walk(files, Access::ReadWrite, None)?;
-    let ciphers = crypto::ciphers(chain.iter().map(|(_, header)| header), key)?;
-    let (top, head) = chain.last().expect("a walk has at least the bottom");
-    let lock = &files[*top].0;
-    let in_use = || DeleteError::Open(OpenError::InUse { layer: head.layer });
-    if !lock.try_lock(Lock::Exclusive).map_err(io_error("lock the head"))? {
-        return Err(in_use());
-    }
-    // Between our look and our lock somebody may have taken a snapshot, or deleted one, and gone.
-    let result = match walk(files, Access::ReadWrite, None) {
-        Ok(again) if again == chain => merge(files, &chain, &ciphers, name, window_blocks),
-        _ => Err(in_use()),
-    };
-    lock.unlock();
-    result
-}
-
-fn merge(
-    files: &[(Media, Media)],
-    chain: &[(usize, Header)],
-    ciphers: &[Option<Arc<SectorCipher>>],
-    name: &str,
-    window_blocks: u64,
-) -> Result<Deleted, DeleteError> {
-    let named = |h: &Header| h.state != HeaderState::Head && h.snapshot == name && !name.is_empty();
-    let at = chain.iter().position(|(_, header)| named(header));
-    let Some((at, (from, into))) = at.and_then(|at| Some((at, (chain.get(at)?, chain.get(at + 1)?)))) else {
-        return Err(OpenError::NoSuchSnapshot(name.to_owned()).into());
-    };
-    if at == 0 && into.1.key.is_some() {
-        let why = "the bottom of an encrypted volume is plain, and stays what it is".into();
-        return Err(OpenError::Chain(why).into());
-    }
-    let cipher = |at: usize| ciphers.get(at).and_then(Option::as_deref);
-    let map =
-        |(index, header): &(usize, Header)| BlockMap::load(&files[*index].1, header.blocks(), header.layer);
-    for (index, header) in [from, into] {
-        if files[*index].0.len().map_err(io_error("measure a data file"))? < header.size_bytes {
-            let why = format!("the data file of layer {} was cut", header.layer);
-            return Err(OpenError::Chain(why).into());
+    let volume = Volume::open_keyed(files, Access::ReadWrite, None, key)?;
+    let found = volume.snapshots().into_iter().find(|s| s.name == name);
+    let layer = found.ok_or_else(|| OpenError::NoSuchSnapshot(name.to_owned()))?.layer;
+    let mut merge = volume.merge_by(layer, by.0, by.1)?;
+    loop {
+        let progress = merge.step(u64::MAX)?;
+        if progress.done {
+            return Ok(Deleted { layer, copied_bytes: progress.copied_bytes });
         }
-    }
-    let mut merge = Merge {
-        from: &files[from.0].0,
-        from_map: if at == 0 { None } else { Some(map(from)?) },
-        from_cipher: cipher(at),
-        from_bytes: from.1.size_bytes,
-        into: &files[into.0].0,
-        into_cipher: cipher(at + 1),
-        into_map_file: &files[into.0].1,
-        into_header: &into.1,
-        into_map: map(into)?,
-        into_bytes: into.1.size_bytes,
-        buffer: vec![0; PART_BYTES as usize],
-        copied_bytes: 0,
-        touched: false,
-    };
-    merge.run(window_blocks).map_err(io_error("copy to the layer above"))?;
-
-    let commit = io_error("take the layer out of the chain");
-    let rewrite = |(index, header): &(usize, Header), change: &dyn Fn(&mut Header)| {
-        let mut changed = header.clone();
-        change(&mut changed);
-        changed.sequence = changed.sequence.wrapping_add(1);
-        layer::write_header(&files[*index].1, &changed)
-    };
-    let below = at.checked_sub(1).and_then(|i| chain.get(i));
-    if let Some(below) = below {
-        let successor = into.1.layer;
-        rewrite(below, &|h| h.state = HeaderState::Sealed { successor }).map_err(&commit)?;
-    }
-    // For a new bottom this is the commit point. Else it only tidies: the walk accepts both parents.
-    let parent = below.map(|(_, header)| header.layer);
-    rewrite(into, &|h| h.parent = parent).map_err(&commit)?;
-    Ok(Deleted { layer: from.1.layer, copied_bytes: merge.copied_bytes })
-}
-
-struct Merge<'a> {
-    from: &'a Media,
-    /// None at the bottom, whose file answers for every block; then `into` must too, in the end.
-    from_map: Option<BlockMap>,
-    from_cipher: Option<&'a SectorCipher>,
-    from_bytes: u64,
-    into: &'a Media,
-    into_cipher: Option<&'a SectorCipher>,
-    into_map_file: &'a Media,
-    into_header: &'a Header,
-    into_map: BlockMap,
-    into_bytes: u64,
-    buffer: Vec<u8>,
-    copied_bytes: u64,
-    /// Whether the data file has changed since its last sync.
-    touched: bool,
-}
-
-impl Merge<'_> {
-    fn run(&mut self, window_blocks: u64) -> io::Result<()> {
-        let blocks = self.into_bytes.div_ceil(BLOCK_BYTES);
-        let mut at = 0;
-        while at < blocks {
-            let end = blocks.min(at + window_blocks);
-            self.window(at, end)?;
-            self.commit()?;
-            at = end;
-        }
-        Ok(())
-    }
-
-    fn window(&mut self, mut at: u64, end: u64) -> io::Result<()> {
-        while at < end {
-            let (mut state, mut run) = self.into_map.run(at, end - at);
-            if state == State::Absent {
-                (state, run) = self.below(at, run);
-                match state {
-                    State::Absent => {}
-                    State::Data => self.copy(at, run)?,
-                    State::Zero => self.zero(at, run)?,
-                }
-                if state != State::Absent {
-                    self.into_map.set(at, run, state);
-                }
-            } else if state == State::Zero {
-                self.zero(at, run)?;
-            }
-            at += run;
-        }
-        Ok(())
-    }
-
-    /// What the layer that goes says about `block`, and for how many blocks.
-    fn below(&self, block: u64, max: u64) -> (State, u64) {
-        let blocks = self.from_bytes.div_ceil(BLOCK_BYTES);
-        if block >= blocks {
-            // The volume was smaller then, and what it has grown by is zeros, whatever lies below.
-            return (State::Zero, max);
-        }
-        let max = max.min(blocks - block);
-        if let Some(map) = &self.from_map {
-            return map.run(block, max);
-        }
-        let start = block * BLOCK_BYTES;
-        let (len, hole) = self.from.extent_at(start, (start + max * BLOCK_BYTES).min(self.from_bytes));
-        match (hole, len / BLOCK_BYTES) {
-            (true, whole @ 1..) => (State::Zero, whole),
-            // Partly a hole, or the end of the volume: copied like data.
-            _ => (State::Data, len.div_ceil(BLOCK_BYTES).clamp(1, max)),
-        }
-    }
-
-    fn copy(&mut self, block: u64, count: u64) -> io::Result<()> {
-        let (mut at, end) = (block * BLOCK_BYTES, ((block + count) * BLOCK_BYTES).min(self.into_bytes));
-        while at < end {
-            let len = (end - at).min(PART_BYTES);
-            let part = &mut self.buffer[..len as usize];
-            // The last block of a smaller layer ends early, and zeros follow.
-            let (there, beyond) = part.split_at_mut(self.from_bytes.saturating_sub(at).min(len) as usize);
-            layer::read_at(self.from, self.from_cipher, there, at)?;
-            beyond.fill(0);
-            layer::write_at(self.into, self.into_cipher, part, at)?;
-            self.touched = true;
-            self.copied_bytes += len;
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// The file of a bottom must have zeros itself; above it the map's word is enough.
-    fn zero(&mut self, block: u64, count: u64) -> io::Result<()> {
-        if self.from_map.is_some() {
-            return Ok(());
-        }
-        let (mut at, end) = (block * BLOCK_BYTES, ((block + count) * BLOCK_BYTES).min(self.into_bytes));
-        if self.into.extent_at(at, end) == (end - at, true) {
-            return Ok(());
-        }
-        self.touched = true;
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match self.into.fallocate(punch, at, end - at) {
-            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
-            other => return other,
-        }
-        self.buffer.fill(0);
-        while at < end {
-            let len = (end - at).min(PART_BYTES);
-            self.into.write_all_at(&self.buffer[..len as usize], at)?;
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// Data before the map that names them.
-    fn commit(&mut self) -> io::Result<()> {
-        if std::mem::take(&mut self.touched) {
-            self.into.sync_data()?;
-        }
-        let mut pages: Vec<(u64, [u8; PAGE_BYTES])> = Vec::new();
-        self.into_map.take_dirty(&mut pages);
-        // A sealed layer's checksums go before its map changes.
-        commit_merged(self.into_map_file, self.into_header, &pages)
     }
 }

@@ -88,6 +88,10 @@ pub(crate) struct Core {
     pub(crate) commit: Mutex<()>,
     pub(crate) keeper: Mutex<KeeperState>,
     pub(crate) keeper_wake: Condvar,
+    /// A merge exists.
+    pub(crate) merging: AtomicBool,
+    /// A merge could not sync the map of a sealed layer: none may end until the volume is reopened.
+    pub(crate) merge_broken: AtomicBool,
 }
 
 impl Core {
@@ -107,6 +111,8 @@ impl Core {
             commit: Mutex::new(()),
             keeper: Mutex::default(),
             keeper_wake: Condvar::new(),
+            merging: AtomicBool::new(false),
+            merge_broken: AtomicBool::new(false),
         }
     }
 

@@ -184,7 +184,9 @@ impl LayerWalk<'_> {
     ) -> io::Result<bool> {
         let map = self.part.map;
         let _held = MapLock::take(map)?;
-        if self.region.bottom && self.region.header(map)?.map(|h| h.generation) != generation {
+        // Gone: the layer has become the bottom, and its sums are others now.
+        let Some(header) = self.region.header(map)? else { return Ok(false) };
+        if self.region.bottom && Some(header.generation) != generation {
             return Ok(false);
         }
         let now = self.bits(page)?;

@@ -42,6 +42,7 @@ mod plan;
 mod points;
 mod queue;
 mod reader;
+mod release;
 mod resize;
 mod rollback;
 mod runs;
@@ -67,6 +68,8 @@ mod crypto_test;
 #[cfg(test)]
 mod layers_test;
 #[cfg(test)]
+mod release_test;
+#[cfg(test)]
 mod scrub_test;
 #[cfg(test)]
 mod sim_disk;
@@ -88,6 +91,7 @@ pub use merge::{Deleted, Merge, MergeProgress};
 pub use op::{Full, Op};
 pub use points::Maps;
 pub use queue::IoQueue;
+pub use release::Release;
 pub use rollback::RolledBack;
 pub use runs::FileRun;
 pub use scrub::{Rot, RotKind, ScrubOptions, ScrubReport};

@@ -17,6 +17,7 @@ use crate::{
     header::{Header, HeaderState},
     layer,
     media::{Lock, Media},
+    sealed::MapLock,
     volume::{Access, LayerFiles, VolumeFiles, now_s},
 };
 
@@ -151,7 +152,11 @@ impl Stopped {
         let mut changed = point.clone();
         changed.state = HeaderState::Sealed { successor: number };
         changed.sequence = changed.sequence.wrapping_add(1);
-        layer::write_header(&self.files[*index].1, &changed).map_err(io_error("name the new head"))?;
+        // Under the map's lock: who releases from this snapshot must know what lies above it (`release.rs`).
+        let map = &self.files[*index].1;
+        let held = MapLock::take(map).map_err(io_error("lock a map file"))?;
+        layer::write_header(map, &changed).map_err(io_error("name the new head"))?;
+        drop(held);
         let left = later.iter().map(|(_, header)| header.layer).collect();
         Ok(RolledBack { head: number, size_bytes: point.size_bytes, left })
     }

@@ -54,10 +54,19 @@ pub(crate) fn edit_map(
     map: &Media,
     header: &Header,
     pages: impl IntoIterator<Item = u64>,
+    edit: impl FnMut(u64, &mut Bits),
+) -> io::Result<()> {
+    edit_locked(&MapLock::take(map)?, header, pages, edit)
+}
+
+/// As [`edit_map`], for who holds the lock already.
+pub(crate) fn edit_locked(
+    held: &MapLock<'_>,
+    header: &Header,
+    pages: impl IntoIterator<Item = u64>,
     mut edit: impl FnMut(u64, &mut Bits),
 ) -> io::Result<()> {
-    let region = Region::of(header);
-    let _held = MapLock::take(map)?;
+    let (region, map) = (Region::of(header), held.0);
     let (mut new, mut forget) = (Vec::new(), Vec::new());
     for page in pages {
         let old = region.bits(map, page)?;

@@ -136,6 +136,12 @@ impl Client {
         self.channel.clone()
     }
 
+    /// The deadline that was asked for.
+    #[must_use]
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
     /// The same with another deadline.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Option<Duration>) -> Self {

@@ -1,6 +1,6 @@
 //! Resource names of the API and back: `ardesio/web` is `vdcs/ardesio/vms/web` there.
 
-pub use serio_types::resource::{image, vdc, vm, volume};
+pub use serio_types::resource::{image, snapshot, vdc, vdc_snapshot, vm, volume};
 
 /// As people write it: the collections left out. A name of another shape stays as it is.
 #[must_use]
@@ -9,6 +9,8 @@ pub fn short(resource: &str) -> String {
     match parts.as_slice() {
         ["vdcs", vdc, "vms" | "volumes", name] => format!("{vdc}/{name}"),
         ["vdcs", vdc, "volumes", name, "snapshots", point] => format!("{vdc}/{name}@{point}"),
+        ["vdcs", vdc, "snapshots", name] => format!("{vdc}@{name}"),
+        ["operations", id] => (*id).to_owned(),
         ["vdcs" | "images" | "nodes" | "exports", name] => (*name).to_owned(),
         _ => resource.to_owned(),
     }
@@ -18,7 +20,7 @@ pub fn short(resource: &str) -> String {
 #[must_use]
 pub fn with_noun(resource: &str) -> String {
     let noun = match resource.split('/').collect::<Vec<_>>().as_slice() {
-        ["vdcs", _] => "vdc",
+        ["vdcs", _] | ["vdcs", _, "snapshots", _] => "vdc",
         ["vdcs", _, "vms", _] => "vm",
         ["vdcs", _, "volumes", ..] => "volume",
         ["images", _] => "image",
@@ -49,6 +51,10 @@ mod tests {
         assert_eq!(short(&volume(&name)), "ardesio/web");
         assert_eq!(short("images/tiny"), "tiny");
         assert_eq!(short("vdcs/a/volumes/b/snapshots/c"), "a/b@c");
+        assert_eq!(
+            (short("vdcs/a/snapshots/b"), with_noun("vdcs/a/snapshots/b")),
+            ("a@b".into(), "vdc a@b".into())
+        );
         assert_eq!(short("odd"), "odd");
         assert_eq!(with_noun("vdcs/a/volumes/b/snapshots/c"), "volume a/b@c");
         assert_eq!((with_noun("images/tiny").as_str(), with_noun("odd").as_str()), ("image tiny", "odd"));

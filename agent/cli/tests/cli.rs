@@ -136,6 +136,41 @@ async fn a_restarting_node_is_asked_once_more_with_the_same_id() {
 }
 
 #[tokio::test]
+async fn long_work_is_waited_for_or_left_alone() {
+    let case = Case::new();
+    let ran = case.run(&["vdc", "delete-snapshot", "ardesio", "monday"]).await;
+    assert_eq!(
+        (ran.code, ran.stdout.as_str()),
+        (0, "deleted vdc snapshot ardesio@monday\n"),
+        "{}",
+        ran.stderr
+    );
+    let ran = case.run(&["vdc", "delete-snapshot", "ardesio", "monday", "--async"]).await;
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, "began operation monday\n"));
+    let ran = case.run(&["vdc", "delete-snapshot", "ardesio", "broken"]).await;
+    assert_eq!(
+        (ran.code, ran.stderr.as_str()),
+        (1, "error: operations/broken failed: the disk is on fire\n")
+    );
+    // A host that restarts meanwhile is asked again.
+    let ran = case.run(&["vdc", "delete-snapshot", "ardesio", "flaky", "-o", "json"]).await;
+    let value: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((ran.code, &value["state"]), (0, &json!("OPERATION_STATE_DONE")));
+    let ran = case.run(&["vdc", "delete-snapshot", "ardesio", "endless", "--timeout", "200ms"]).await;
+    assert_eq!(ran.code, 130);
+    assert!(ran.stderr.contains("serio operation cancel endless"), "{}", ran.stderr);
+    let ran = case.run(&["operation", "list", "--volume", "a/web"]).await;
+    let expected = "ID  KIND             TARGET          STATE    DONE  BEGUN\n\
+                    1   delete-snapshot  volume a/web@s  running  25%   -\n";
+    assert_eq!(ran.stdout, expected);
+    let ran = case.run(&["operation", "cancel", "operations/1"]).await;
+    assert_eq!(ran.stdout, "the operation was cancelled\n");
+    let ran = case.run(&["vdc", "snapshot", "ardesio", "--name", "monday", "--consistency", "app"]).await;
+    let expected = "sealed 1 volumes of vdc ardesio as monday\nardesio/web-root@monday is crash-consistent only: no agent answers\n";
+    assert_eq!(ran.stdout, expected);
+}
+
+#[tokio::test]
 async fn patience_ends() {
     let case = Case::new();
     let ran = create(&case, "slow", &["--timeout", "200ms"]).await;

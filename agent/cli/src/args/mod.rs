@@ -2,6 +2,8 @@
 //!
 //! One file per large noun. Every verb carries an example: `--help` is the manual that people read.
 
+mod layers;
+mod operation;
 mod parse;
 mod vm;
 mod volume;
@@ -11,7 +13,9 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serio_types::{ByteSize, Name};
 
-pub use parse::{Seconds, image_name, in_vdc, vdc_name};
+pub use layers::{ChangesArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs};
+pub use operation::{OperationVerb, WaitArgs};
+pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use vm::{ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 
@@ -107,6 +111,9 @@ pub enum Noun {
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmVerb),
+    /// Long work that goes on in the background
+    #[command(subcommand)]
+    Operation(OperationVerb),
     /// What the node has, what is promised, and how it reports that to the scheduler
     #[command(after_help = "Examples:\n  serio capacity\n  serio capacity -o json")]
     Capacity,
@@ -230,6 +237,30 @@ pub enum VdcVerb {
         #[arg(long, value_name = "SIZE")]
         storage: Option<ByteSize>,
     },
+    /// Seal all volumes of a virtual data center at one instant: all or none
+    Snapshot(VdcSnapshotArgs),
+    /// List the snapshots of a virtual data center, oldest first
+    #[command(after_help = "Examples:\n  serio vdc snapshots ardesio\n  serio vdc snapshots ardesio -o json")]
+    Snapshots {
+        /// Its name
+        #[arg(value_parser = vdc_name)]
+        name: Name,
+    },
+    /// Delete a snapshot of a virtual data center with all its parts
+    #[command(after_help = "ctrl-C ends the waiting, not the operation.
+
+Examples:
+  serio vdc delete-snapshot ardesio monday")]
+    DeleteSnapshot {
+        /// The vdc's name
+        #[arg(value_parser = vdc_name)]
+        name: Name,
+        /// The snapshot's
+        snapshot: Name,
+        /// Waiting.
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
     /// Delete an empty virtual data center
     #[command(after_help = "Examples:\n  serio vdc delete ardesio")]
     Delete {
@@ -237,6 +268,40 @@ pub enum VdcVerb {
         #[arg(value_parser = vdc_name)]
         name: Name,
     },
+}
+
+/// `vdc snapshot`.
+#[derive(Debug, Args)]
+#[command(after_help = "Guests wait while the instant is made: a few milliseconds, three seconds at most.
+With --consistency app the guests' agents (qemu-guest-agent) freeze their file systems first; a guest without one is
+taken as after a power cut, and the snapshot says why.
+
+Examples:
+  serio vdc snapshot ardesio --name monday
+  serio vdc snapshot ardesio --name monday --consistency app
+  serio vdc snapshot ardesio --name monday --consistency app --require-app")]
+pub struct VdcSnapshotArgs {
+    /// The vdc's name
+    #[arg(value_parser = vdc_name)]
+    pub vdc: Name,
+    /// The snapshot's name, in each volume too
+    #[arg(long = "name", id = "point", value_name = "NAME")]
+    pub name: Name,
+    /// What it shall be good for
+    #[arg(long, value_enum, default_value_t = ConsistencyArg::Crash)]
+    pub consistency: ConsistencyArg,
+    /// Rather none than one without a frozen guest
+    #[arg(long, requires = "consistency")]
+    pub require_app: bool,
+}
+
+/// What a point is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ConsistencyArg {
+    /// As after a power cut.
+    Crash,
+    /// File systems frozen by the guests' agents.
+    App,
 }
 
 /// The verbs of `image`.

@@ -3,7 +3,7 @@
 
 use std::{str::FromStr, time::Duration};
 
-use serio_types::{Name, VdcName};
+use serio_types::{Name, SnapshotName, VdcName};
 
 /// A length of time: `500ms`, `30s`, `5m`, `2h`; a bare number is seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,4 +50,12 @@ pub fn in_vdc(text: &str) -> Result<VdcName, String> {
         _ => text.to_owned(),
     };
     short.parse().map_err(|e: serio_types::NameError| e.to_string())
+}
+
+/// `ardesio/web-root@before`, or `vdcs/ardesio/volumes/web-root/snapshots/before`.
+pub fn snapshot_name(text: &str) -> Result<SnapshotName, String> {
+    match serio_types::resource::parse_snapshot(text) {
+        Ok(name) => Ok(name),
+        Err(_) => text.parse().map_err(|e: serio_types::NameError| e.to_string()),
+    }
 }

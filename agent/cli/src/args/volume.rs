@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 use serio_types::{ByteSize, Name, VdcName};
 
+use super::layers::{ChangesArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs};
 use super::parse::{Seconds, image_name, in_vdc, vdc_name};
 
 /// The verbs of `volume`.
@@ -54,6 +55,18 @@ pub enum VolumeVerb {
         #[arg(value_parser = in_vdc)]
         volume: VdcName,
     },
+    /// Delete a point; what only it has is merged into what follows it
+    DeleteSnapshot(DeleteSnapshotArgs),
+    /// Make a volume larger, also while its VM runs
+    Resize(ResizeArgs),
+    /// Make a volume from a point of another one, at once
+    Clone(CloneArgs),
+    /// Take a volume back to a point
+    Rollback(RollbackArgs),
+    /// Copy what a volume shares with others or its image, so that it stands alone
+    Flatten(FlattenArgs),
+    /// List what has changed between two points, or since one
+    Changes(ChangesArgs),
     /// Offer a point, or a stopped volume, over NBD, and print the URI
     Export(ExportArgs),
     /// List the exports of the node

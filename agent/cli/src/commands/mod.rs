@@ -6,8 +6,10 @@ mod console;
 mod doctor;
 mod events;
 mod image;
+mod layers;
 mod man;
 mod node;
+mod operation;
 mod pki;
 mod vdc;
 mod vm;
@@ -42,6 +44,7 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Image(verb) => image::run(&client, verb, output).await,
         Noun::Volume(verb) => volume::run(&client, &global, verb, output).await,
         Noun::Vm(verb) => vm::run(&client, &global, verb, output).await,
+        Noun::Operation(verb) => operation::run(&client, verb, output).await,
         Noun::Capacity => capacity::run(&client, output).await,
         Noun::Events(args) => events::run(&client, args, output).await,
         Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } | Noun::Man { .. } => Ok(()),

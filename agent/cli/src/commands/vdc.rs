@@ -1,13 +1,20 @@
 //! `vdc`: the quota of a tenant.
 
 use serio_api::v1::{
-    CreateVdcRequest, DeleteVdcRequest, GetVdcRequest, ListVdcsRequest, Quota, UpdateVdcRequest, Vdc,
+    CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcSnapshotRequest, GetVdcRequest,
+    ListVdcSnapshotsRequest, ListVdcsRequest, PointClass, Quota, UpdateVdcRequest, Vdc,
     vdc_service_client::VdcServiceClient,
 };
-use serio_types::Name;
+use serio_types::{Name, VdcName};
 
-use super::request_id;
-use crate::{args::VdcVerb, client::Client, error::Failure, names, output, output::Output};
+use super::{operation, request_id, volume};
+use crate::{
+    args::{ConsistencyArg, VdcSnapshotArgs, VdcVerb},
+    client::Client,
+    error::Failure,
+    names, output,
+    output::Output,
+};
 
 pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Result<(), Failure> {
     match verb {
@@ -57,6 +64,20 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
                 .await?;
             output.done(&vdc, &format!("updated vdc {name}: {}", quota_text(vdc.quota.as_ref())))
         }
+        VdcVerb::Snapshot(args) => snapshot(client, args, output).await,
+        VdcVerb::Snapshots { name } => snapshots(client, &name, output).await,
+        VdcVerb::DeleteSnapshot { name, snapshot, wait } => {
+            let shown = format!("{name}@{snapshot}");
+            let resource = names::vdc_snapshot(&VdcName { vdc: name, name: snapshot });
+            let request = DeleteVdcSnapshotRequest { request_id: request_id(), name: resource };
+            let begun = client
+                .call(&format!("delete vdc snapshot {shown}"), request, |channel, request| async move {
+                    VdcServiceClient::new(channel).delete_vdc_snapshot(request).await
+                })
+                .await?;
+            let sentence = format!("deleted vdc snapshot {shown}");
+            operation::follow(client, begun, wait.no_wait, &sentence, output).await
+        }
         VdcVerb::Delete { name } => {
             let request = DeleteVdcRequest { request_id: request_id(), name: names::vdc(&name) };
             let answer = client
@@ -67,6 +88,51 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
             output.done(&answer, &format!("deleted vdc {name}"))
         }
     }
+}
+
+async fn snapshot(client: &Client, args: VdcSnapshotArgs, output: Output) -> Result<(), Failure> {
+    let consistency = match args.consistency {
+        ConsistencyArg::Crash => PointClass::Crash,
+        ConsistencyArg::App => PointClass::App,
+    };
+    let request = CreateVdcSnapshotRequest {
+        request_id: request_id(),
+        vdc: names::vdc(&args.vdc),
+        snapshot_id: args.name.to_string(),
+        consistency: consistency.into(),
+        require_app: args.require_app,
+    };
+    let whole = client
+        .call(&format!("snapshot vdc {}", args.vdc), request, |channel, request| async move {
+            VdcServiceClient::new(channel).create_vdc_snapshot(request).await
+        })
+        .await?;
+    let mut sentence =
+        format!("sealed {} volumes of vdc {} as {}", whole.snapshots.len(), args.vdc, args.name);
+    for part in whole.snapshots.iter().filter(|part| !part.class_reason.is_empty()) {
+        let (name, class) = (names::short(&part.name), volume::class(part.class()));
+        sentence
+            .push_str(&format!("\n{name} is {class}-consistent only: {}", output::clean(&part.class_reason)));
+    }
+    output.done(&whole, &sentence)
+}
+
+async fn snapshots(client: &Client, name: &Name, output: Output) -> Result<(), Failure> {
+    let request = ListVdcSnapshotsRequest { vdc: names::vdc(name) };
+    let answer = client
+        .call(&format!("list the snapshots of vdc {name}"), request, |channel, request| async move {
+            VdcServiceClient::new(channel).list_vdc_snapshots(request).await
+        })
+        .await?;
+    output.list(&answer.snapshots, &["NAME", "VOLUMES", "CLASS", "CREATED", "STATE"], |whole| {
+        vec![
+            names::short_point(&whole.name),
+            whole.snapshots.len().to_string(),
+            volume::class(whole.class()).to_owned(),
+            output::time(whole.create_time.as_ref()),
+            if whole.deleting { "deleting" } else { "ready" }.to_owned(),
+        ]
+    })
 }
 
 async fn get(client: &Client, name: &Name) -> Result<Vdc, Failure> {

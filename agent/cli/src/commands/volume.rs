@@ -4,11 +4,11 @@ use pbjson_types::Duration;
 use serio_api::v1::{
     CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest,
     DeleteVolumeRequest, Export, GetVolumeRequest, ListExportsRequest, ListSnapshotsRequest,
-    ListVolumesRequest, Volume, volume_service_client::VolumeServiceClient,
+    ListVolumesRequest, PointClass, Volume, volume_service_client::VolumeServiceClient,
 };
 use serio_types::{Name, VdcName};
 
-use super::request_id;
+use super::{layers, request_id};
 use crate::{
     args::{ExportArgs, Format, Global, VolumeVerb},
     client::{Client, Target},
@@ -51,6 +51,12 @@ pub(super) async fn run(
             output.done(&snapshot, &format!("sealed point {name} of volume {volume}"))
         }
         VolumeVerb::Snapshots { volume } => snapshots(client, &volume, output).await,
+        VolumeVerb::DeleteSnapshot(args) => layers::delete_snapshot(client, args, output).await,
+        VolumeVerb::Resize(args) => layers::resize(client, args, output).await,
+        VolumeVerb::Clone(args) => layers::clone(client, args, output).await,
+        VolumeVerb::Rollback(args) => layers::rollback(client, args, output).await,
+        VolumeVerb::Flatten(args) => layers::flatten(client, args, output).await,
+        VolumeVerb::Changes(args) => layers::changes(client, args, output).await,
         VolumeVerb::Export(args) => export(client, global, args, output).await,
         VolumeVerb::Exports => exports(client, output).await,
         VolumeVerb::Unexport { id } => {
@@ -104,16 +110,30 @@ async fn list(client: &Client, vdc: Option<Name>, output: Output) -> Result<(), 
             VolumeServiceClient::new(channel).list_volumes(request).await
         })
         .await?;
-    output.list(&answer.volumes, &["NAME", "SIZE", "ALLOCATED", "IMAGE", "VM", "SNAPSHOTS"], |volume| {
-        vec![
-            names::short(&volume.name),
-            output::size(volume.size_bytes),
-            output::size(volume.allocated_bytes),
-            names::short(&volume.source_image),
-            names::short(&volume.attached_to),
-            volume.snapshots.len().to_string(),
-        ]
-    })
+    output.list(
+        &answer.volumes,
+        &["NAME", "SIZE", "ALLOCATED", "SHARED", "IMAGE", "VM", "SNAPSHOTS"],
+        |volume| {
+            vec![
+                names::short(&volume.name),
+                output::size(volume.size_bytes),
+                output::size(volume.allocated_bytes),
+                output::size(volume.shared_bytes),
+                names::short(&volume.source_image),
+                names::short(&volume.attached_to),
+                volume.snapshots.len().to_string(),
+            ]
+        },
+    )
+}
+
+/// The word for what a point is good for.
+pub(super) const fn class(class: PointClass) -> &'static str {
+    match class {
+        PointClass::Unspecified => "",
+        PointClass::Crash => "crash",
+        PointClass::App => "app",
+    }
 }
 
 async fn snapshots(client: &Client, volume: &VdcName, output: Output) -> Result<(), Failure> {
@@ -123,10 +143,12 @@ async fn snapshots(client: &Client, volume: &VdcName, output: Output) -> Result<
             VolumeServiceClient::new(channel).list_snapshots(request).await
         })
         .await?;
-    output.list(&answer.snapshots, &["NAME", "SIZE", "CREATED"], |snapshot| {
+    output.list(&answer.snapshots, &["NAME", "SIZE", "CLASS", "VDC SNAPSHOT", "CREATED"], |snapshot| {
         vec![
             names::short_point(&snapshot.name),
             output::size(snapshot.size_bytes),
+            class(snapshot.class()).to_owned(),
+            names::short_point(&snapshot.vdc_snapshot),
             output::time(snapshot.create_time.as_ref()),
         ]
     })
@@ -142,7 +164,9 @@ fn show(volume: &Volume, output: Output) -> Result<(), Failure> {
             ("created", output::time(volume.create_time.as_ref())),
             ("size", output::size(volume.size_bytes)),
             ("allocated", output::size(volume.allocated_bytes)),
+            ("shared", output::size(volume.shared_bytes)),
             ("image", names::short(&volume.source_image)),
+            ("cloned from", names::short(&volume.source_snapshot)),
             ("vm", names::short(&volume.attached_to)),
             (
                 "snapshots",

@@ -8,13 +8,17 @@ use std::{
 };
 
 use serio_api::v1::{
-    ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVmRequest, DeleteImageRequest, DeleteImageResponse,
-    DeleteVdcRequest, DeleteVdcResponse, DeleteVmRequest, DeleteVmResponse, GetImageRequest, GetVdcRequest,
-    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListVdcsRequest,
-    ListVdcsResponse, ListVmsRequest, ListVmsResponse, Quota, ReadLogRequest, RebootVmRequest,
-    StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, Vm,
+    CancelOperationRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest,
+    CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse,
+    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, GetImageRequest, GetOperationRequest,
+    GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
+    ListImagesResponse, ListOperationsRequest, ListOperationsResponse, ListVdcSnapshotsRequest,
+    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation,
+    OperationState, PointClass, Quota, ReadLogRequest, RebootVmRequest, Snapshot, StartVmRequest,
+    StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot, Vm, WatchOperationRequest,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
+    operation_service_server::{OperationService, OperationServiceServer},
     vdc_service_server::{VdcService, VdcServiceServer},
     vm_service_server::{VmService, VmServiceServer},
 };
@@ -38,6 +42,7 @@ pub(crate) struct Seen {
     pub(crate) kernel: Vec<u8>,
     pub(crate) disk: Vec<u8>,
     pub(crate) chunk_bytes: usize,
+    pub(crate) flaky: bool,
 }
 
 /// The node.
@@ -54,6 +59,7 @@ impl Fake {
     fn router(&self) -> Router {
         Server::builder()
             .add_service(VdcServiceServer::new(self.clone()))
+            .add_service(OperationServiceServer::new(self.clone()))
             .add_service(VmServiceServer::new(self.clone()))
             .add_service(ImageServiceServer::new(self.clone()))
     }
@@ -95,6 +101,45 @@ fn vdc(name: &str) -> Vdc {
 
 #[tonic::async_trait]
 impl VdcService for Fake {
+    async fn create_vdc_snapshot(
+        &self,
+        request: Request<CreateVdcSnapshotRequest>,
+    ) -> Result<Response<VdcSnapshot>, Status> {
+        let name = request.into_inner().snapshot_id;
+        let part = Snapshot {
+            name: format!("vdcs/ardesio/volumes/web-root/snapshots/{name}"),
+            class: PointClass::Crash.into(),
+            class_reason: "no agent answers".into(),
+            ..Snapshot::default()
+        };
+        let name = format!("vdcs/ardesio/snapshots/{name}");
+        Ok(Response::new(VdcSnapshot { name, snapshots: vec![part], ..VdcSnapshot::default() }))
+    }
+
+    async fn get_vdc_snapshot(
+        &self,
+        _: Request<GetVdcSnapshotRequest>,
+    ) -> Result<Response<VdcSnapshot>, Status> {
+        Err(Status::unimplemented("not played"))
+    }
+
+    async fn list_vdc_snapshots(
+        &self,
+        _: Request<ListVdcSnapshotsRequest>,
+    ) -> Result<Response<ListVdcSnapshotsResponse>, Status> {
+        Ok(Response::new(ListVdcSnapshotsResponse::default()))
+    }
+
+    async fn delete_vdc_snapshot(
+        &self,
+        request: Request<DeleteVdcSnapshotRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let target = request.into_inner().name;
+        let name = format!("operations/{}", target.rsplit('/').next().unwrap());
+        let state = OperationState::Running.into();
+        Ok(Response::new(Operation { name, target, state, ..Operation::default() }))
+    }
+
     async fn create_vdc(&self, request: Request<CreateVdcRequest>) -> Result<Response<Vdc>, Status> {
         let request = request.into_inner();
         let tries = {
@@ -292,5 +337,74 @@ impl ImageService for Fake {
         _: Request<DeleteImageRequest>,
     ) -> Result<Response<DeleteImageResponse>, Status> {
         Err(Status::aborted("changed meanwhile"))
+    }
+}
+
+/// Operations named `broken` fail, `endless` go on, `flaky` break the stream once, others get done.
+#[tonic::async_trait]
+impl OperationService for Fake {
+    type WatchOperationStream = Pinned<Operation>;
+
+    async fn get_operation(
+        &self,
+        request: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let name = request.into_inner().name;
+        Ok(Response::new(Operation { name, state: OperationState::Running.into(), ..Operation::default() }))
+    }
+
+    async fn list_operations(
+        &self,
+        _: Request<ListOperationsRequest>,
+    ) -> Result<Response<ListOperationsResponse>, Status> {
+        let operation = |id: &str, target: &str| Operation {
+            name: format!("operations/{id}"),
+            kind: "delete-snapshot".into(),
+            target: target.into(),
+            state: OperationState::Running.into(),
+            done_bytes: 1,
+            total_bytes: 4,
+            ..Operation::default()
+        };
+        let operations = vec![
+            operation("1", "vdcs/a/volumes/web/snapshots/s"),
+            operation("2", "vdcs/a/volumes/web-root/snapshots/s"),
+        ];
+        Ok(Response::new(ListOperationsResponse { operations }))
+    }
+
+    async fn watch_operation(
+        &self,
+        request: Request<WatchOperationRequest>,
+    ) -> Result<Response<Self::WatchOperationStream>, Status> {
+        let name = request.into_inner().name;
+        let (sender, receiver) = mpsc::channel(4);
+        let state = |state: OperationState, error: &str| Operation {
+            name: name.clone(),
+            state: state.into(),
+            error: error.into(),
+            ..Operation::default()
+        };
+        sender.send(Ok(state(OperationState::Running, ""))).await.unwrap();
+        match name.as_str() {
+            "operations/endless" => drop(tokio::spawn(async move { sender.closed().await })),
+            "operations/broken" => {
+                sender.send(Ok(state(OperationState::Failed, "the disk is on fire"))).await.unwrap();
+            }
+            "operations/flaky" if std::mem::replace(&mut self.seen.lock().unwrap().flaky, true) => {
+                sender.try_send(Ok(state(OperationState::Done, ""))).unwrap();
+            }
+            "operations/flaky" => {}
+            _ => sender.send(Ok(state(OperationState::Done, ""))).await.unwrap(),
+        }
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let name = request.into_inner().name;
+        Ok(Response::new(Operation { name, state: OperationState::Cancelled.into(), ..Operation::default() }))
     }
 }

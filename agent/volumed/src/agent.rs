@@ -219,13 +219,14 @@ fn export(agent: &Arc<Agent>, ask: &serio_control::message::Export, descriptors:
     }
     let (listener, export) = opened?;
     let stop = Stop::new().map_err(io)?;
+    let limits = Limits { once: ask.once, ..Limits::default() };
     let clients = Arc::clone(&agent.clients);
     let stopping = stop.clone();
     let server = std::thread::Builder::new()
         .name("nbd-server".into())
         .spawn(move || {
             let log = Log::default();
-            let server = Server::new(vec![export], Limits::default());
+            let server = Server::new(vec![export], limits);
             let result = server.run(&listener, &stopping, &|event| {
                 if let Event::Clients(n) = event {
                     clients.store(u32::try_from(n).unwrap_or(u32::MAX), Ordering::SeqCst);
@@ -235,6 +236,11 @@ fn export(agent: &Arc<Agent>, ask: &serio_control::message::Export, descriptors:
             if let Err(e) = result {
                 eprintln!("the export ends: {:#}", anyhow::Error::from(e));
                 process::exit(1);
+            }
+            if limits.once {
+                // Its first user has gone, or it was asked to end and is about to. The volume is closed with the server.
+                drop(server);
+                process::exit(0);
             }
         })
         .map_err(io)?;

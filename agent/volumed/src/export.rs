@@ -11,13 +11,13 @@ use std::{
     sync::Arc,
 };
 
-use serio_nbd::{
-    Backend, Command, ExportInfo, Payload, Queue, Run,
-    wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO},
-};
 use rustix::{
     fs::{Advice, fadvise},
     io::{ReadWriteFlags, preadv2},
+};
+use serio_nbd::{
+    Backend, Command, ExportInfo, Payload, Queue, Run,
+    wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO},
 };
 use serio_volume::{Buffers, FileRun, IoQueue, Op, Volume};
 

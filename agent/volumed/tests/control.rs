@@ -132,6 +132,7 @@ fn export(dir: &Path, image: &[u8]) {
             snapshot: snapshot.into(),
             read_only: !snapshot.is_empty(),
             uid: 0,
+            once: false,
         };
         let result = process.channel.call(Body::Export(ask), &fds(&all));
         (process, result, format!("nbd+unix:///token?socket={}", nbd.display()))

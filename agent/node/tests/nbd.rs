@@ -1,0 +1,233 @@
+//! Exports of a real seriod, over TLS and Unix sockets, used by strangers' tools: tokens, their first user, expiry, `once`,
+//! and restarts of seriod in the middle of a copy.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use common::Seriod;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serio_api::v1::{
+    CreateExportRequest, CreateVdcRequest, CreateVolumeRequest, Export, ListExportsRequest, Quota,
+    vdc_service_client::VdcServiceClient, volume_service_client::VolumeServiceClient,
+};
+use tonic::transport::Channel;
+
+const VOLUME: &str = "vdcs/ardesio/volumes/data";
+const SIZE: usize = 24 << 20;
+
+/// Certificates of one authority: `pki/` for seriod, `NAME/` for each client.
+fn certificates(dir: &Path, clients: &[&str]) {
+    let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let issue = |folder: &str, kind: &str| {
+        let folder = dir.join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
+        fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
+        fs::write(folder.join(format!("{kind}-cert.pem")), certificate.pem()).unwrap();
+        fs::write(folder.join(format!("{kind}-key.pem")), key.serialize_pem()).unwrap();
+    };
+    issue("pki", "server");
+    for client in clients {
+        issue(client, "client");
+    }
+}
+
+struct Bench {
+    seriod: Seriod,
+}
+
+/// A seriod with an NBD listener and an empty volume; `None`, and why is said, where this cannot run.
+async fn bench() -> Option<Bench> {
+    for tool in ["nbdcopy", "nbdinfo", "qemu-img"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            println!("skipped: {tool} is not installed");
+            return None;
+        }
+    }
+    let volumed = Path::new(env!("CARGO_BIN_EXE_seriod")).with_file_name("serio-volumed");
+    if !volumed.is_file() {
+        println!("skipped: {} is not built", volumed.display());
+        return None;
+    }
+    // The same port after a restart: one that was free a moment ago.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut seriod = Seriod::new("");
+    let dir = seriod.dir.path().to_owned();
+    certificates(&dir, &["mine", "other"]);
+    let config = format!(
+        "[grpc]\ntls_dir = \"{}/pki\"\n[nbd]\nlisten = \"127.0.0.1:{port}\"\nadvertise = \"localhost\"\n",
+        dir.display()
+    );
+    let path = dir.join("seriod.toml");
+    fs::write(&path, fs::read_to_string(&path).unwrap() + &config).unwrap();
+    fs::copy(&volumed, dir.join("serio-volumed")).unwrap();
+    seriod.start();
+    let channel = seriod.connect().await.unwrap();
+    let quota = Quota { vcpus: 1, memory_bytes: 1 << 30, storage_bytes: 1 << 30 };
+    let vdc = CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..Default::default() };
+    VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
+    let volume = CreateVolumeRequest {
+        parent: "vdcs/ardesio".to_owned(),
+        volume_id: "data".to_owned(),
+        size_bytes: SIZE as u64,
+        ..Default::default()
+    };
+    VolumeServiceClient::new(channel).create_volume(volume).await.unwrap();
+    Some(Bench { seriod })
+}
+
+impl Bench {
+    fn at(&self, name: &str) -> PathBuf {
+        self.seriod.dir.path().join(name)
+    }
+
+    async fn volumes(&self) -> VolumeServiceClient<Channel> {
+        VolumeServiceClient::new(self.seriod.connect().await.unwrap())
+    }
+
+    async fn export(&self, change: impl FnOnce(&mut CreateExportRequest)) -> Export {
+        let mut request =
+            CreateExportRequest { volume: VOLUME.to_owned(), writable: true, ..Default::default() };
+        change(&mut request);
+        self.volumes().await.create_export(request).await.unwrap().into_inner()
+    }
+
+    async fn exports(&self) -> usize {
+        self.volumes().await.list_exports(ListExportsRequest {}).await.unwrap().into_inner().exports.len()
+    }
+
+    /// Waits until the last export has ended by itself.
+    async fn until_ended(&self) {
+        let since = Instant::now();
+        while self.exports().await > 0 {
+            assert!(since.elapsed() < Duration::from_secs(30), "the export does not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The URI for the holder of a certificate.
+    fn tls(&self, export: &Export, who: &str) -> String {
+        format!("{}?tls-certificates={}", export.tls_uri, self.at(who).display())
+    }
+
+    /// As qemu's tools take it, going on for a minute when the connection is lost.
+    fn qemu(&self, export: &Export) -> [String; 4] {
+        let (_, rest) = export.tls_uri.split_once("//localhost:").unwrap();
+        let (port, token) = rest.split_once('/').unwrap();
+        let dir = self.at("mine");
+        [
+            "--object".to_owned(),
+            format!("tls-creds-x509,id=t,endpoint=client,dir={}", dir.display()),
+            "--image-opts".to_owned(),
+            format!(
+                "driver=nbd,server.type=inet,server.host=localhost,server.port={port},export={token},tls-creds=t,\
+                 reconnect-delay=60"
+            ),
+        ]
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn succeeds(program: &str, arguments: &[&str]) {
+    let output = run(program, arguments);
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Bytes that are different in each block.
+fn noise() -> Vec<u8> {
+    (0..SIZE as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).rotate_left(7).to_le_bytes()).collect()
+}
+
+fn starts(program: &str, arguments: &[String]) -> Child {
+    Command::new(program).args(arguments).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_go_on_after_a_restart() {
+    let Some(mut bench) = bench().await else { return };
+    let export = bench.export(|_| ()).await;
+    fs::write(bench.at("disk"), noise()).unwrap();
+    succeeds("nbdcopy", &["--connections=4", text(&bench.at("disk")), &bench.tls(&export, "mine")]);
+
+    // Slow readers, so that seriod dies in the middle: qemu-img through it, nbdcopy past it.
+    let mut through = vec!["convert".to_owned(), "-r".into(), "8M".into(), "-m".into(), "1".into()];
+    through.extend(bench.qemu(&export));
+    through.extend(["-O".into(), "raw".into(), text(&bench.at("through")).to_owned()]);
+    let through = starts("qemu-img", &through);
+    let mut past: Vec<String> = "convert -r 8M -m 1 -f raw -O raw".split(' ').map(str::to_owned).collect();
+    past.extend([export.unix_uri.clone(), text(&bench.at("past")).to_owned()]);
+    let past = starts("qemu-img", &past);
+    // A part of the copy is there; its length is set from the start.
+    let part = |name: &str| {
+        use std::os::unix::fs::MetadataExt;
+        fs::metadata(bench.at(name)).is_ok_and(|m| m.blocks() * 512 > (2 << 20))
+    };
+    let since = Instant::now();
+    while !(part("through") && part("past")) {
+        assert!(since.elapsed() < Duration::from_secs(60), "the copies do not begin");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    bench.seriod.kill();
+    bench.seriod.start();
+    for (child, name) in [(through, "through"), (past, "past")] {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(fs::read(bench.at(name)).unwrap() == noise(), "{name}");
+    }
+
+    // The token is still its first user's, and nobody else's.
+    succeeds("nbdinfo", &["--size", &bench.tls(&export, "mine")]);
+    let taken = run("nbdinfo", &["--size", &bench.tls(&export, "other")]);
+    let said = String::from_utf8_lossy(&taken.stderr);
+    assert!(!taken.status.success() && said.contains("No such file or directory"), "{said}");
+    assert_eq!(bench.exports().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exports_end() {
+    let Some(bench) = bench().await else { return };
+    // Once: with the last connection of its first user.
+    let once = bench.export(|request| request.once = true).await;
+    let uri = bench.tls(&once, "mine");
+    succeeds("nbdcopy", &["--connections=4", &uri, "null:"]);
+    bench.until_ended().await;
+    let gone = run("nbdinfo", &["--size", &uri]);
+    let said = String::from_utf8_lossy(&gone.stderr);
+    assert!(!gone.status.success() && said.contains("No such file or directory"), "{said}");
+    // On the Unix socket too.
+    let once = bench.export(|request| request.once = true).await;
+    succeeds("nbdinfo", &["--size", &once.unix_uri]);
+    bench.until_ended().await;
+
+    // When its time is over, connected or not.
+    let ttl = Duration::from_secs(2).into();
+    let short = bench.export(|request| request.ttl = Some(ttl)).await;
+    let uri = bench.tls(&short, "mine");
+    succeeds("nbdinfo", &["--size", &uri]);
+    let mut long: Vec<String> = "convert -r 1M -m 1 -f raw -O raw".split(' ').map(str::to_owned).collect();
+    long.extend([short.unix_uri.clone(), text(&bench.at("cut")).to_owned()]);
+    let connected = starts("qemu-img", &long);
+    bench.until_ended().await;
+    assert!(!run("nbdinfo", &["--size", &uri]).status.success());
+    drop(connected.wait_with_output());
+}

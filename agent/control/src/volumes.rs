@@ -166,6 +166,10 @@ pub struct MergeState {
     /// Bytes in all.
     #[prost(uint64, tag = "6")]
     pub total_bytes: u64,
+    /// With `done`: the layer is the plain bottom of an encrypted volume and stays in the chain; nothing of its data is
+    /// read any more. Its data file is to be replaced, by a rename, by an empty one of the same length.
+    #[prost(bool, tag = "7")]
+    pub stays: bool,
 }
 
 /// Make a volume over sealed layers that it shares with their owner: the data files were linked to the new

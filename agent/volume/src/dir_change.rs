@@ -1,4 +1,4 @@
-//! What changes the layers of a volume directory: clones, rollbacks. For stand-alone tools and tests, as `dir.rs`.
+//! What changes the layers of a volume directory: clones, rollbacks, merges. For stand-alone tools and tests, as `dir.rs`.
 //!
 //! A clone is made beside its directory, under the name `.NAME.UUID.partial`, and renamed when it is complete and synced:
 //! after a crash there is the whole clone or, to be removed by hand, that directory.
@@ -15,8 +15,9 @@ use crate::{
     dir::{VolumeDir, VolumeDirError},
     error::{CloneError, RollbackError},
     media::Media,
+    merge::MergeProgress,
     rollback::{RolledBack, Stopped},
-    volume::{Access, LayerFiles},
+    volume::{Access, LayerFiles, Volume},
 };
 
 /// Gives a file a second name, as [`std::fs::hard_link`] does; or makes a copy where that cannot be.
@@ -115,6 +116,51 @@ impl VolumeDir {
         }
         self.sync()?;
         Ok(went)
+    }
+
+    /// Layers that a volume of this directory has inherited, as clones do, from the highest to the lowest: each is read
+    /// only through the one above. When all are merged ([`Volume::merge`]), the volume shares nothing that it was made from.
+    /// A snapshot's layer is not among them, although a clone of that snapshot may share its data.
+    pub fn inherited(&self, volume: &Volume) -> Result<Vec<u64>, VolumeDirError> {
+        let stack = volume.stack();
+        let mut found = Vec::new();
+        for (at, layer) in stack.layers.iter().enumerate().rev().skip(1) {
+            let Some(header) = layer.header().filter(|h| h.snapshot.is_empty()) else { continue };
+            let links = layer.data.links().map_err(self.io("look at", self.file(header.layer, "data")))?;
+            // The bottom of an encrypted volume that is its own is empty, and stays.
+            let stays = at == 0 && stack.layers.get(1).is_some_and(|l| l.cipher.is_some()) && links == 1;
+            if !stays {
+                found.push(header.layer);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Lets the files of a layer go that a merge is done with, as `progress` says.
+    pub fn settle(&self, layer: u64, progress: &MergeProgress) -> Result<(), VolumeDirError> {
+        if progress.done && progress.stays {
+            return self.empty_bottom(layer);
+        }
+        if progress.done {
+            self.remove_layer(layer)?;
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Puts an empty file in place of the bottom's data, which others may share: nothing of it is read any more.
+    fn empty_bottom(&self, layer: u64) -> Result<(), VolumeDirError> {
+        let path = self.file(layer, "data");
+        let new = self.file(layer, "data.new");
+        let io = self.io("replace", path.clone());
+        let replace = || {
+            let file = File::create(&new)?;
+            file.set_len(path.metadata()?.len())?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        replace().map_err(io)?;
+        self.sync()
     }
 
     fn clone_error(&self) -> impl FnOnce(CloneError) -> VolumeDirError {

@@ -161,6 +161,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         | Body::CloneVolume(_)
         | Body::RollbackVolume(_)
         | Body::ListChanges(_)
+        | Body::MergeLayer(_)
         | Body::Export(_) => {}
         _ => return Err(refusal(Code::Invalid, "serio-volumed does not know this request")),
     }
@@ -186,6 +187,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         Body::ResizeVolume(ask) => layers::resize_volume(ask, descriptors),
         Body::CloneVolume(ask) => layers::clone_volume(ask, descriptors),
         Body::RollbackVolume(ask) => layers::rollback_volume(ask, descriptors),
+        Body::MergeLayer(ask) => layers::merge_layer(ask, descriptors, &agent.progress),
         Body::ListChanges(ask) => layers::list_changes(ask, descriptors),
         _ => jobs::inspect_volume(descriptors),
     };

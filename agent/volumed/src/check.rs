@@ -69,9 +69,10 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<()> {
     let files = VolumeDir::new(&args.volume).files(access)?;
     let bytes_per_s = args.pace.map_or(0, ByteSize::bytes);
     let depth = Depth { data: args.data, add_sums: args.add_sums, bytes_per_s };
-    let (checked, scrubbed) =
-        with_bar(|progress| integrity::examine(&files, depth, &AtomicBool::new(false), progress))
-            .with_context(|| format!("cannot check {name}"))?;
+    let (checked, scrubbed) = with_bar("scrubbing", |progress| {
+        integrity::examine(&files, depth, &AtomicBool::new(false), progress)
+    })
+    .with_context(|| format!("cannot check {name}"))?;
     match args.json {
         true => println!("{:#}", json(&checked, scrubbed.as_ref())),
         false => print!("{}", render(&checked, scrubbed.as_ref())),
@@ -84,10 +85,10 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<()> {
 }
 
 /// Runs `work` and, on a terminal, shows how far it is.
-fn with_bar<T>(work: impl FnOnce(&Progress) -> T) -> T {
+pub(crate) fn with_bar<T>(what: &str, work: impl FnOnce(&Progress) -> T) -> T {
     let (progress, over) = (Progress::default(), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let shown = io::stderr().is_terminal().then(|| scope.spawn(|| show(&progress, &over)));
+        let shown = io::stderr().is_terminal().then(|| scope.spawn(|| show(what, &progress, &over)));
         let result = work(&progress);
         over.store(true, Ordering::Relaxed);
         if let Some(thread) = shown {
@@ -97,14 +98,14 @@ fn with_bar<T>(work: impl FnOnce(&Progress) -> T) -> T {
     })
 }
 
-fn show(progress: &Progress, over: &AtomicBool) {
+fn show(what: &str, progress: &Progress, over: &AtomicBool) {
     while !over.load(Ordering::Relaxed) {
         std::thread::park_timeout(TICK);
         let (done, total) = (progress.done.load(Ordering::Relaxed), progress.total.load(Ordering::Relaxed));
         if total > 0 {
             let percent = u128::from(done) * 100 / u128::from(total);
             let whole = ByteSize::from_bytes(total);
-            eprint!("\r\x1b[Kscrubbing: {percent:3} % of {whole}");
+            eprint!("\r\x1b[K{what}: {percent:3} % of {whole}");
         }
     }
     eprint!("\r\x1b[K");

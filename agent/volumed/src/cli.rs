@@ -16,6 +16,7 @@ use serio_volume::{Access, Inspection, Volume, VolumeDir};
 
 use crate::{
     agent::{self, Log},
+    change::{self, ChangesArgs, CloneArgs, DeleteArgs, FlattenArgs, ResizeArgs, RollbackArgs},
     check::{self, CheckArgs, ScrubArgs},
     export::VolumeExport,
     import::verbs,
@@ -70,6 +71,30 @@ goes on where it was when it is given again.")]
         /// Name of the snapshot.
         name: String,
     },
+    /// Delete a snapshot: what only it has goes to the next newer point. Interrupted, give the command again.
+    #[command(after_help = "Example:\n  serio-volumed delete-snapshot vol@monday --pace 100MiB")]
+    DeleteSnapshot(DeleteArgs),
+    /// Put a volume back to a snapshot. What was written since is lost.
+    #[command(
+        after_help = "Examples:\n  serio-volumed rollback vol@monday\n  serio-volumed rollback vol@monday --discard-later"
+    )]
+    Rollback(RollbackArgs),
+    /// Make a volume that starts as a snapshot of another one, or as a raw image, and shares its data: immediate, no copy.
+    #[command(
+        after_help = "Examples:\n  serio-volumed clone vol@monday vol2\n  serio-volumed clone debian.raw vol3 --size 20GiB"
+    )]
+    Clone(CloneArgs),
+    /// Copy what a clone shares with its source into files of its own.
+    #[command(after_help = "Example:\n  serio-volumed flatten vol2 --pace 100MiB")]
+    Flatten(FlattenArgs),
+    /// Make a volume larger.
+    #[command(after_help = "Example:\n  serio-volumed resize vol 20GiB")]
+    Resize(ResizeArgs),
+    /// List what has changed between a snapshot and a later one, or the volume as it is.
+    #[command(
+        after_help = "Examples:\n  serio-volumed changes vol --from monday --to tuesday\n  serio-volumed changes vol --from monday --json"
+    )]
+    Changes(ChangesArgs),
     /// Show what a volume is. It may be in use.
     #[command(after_help = "Example:\n  serio-volumed info vol --json")]
     Info {
@@ -147,6 +172,12 @@ impl Cli {
             Command::Import(args) => verbs::import(&args),
             Command::Export(args) => verbs::export(&args),
             Command::Snapshot { volume, name } => snapshot(volume, &name),
+            Command::DeleteSnapshot(args) => change::delete_snapshot(&args),
+            Command::Rollback(args) => change::rollback(&args),
+            Command::Clone(args) => change::clone(&args),
+            Command::Flatten(args) => change::flatten(&args),
+            Command::Resize(args) => change::resize(&args),
+            Command::Changes(args) => change::changes(&args),
             Command::Info { volume, json } => info(&volume, json),
             Command::Check(args) => check::run(&args),
             Command::Scrub(args) => check::run(&args.into()),

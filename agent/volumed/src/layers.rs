@@ -1,19 +1,27 @@
 //! The jobs that change which layers a volume has, on descriptors: growing, cloning, rolling back; and what the layers
 //! say about changes.
 
-use std::{fs::File, os::fd::OwnedFd};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use serio_control::message::{
-    Body, ChangedRange, ChangedRanges, CloneVolume, Code, Empty, Failed, ListChanges, ResizeVolume,
-    RollbackVolume, VdcKey,
+    Body, ChangedRange, ChangedRanges, CloneVolume, Code, Empty, Failed, ListChanges, MergeLayer, MergeState,
+    ResizeVolume, RollbackVolume, VdcKey,
 };
 use serio_volume::{
-    Access, CloneError, LayerFiles, Maps, NewVolume, ResizeError, RollbackError, VdcSecret, Volume,
-    VolumeFiles, clone_image,
+    Access, CloneError, LayerFiles, Maps, MergeError, MergeProgress, NewVolume, ResizeError, RollbackError,
+    VdcSecret, Volume, VolumeFiles, clone_image,
 };
 
+use crate::copy::Progress;
 use crate::jobs::{JobResult, create_failed, failed, invalid, io_code, layers, open_failed, volume_id};
 
+/// Bytes that a merge copies between two looks at the pace.
+const STEP_BYTES: u64 = 16 << 20;
 /// Ranges in one answer: what fits well into a frame.
 const RANGES_MAX: u32 = 4096;
 /// Extents of changes that are looked up at once.
@@ -116,6 +124,61 @@ fn rollback_failed(error: RollbackError) -> Failed {
         RollbackError::Later(_) => failed(Code::Precondition, "discard_later", &error),
         RollbackError::Key(_) => failed(Code::Precondition, "key", &error),
         RollbackError::Io { ref source, .. } => failed(io_code(source), "", &error),
+        _ => failed(Code::Internal, "", &error),
+    }
+}
+
+/// Merges a layer of a stopped volume into the one above. Killed at any time, it goes on when it is asked again.
+pub fn merge_layer(ask: &MergeLayer, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
+    let key = secret(ask.key.as_ref())?;
+    let volume = Volume::open_with_key(layers(descriptors)?, Access::ReadWrite, key.as_ref());
+    let volume = volume.map_err(open_failed)?;
+    let done = merge(&volume, ask.layer, ask.bytes_per_s, progress).map_err(merge_failed)?;
+    if !done.stays {
+        return Ok(Body::Done(Empty {}));
+    }
+    Ok(Body::MergeState(MergeState {
+        layer: ask.layer,
+        done: true,
+        stays: true,
+        done_bytes: done.done_bytes,
+        total_bytes: done.total_bytes,
+        ..MergeState::default()
+    }))
+}
+
+/// Merges to the end, `bytes_per_s` at most (0: as fast as it goes).
+pub fn merge(
+    volume: &Volume,
+    layer: u64,
+    bytes_per_s: u64,
+    progress: &Progress,
+) -> Result<MergeProgress, MergeError> {
+    let mut merge = volume.merge(layer)?;
+    let start = Instant::now();
+    // Ten steps a second, so that the pace is even and the progress moves.
+    let step_bytes = if bytes_per_s == 0 { STEP_BYTES } else { (bytes_per_s / 10).clamp(1, STEP_BYTES) };
+    loop {
+        let at = merge.step(step_bytes)?;
+        progress.done.store(at.done_bytes, Ordering::Relaxed);
+        progress.total.store(at.total_bytes, Ordering::Relaxed);
+        if at.done {
+            return Ok(at);
+        }
+        if bytes_per_s > 0 {
+            let due = Duration::from_secs_f64(at.copied_bytes as f64 / bytes_per_s as f64);
+            std::thread::sleep(due.saturating_sub(start.elapsed()));
+        }
+    }
+}
+
+fn merge_failed(error: MergeError) -> Failed {
+    match &error {
+        MergeError::NotSealed(_) => failed(Code::Precondition, "layer", &error),
+        MergeError::Raw | MergeError::ReadOnly | MergeError::Poisoned | MergeError::NoHoles => {
+            failed(Code::Precondition, "", &error)
+        }
+        MergeError::Io { source, .. } => failed(io_code(source), "", &error),
         _ => failed(Code::Internal, "", &error),
     }
 }

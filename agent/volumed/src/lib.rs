@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`cli`] | `serio-volumed create|import|export|snapshot|info|check|scrub|serve`, for people |
+//! | [`change`] | `serio-volumed resize|clone|rollback|delete-snapshot|flatten|changes`, for people |
 //! | [`check`] | the table that `serio-volumed check` and `scrub` print |
 //! | [`integrity`] | checks and scrubs, in the words that people and `seriod` get |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod change;
 pub mod check;
 pub mod cli;
 pub mod copy;

@@ -15,7 +15,7 @@ use std::{
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serio_control::{
     Channel, ChannelError,
-    message::{Body, ChangedRange, CloneVolume, Code, ListChanges, ResizeVolume, RollbackVolume},
+    message::{Body, ChangedRange, CloneVolume, Code, ListChanges, MergeLayer, ResizeVolume, RollbackVolume},
 };
 use serio_volume::{Access, Buffers, Op, Volume, VolumeDir};
 use tempfile::TempDir;
@@ -137,6 +137,81 @@ fn seriod_grows_clones_and_rolls_back() {
     let back = source.open(Access::ReadWrite).expect("open");
     assert!(read(&back, 0, MIB as usize) == vec![1; MIB as usize]);
     assert_eq!(source.files(Access::ReadOnly).expect("files").inspect().expect("inspect").chain, [0, 3]);
+}
+
+#[test]
+fn seriod_merges_a_layer_and_may_ask_twice() {
+    let temp = TempDir::new().expect("tempdir");
+    let dir = VolumeDir::new(temp.path().join("volume"));
+    volume(&dir);
+    let merge = |layer, bytes_per_s| {
+        Body::MergeLayer(MergeLayer { volume_id: ID.into(), layer, bytes_per_s, key: None })
+    };
+    let files = || layers(&dir, &[0, 1, 2]);
+    let before = read(&dir.open_snapshot("b").expect("open"), 0, MIB as usize);
+    job(temp.path(), merge(0, 64 * MIB), &files()).expect("merge");
+    job(temp.path(), merge(0, 0), &files()).expect("it is merged already");
+    assert_eq!(dir.files(Access::ReadOnly).expect("files").inspect().expect("inspect").chain, [1, 2]);
+    assert!(read(&dir.open_snapshot("b").expect("open"), 0, MIB as usize) == before);
+    match job(temp.path(), merge(2, 0), &files()) {
+        Err(ChannelError::Refused(failed)) => assert_eq!(failed.field, "layer"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Runs the command line; what it printed, or what it complained of.
+fn run(dir: &Path, args: &[&str]) -> Result<String, String> {
+    let out = Command::new(common::BIN).current_dir(dir).args(args).output().expect("run");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    if out.status.success() { Ok(text(out.stdout)) } else { Err(text(out.stderr)) }
+}
+
+#[test]
+fn people_clone_flatten_delete_and_roll_back() {
+    let temp = TempDir::new().expect("tempdir");
+    let at = temp.path();
+    volume(&VolumeDir::new(at.join("vol")));
+    run(at, &["clone", "vol@b", "two", "--size", "2MiB"]).expect("clone");
+    let bytes = |dir: &str| {
+        read(&VolumeDir::new(at.join(dir)).open(Access::ReadOnly).expect("open"), 0, MIB as usize)
+    };
+    let before = bytes("two");
+    run(at, &["delete-snapshot", "vol@b"]).expect("delete");
+    run(at, &["delete-snapshot", "vol@a", "--pace", "100MiB"]).expect("delete");
+    assert!(run(at, &["delete-snapshot", "vol@a"]).expect_err("gone").contains("no snapshot named `a`"));
+    assert!(bytes("two") == before, "a clone does not notice");
+    run(at, &["flatten", "two"]).expect("flatten");
+    assert!(bytes("two") == before);
+    let files = |dir: &str| fs::read_dir(at.join(dir)).expect("list").count();
+    assert_eq!((files("vol"), files("two")), (2, 2), "data and map of one layer each");
+    for dir in ["vol", "two"] {
+        assert!(run(at, &["check", dir]).expect("check").contains("clean: "));
+    }
+
+    fs::write(at.join("disk.raw"), [5; 5000]).expect("write");
+    run(at, &["clone", "disk.raw", "three", "--size", "1MiB"]).expect("clone an image");
+    run(at, &["snapshot", "three", "s"]).expect("snapshot");
+    run(at, &["resize", "three", "3MiB"]).expect("resize");
+    assert!(run(at, &["resize", "three", "1MiB"]).expect_err("smaller").contains("cannot shrink"));
+    run(at, &["rollback", "three@s"]).expect("rollback");
+    assert!(run(at, &["info", "three"]).expect("info").contains("1048576 bytes"));
+    run(at, &["flatten", "three"]).expect("flatten");
+    assert!(bytes("three")[..5001] == [vec![5; 5000], vec![0]].concat());
+    assert_eq!(fs::read(at.join("disk.raw")).expect("read"), [5; 5000]);
+    assert!(run(at, &["clone", "nothing", "x"]).expect_err("no source").contains("VOLUME-DIR@SNAPSHOT"));
+}
+
+#[test]
+fn people_list_changes() {
+    let temp = TempDir::new().expect("tempdir");
+    volume(&VolumeDir::new(temp.path().join("vol")));
+    let table = run(temp.path(), &["changes", "vol", "--from", "a", "--to", "b"]).expect("changes");
+    let cells: Vec<Vec<&str>> = table.lines().skip(1).map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(cells, [["8192", "8192", "data"], ["16384", "8192", "zeros"]]);
+    let json = run(temp.path(), &["changes", "vol", "--from", "b", "--json"]).expect("changes");
+    let line: serde_json::Value = serde_json::from_str(json.trim()).expect("JSON");
+    assert_eq!(line, serde_json::json!({"offset": 0, "len": 4096, "zero": false}));
+    assert!(run(temp.path(), &["changes", "vol", "--from", "x"]).expect_err("unknown").contains("`x`"));
 }
 
 #[test]

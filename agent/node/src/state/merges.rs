@@ -245,8 +245,9 @@ impl State {
                 changes.push(Change::Delete(Key::RequestsOf(resource.clone())));
                 changes.push(Change::Delete(Key::Snapshot(volume, name.clone())));
                 changes.push(self.event(resource, "deleted", "the snapshot was merged into what follows it"));
-            } else {
-                // Interrupted half-way, it is still whole.
+            } else if point.group.is_none() {
+                // Interrupted half-way, it is still whole. Of a vdc's snapshot that may never have been: it stays as it
+                // is, and is deleted when that is asked again, or at the next start.
                 changes.push(Change::Snapshot(SnapshotRecord { state: Made::Ready, ..point.clone() }));
             }
         } else if end.is_ok() {
@@ -257,7 +258,12 @@ impl State {
     }
 
     /// One work of an operation has ended: the operation too, if it was the last.
-    fn settle_operation(&mut self, operation: Uuid, end: Result<(), Error>, mut changes: Vec<Change>) {
+    pub(super) fn settle_operation(
+        &mut self,
+        operation: Uuid,
+        end: Result<(), Error>,
+        mut changes: Vec<Change>,
+    ) {
         if let Err(error) = &end {
             // Of an operation with several works the first failure is told; the others go on.
             let kept = self.model.operations.get_mut(&operation).filter(|r| r.error.is_empty());

@@ -8,6 +8,8 @@
 //! ```
 //! The commit of `ready` is the instant at which the whole exists; before it every end leads to nothing.
 
+use std::collections::BTreeSet;
+
 use serio_store::{
     Change, Key,
     record::{Made, OperationKind, SnapshotRecord, VdcSnapshotRecord, VolumeRecord},
@@ -136,6 +138,9 @@ impl State {
         let deleting = |p: &SnapshotRecord| SnapshotRecord { state: Made::Deleting, ..p.clone() };
         changes.extend(parts.iter().map(|p| Change::Snapshot(deleting(p))));
         self.begin_works(operation.clone(), changes, op)?;
+        if parts.is_empty() {
+            self.settle_operation(operation.uid, Ok(()), Vec::new());
+        }
         for part in parts {
             self.push_work(part.volume, operation.uid, Goal::Snapshot(part.name));
         }
@@ -163,11 +168,20 @@ impl State {
         Ok(())
     }
 
-    /// After a start: a whole that was not finished is undone.
+    /// After a start: a whole that was not finished is undone, and a deletion that had failed is tried again.
     pub(super) fn recover_vdc_snapshots(&mut self) {
-        let begun = self.model.vdc_snapshots.values().filter(|r| r.state == Made::Creating);
-        let begun: Vec<Uuid> = begun.map(|r| r.uid).collect();
-        for group in begun {
+        let going: BTreeSet<Uuid> =
+            self.list_operations("", true).iter().filter_map(|operation| operation.subject).collect();
+        let unfinished =
+            self.model.vdc_snapshots.values().filter(|r| r.state != Made::Ready && !going.contains(&r.uid));
+        let unfinished: Vec<(Uuid, Made)> = unfinished.map(|r| (r.uid, r.state)).collect();
+        for (group, state) in unfinished {
+            if state == Made::Deleting {
+                if let Err(error) = self.dissolve(group, Vec::new(), &Op::default()) {
+                    tracing::error!("the next start tries again to delete: {}", crate::error::chain(&error));
+                }
+                continue;
+            }
             if let Some(record) = self.model.vdc_snapshots.get(&group) {
                 let name = resource::vdc_snapshot(&self.model.vdc_snapshot_name(record));
                 self.record(vec![Change::Delete(Key::RequestsOf(name))]);

@@ -50,7 +50,8 @@ pub enum Body {
     #[prost(message, tag = "17")]
     SnapshotVolume(SnapshotVolume),
 
-    /// → volumed: make a volume. Descriptors: data, map, and the image's data when `from_image`.
+    /// → volumed: make a volume. Descriptors: data, map; with a key those of the encrypted head above, data, map; the
+    /// image's data when `from_image`.
     #[prost(message, tag = "20")]
     CreateVolume(CreateVolume),
     /// → volumed: read an image from descriptor 0 (pipe or file) into descriptor 1.

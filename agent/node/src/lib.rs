@@ -13,11 +13,13 @@
 //! Threads: one tokio runtime with few workers; the store is used by one task only.
 #![deny(unsafe_code)]
 
+pub mod audit;
 pub mod capacity;
 pub mod config;
 pub mod daemon;
 pub mod error;
 pub mod grpc;
+pub mod keys;
 pub mod nbd;
 pub mod net;
 pub mod seed;

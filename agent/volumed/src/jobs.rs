@@ -13,7 +13,8 @@ use serio_control::message::{
 };
 use serio_formats::{self as formats, Format, FormatError, source::Source};
 use serio_volume::{
-    Access, CreateError, LayerFiles, OpenError, SnapshotError, Volume, VolumeFiles, create_layer,
+    Access, CreateError, LayerFiles, NewVolume, OpenError, SnapshotError, Volume, VolumeFiles, clone_image,
+    create_encrypted, create_layer,
 };
 
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
     export::VolumeExport,
     import::convert::{ConvertError, Start, Sum, Unwatched, convert},
     integrity,
+    layers::{clone_failed, secret},
 };
 
 /// A refusal or failure, as the control protocol tells it.
@@ -123,16 +125,27 @@ pub(crate) fn volume_id(text: &str) -> Result<[u8; 16], Failed> {
         .ok_or_else(|| invalid("volume_id", &format!("`{text}` is not a UUID")))
 }
 
+/// The first layer's files of a new volume, those of the encrypted head above it if it shall have one, and the image.
+fn new_files(
+    ask: &CreateVolume,
+    mut descriptors: Vec<OwnedFd>,
+) -> Result<(LayerFiles, Option<LayerFiles>, Option<File>), Failed> {
+    let image = if ask.from_image { descriptors.pop().map(File::from) } else { None };
+    if ask.from_image && image.is_none() {
+        return Err(invalid("descriptors", "the image's descriptor is missing"));
+    }
+    if ask.key.is_none() {
+        let [data, map] = exactly(descriptors)?;
+        return Ok((LayerFiles { data, map }, None, image));
+    }
+    let [data, map, head_data, head_map] = exactly(descriptors)?;
+    Ok((LayerFiles { data, map }, Some(LayerFiles { data: head_data, map: head_map }), image))
+}
+
 /// An empty volume, or one with an image's content.
 pub fn create_volume(ask: &CreateVolume, descriptors: Vec<OwnedFd>, progress: &Progress) -> JobResult {
-    let id = volume_id(&ask.volume_id)?;
-    let (files, image) = if ask.from_image {
-        let [data, map, image] = exactly(descriptors)?;
-        (LayerFiles { data, map }, Some(image))
-    } else {
-        let [data, map] = exactly(descriptors)?;
-        (LayerFiles { data, map }, None)
-    };
+    let (id, key) = (volume_id(&ask.volume_id)?, secret(ask.key.as_ref())?);
+    let (files, head, image) = new_files(ask, descriptors)?;
     if let Some(image) = &image {
         let image_bytes = image.metadata().map_err(|e| failed(Code::Io, "image", &e))?.len();
         if image_bytes > ask.size_bytes {
@@ -144,7 +157,24 @@ pub fn create_volume(ask: &CreateVolume, descriptors: Vec<OwnedFd>, progress: &P
         }
         copy::clone_file(image, &files.data, progress).map_err(copy_failed)?;
     }
-    create_layer(&files, ask.size_bytes, id, true).map_err(create_failed)?;
+    match (head, key, image) {
+        // The image's bytes are no secret of the vdc: they are the plain bottom, and what is written is encrypted above.
+        (Some(head), Some(key), Some(_)) => {
+            let new = NewVolume {
+                volume: id,
+                size_bytes: ask.size_bytes,
+                maps: vec![files.map],
+                head,
+                key: Some(key),
+            };
+            files.data.sync_all().map_err(|e| failed(io_code(&e), "", &e))?;
+            clone_image(&files.data, new).map_err(clone_failed)?;
+        }
+        (Some(head), Some(key), None) => {
+            create_encrypted(&files, &head, ask.size_bytes, id, &key).map_err(create_failed)?;
+        }
+        _ => create_layer(&files, ask.size_bytes, id, true).map_err(create_failed)?,
+    }
     Ok(Body::Done(Empty {}))
 }
 
@@ -201,7 +231,8 @@ pub fn snapshot_stopped(ask: &SnapshotStopped, descriptors: Vec<OwnedFd>) -> Job
         Some(layer) if !files.layers.is_empty() => layer,
         _ => return Err(invalid("descriptors", "the new head's descriptors are missing")),
     };
-    let volume = Volume::open(files, Access::ReadWrite).map_err(open_failed)?;
+    let key = secret(ask.key.as_ref())?;
+    let volume = Volume::open_with_key(files, Access::ReadWrite, key.as_ref()).map_err(open_failed)?;
     volume.snapshot(new_head, &ask.snapshot).map_err(snapshot_failed)?;
     Ok(Body::Done(Empty {}))
 }
@@ -237,11 +268,12 @@ pub fn open_export(
         return Err(invalid("descriptors", "the listening socket is missing"));
     }
     let listener = UnixListener::from(descriptors.remove(0));
+    let key = secret(ask.key.as_ref())?;
     let files = layers(descriptors)?;
     let volume = match (ask.snapshot.as_str(), ask.read_only) {
-        ("", true) => Volume::open(files, Access::ReadOnly),
-        ("", false) => Volume::open(files, Access::ReadWrite),
-        (name, _) => Volume::open_snapshot(files, name),
+        ("", true) => Volume::open_with_key(files, Access::ReadOnly, key.as_ref()),
+        ("", false) => Volume::open_with_key(files, Access::ReadWrite, key.as_ref()),
+        (name, _) => Volume::open_snapshot_with_key(files, name, key.as_ref()),
     };
     let volume = volume.map_err(open_failed)?;
     Ok((listener, VolumeExport::new(volume, &ask.export_name, &ask.volume_id)))

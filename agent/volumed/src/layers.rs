@@ -95,7 +95,7 @@ pub fn clone_volume(ask: &CloneVolume, descriptors: Vec<OwnedFd>) -> JobResult {
     Ok(Body::Done(Empty {}))
 }
 
-fn clone_failed(error: CloneError) -> Failed {
+pub(crate) fn clone_failed(error: CloneError) -> Failed {
     match error {
         CloneError::Open(source) => open_failed(source),
         CloneError::Create(source) => create_failed(source),

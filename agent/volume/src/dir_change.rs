@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
@@ -126,7 +127,9 @@ impl VolumeDir {
         let mut found = Vec::new();
         for (at, layer) in stack.layers.iter().enumerate().rev().skip(1) {
             let Some(header) = layer.header().filter(|h| h.snapshot.is_empty()) else { continue };
-            let links = layer.data.links().map_err(self.io("look at", self.file(header.layer, "data")))?;
+            // The name, not the open file: an earlier merge may have put an empty one in its place.
+            let path = self.file(header.layer, "data");
+            let links = path.metadata().map_err(self.io("look at", path))?.nlink();
             // The bottom of an encrypted volume that is its own is empty, and stays.
             let stays = at == 0 && stack.layers.get(1).is_some_and(|l| l.cipher.is_some()) && links == 1;
             if !stays {

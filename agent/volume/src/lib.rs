@@ -62,6 +62,8 @@ mod volume;
 #[cfg(test)]
 mod check_test;
 #[cfg(test)]
+mod clones_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
 mod crypto_test;

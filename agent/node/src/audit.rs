@@ -132,7 +132,9 @@ fn rfc3339(time_ms: u64) -> String {
         nanos: i32::try_from(time_ms % 1000).unwrap_or(0) * 1_000_000,
     };
     // The API's own JSON mapping of a time.
-    serde_json::to_value(moment).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+    let text =
+        serde_json::to_value(moment).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    text.strip_suffix("+00:00").map_or_else(|| text.clone(), |moment| format!("{moment}Z"))
 }
 
 impl AuditLog {

@@ -72,6 +72,8 @@ pub struct Config {
     pub nbd: Nbd,
     /// Background work on volumes.
     pub volumes: Volumes,
+    /// The keys of encrypted vdcs.
+    pub keys: Keys,
     /// The scheduler.
     pub scheduler: Scheduler,
     /// What is reported and promised.
@@ -106,6 +108,16 @@ pub struct Nbd {
 pub struct Volumes {
     /// Bytes a second that a merge of layers may copy; 0: as fast as it goes.
     pub merge_pace: ByteSize,
+}
+
+/// The keys of encrypted vdcs.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keys {
+    /// Where the key encryption key comes from; none when empty.
+    pub source: String,
+    /// Where earlier ones come from.
+    pub previous: Vec<String>,
 }
 
 /// The scheduler.
@@ -162,6 +174,7 @@ impl Default for Config {
             grpc: Grpc::default(),
             nbd: Nbd::default(),
             volumes: Volumes::default(),
+            keys: Keys::default(),
             scheduler: Scheduler::default(),
             capacity: Capacity::default(),
         }

@@ -15,15 +15,17 @@ use std::{
 
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
-use serio_store::{Change, Store, StoreError};
+use serio_store::{Change, Store, StoreError, record::Encryption};
 use serio_types::Quota;
 use tokio::{net::TcpListener, sync::mpsc, sync::watch};
 use uuid::Uuid;
 
 use crate::{
+    audit::{Action, AuditLog},
     capacity::{Reporter, ReporterSettings},
     config::Config,
     grpc::{self, Context, NodeInfo, server},
+    keys::Keys,
     nbd,
     state::{
         Executor, Handles, State,
@@ -126,11 +128,21 @@ struct Core {
     handles: Handles,
     supervisor: Supervisor,
     node_uid: Uuid,
+    keys: Keys,
+    audit: Arc<AuditLog>,
+    /// Vdcs whose key is to be destroyed, if it is still there.
+    erased: Vec<Uuid>,
 }
 
 fn start_core(config: &Config) -> anyhow::Result<Core> {
     let (store, model) = open_store(&config.state_dir.join("state.db"))?;
     let node_uid = model.node;
+    let keys = Keys::new(&config.state_dir, &config.keys.source, &config.keys.previous)
+        .context("the section [keys] of the configuration cannot be used")?;
+    let audit = Arc::new(AuditLog::open(&config.state_dir.join("audit.log"))?);
+    let mut erased = keys.half_erased()?;
+    let marked = model.vdcs.values().filter(|vdc| vdc.encryption == Encryption::Erased);
+    erased.extend(marked.map(|vdc| vdc.uid));
     let supervisor = Supervisor::new(SupervisorSettings {
         state_dir: config.state_dir.clone(),
         run_dir: config.run_dir.clone(),
@@ -138,7 +150,8 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         volumed_path: config.volumed_path.clone(),
         merge_bytes_per_s: config.volumes.merge_pace.bytes(),
         cgroup_root: None,
-    })?;
+    })?
+    .with_keys(keys.clone());
     let found = Found { vms: supervisor.found()?, exports: supervisor.found_exports()? };
     for volume in supervisor.found_volumes()?.iter().filter(|uid| !model.volumes.contains_key(uid)) {
         // Rows come before files, so this is no half-made volume of ours: perhaps the database is an older copy.
@@ -152,7 +165,19 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         Executor::new(supervisor.clone(), handles.clone(), config.state_dir.clone(), inputs.clone());
     let watches = owner::spawn(state, effects, receiver, move |effect| executor.begin(effect))?;
     let client = Client::new(inputs, &watches);
-    Ok(Core { watches, client, handles, supervisor, node_uid })
+    Ok(Core { watches, client, handles, supervisor, node_uid, keys, audit, erased })
+}
+
+/// Destroys the keys of vdcs whose erasure was interrupted.
+async fn finish_erasures(core: &Core) -> anyhow::Result<()> {
+    for vdc in &core.erased {
+        let Some(destroyed) = core.keys.destroy(*vdc).await? else { continue };
+        let time_ms = now().0.try_into().unwrap_or(0);
+        let (on, what) = (format!("vdc {vdc}"), "VdcErased");
+        let detail = [("key_id", &*destroyed.key_id), ("destroyed_blake3", &*destroyed.blake3)];
+        core.audit.append(&Action { time_ms, who: "seriod, finishing", what, on: &on, detail: &detail })?;
+    }
+    Ok(())
 }
 
 fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
@@ -253,6 +278,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     // Before the VMs are touched: a configuration that cannot serve fails early.
     let tls = config.grpc.listen.0.map(|_| server::tls(&config.grpc.tls_dir)).transpose()?;
     let core = start_core(&config)?;
+    finish_erasures(&core).await.context("the key of an erased vdc could not be destroyed")?;
     let reporter = reporter(&config, &core, node_name.as_str());
     tokio::spawn(reporter.clone().run());
     let mut recovered = core.watches.recovered.clone();
@@ -270,8 +296,9 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
         state_dir: config.state_dir.clone(),
         nbd,
     });
-    let Core { client, handles, supervisor, .. } = core;
-    let routes = grpc::routes(&Context { state: client, handles, supervisor, reporter, node }).await?;
+    let Core { client, handles, supervisor, keys, audit, .. } = core;
+    let context = Context { state: client, handles, supervisor, reporter, node, keys, audit };
+    let routes = grpc::routes(&context).await?;
     Box::pin(serve(&config, tls, routes)).await
 }
 

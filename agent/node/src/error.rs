@@ -191,7 +191,16 @@ impl Error {
     /// A VM did not start.
     #[must_use]
     pub fn from_launch(error: &LaunchError) -> Self {
-        Self::from_peer("starting the VM", error.refusal(), error)
+        match error {
+            LaunchError::Key(_) => Self::precondition("starting the VM", format!("failed: {}", chain(error))),
+            _ => Self::from_peer("starting the VM", error.refusal(), error),
+        }
+    }
+
+    /// A key is not to be had, or not to be changed.
+    #[must_use]
+    pub fn from_keys(vdc: &str, error: &crate::keys::KeysError) -> Self {
+        Self::precondition(vdc, format!("was refused: {}", chain(error)))
     }
 
     /// Work on a volume or image was not done.
@@ -202,6 +211,7 @@ impl Error {
             JobError::Late { .. } => {
                 Self::Deadline { resource: doing.to_owned(), what: format!("failed: {error}") }
             }
+            JobError::Key(_) => Self::precondition(doing, format!("failed: {}", chain(error))),
             JobError::NotApp { .. } => Self::precondition(doing, format!("failed: {error}")),
             _ => Self::from_peer(doing, error.refusal(), error),
         }

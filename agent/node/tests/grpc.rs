@@ -73,7 +73,7 @@ async fn connect_tls(
 
 fn vdc(name: &str) -> CreateVdcRequest {
     let quota = Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 };
-    CreateVdcRequest { request_id: String::new(), vdc_id: name.to_owned(), quota: Some(quota) }
+    CreateVdcRequest { vdc_id: name.to_owned(), quota: Some(quota), ..CreateVdcRequest::default() }
 }
 
 #[tokio::test]

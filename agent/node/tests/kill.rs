@@ -188,7 +188,7 @@ async fn furnish(channel: Channel, kernel: &[u8]) {
     import_image(channel.clone(), "mini", "mini.test=writer", kernel, &[]).await;
     let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 << 20 };
     let vdc =
-        CreateVdcRequest { request_id: String::new(), vdc_id: "ardesio".to_owned(), quota: Some(quota) };
+        CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..CreateVdcRequest::default() };
     VdcServiceClient::new(channel).create_vdc(vdc).await.unwrap();
 }
 

@@ -101,9 +101,10 @@ impl Change {
 
 fn vdc(tx: &Transaction<'_>, r: &VdcRecord) -> Result<(), rusqlite::Error> {
     tx.prepare_cached(
-        "INSERT INTO vdcs (uid, name, generation, create_time_ms, vcpus, memory_bytes, storage_bytes)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
-         ON CONFLICT (uid) DO UPDATE SET generation = ?3, vcpus = ?5, memory_bytes = ?6, storage_bytes = ?7",
+        "INSERT INTO vdcs (uid, name, generation, create_time_ms, vcpus, memory_bytes, storage_bytes, encryption)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+         ON CONFLICT (uid) DO UPDATE SET generation = ?3, vcpus = ?5, memory_bytes = ?6, storage_bytes = ?7,
+             encryption = ?8",
     )?
     .execute(params![
         r.uid.to_string(),
@@ -112,7 +113,8 @@ fn vdc(tx: &Transaction<'_>, r: &VdcRecord) -> Result<(), rusqlite::Error> {
         r.create_time.0,
         int(r.quota.vcpus),
         int(r.quota.memory_bytes),
-        int(r.quota.storage_bytes)
+        int(r.quota.storage_bytes),
+        r.encryption.as_str()
     ])
     .map(drop)
 }

@@ -123,6 +123,7 @@ fn vdc(f: &Fields<'_>) -> Result<VdcRecord, LoadError> {
             memory_bytes: f.unsigned("memory_bytes")?,
             storage_bytes: f.unsigned("storage_bytes")?,
         },
+        encryption: f.parse("encryption")?,
     })
 }
 

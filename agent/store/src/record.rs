@@ -115,6 +115,18 @@ words! {
 }
 
 words! {
+    /// Whether the volumes of a vdc are encrypted.
+    Encryption {
+        /// They are not.
+        Plain = "plain",
+        /// Each under its own key, which the vdc's key opens.
+        Encrypted = "encrypted",
+        /// They were, and the vdc's key was destroyed.
+        Erased = "erased",
+    }
+}
+
+words! {
     /// How a run ended.
     EndWord {
         /// The guest powered off.
@@ -147,6 +159,8 @@ pub struct VdcRecord {
     pub create_time: Millis,
     /// What it may use.
     pub quota: Quota,
+    /// Whether its volumes are encrypted.
+    pub encryption: Encryption,
 }
 
 /// An image.

@@ -7,8 +7,11 @@ use rusqlite::Connection;
 use crate::StoreError;
 
 /// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
-const MIGRATIONS: [&str; 2] =
-    [include_str!("migrations/0001_first.sql"), include_str!("migrations/0002_operations.sql")];
+const MIGRATIONS: [&str; 3] = [
+    include_str!("migrations/0001_first.sql"),
+    include_str!("migrations/0002_operations.sql"),
+    include_str!("migrations/0003_encryption.sql"),
+];
 
 /// How long a lock of another program (a backup, `sqlite3`) is waited for.
 const BUSY: Duration = Duration::from_secs(5);

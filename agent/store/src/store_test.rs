@@ -12,6 +12,7 @@ fn vdc(name: &str) -> VdcRecord {
         generation: Generation::FIRST,
         create_time: Millis(1),
         quota: Quota { vcpus: 4, memory_bytes: 1 << 32, storage_bytes: 1 << 40 },
+        encryption: Encryption::Encrypted,
     }
 }
 

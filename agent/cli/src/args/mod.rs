@@ -202,7 +202,9 @@ pub struct QuotaArgs {
 #[derive(Debug, Subcommand)]
 pub enum VdcVerb {
     /// Create a virtual data center
-    #[command(after_help = "Examples:\n  serio vdc create ardesio --vcpus 4 --memory 4GiB --storage 20GiB")]
+    #[command(after_help = "Examples:
+  serio vdc create ardesio --vcpus 4 --memory 4GiB --storage 20GiB
+  serio vdc create town-hall --vcpus 4 --memory 4GiB --storage 20GiB --encrypted")]
     Create {
         /// Its name
         #[arg(value_parser = vdc_name)]
@@ -210,6 +212,9 @@ pub enum VdcVerb {
         /// What it may use.
         #[command(flatten)]
         quota: QuotaArgs,
+        /// Encrypt its volumes at rest; needs [keys] in seriod.toml, and cannot be changed later
+        #[arg(long)]
+        encrypted: bool,
     },
     /// List the virtual data centers with what they use
     #[command(after_help = "Examples:\n  serio vdc list")]
@@ -236,6 +241,36 @@ pub enum VdcVerb {
         /// Volumes, as provisioned
         #[arg(long, value_name = "SIZE")]
         storage: Option<ByteSize>,
+    },
+    /// Wrap the key of an encrypted virtual data center under the node's key encryption key of today
+    #[command(
+        name = "rotate-key",
+        after_help = "At once, and VMs run on: no volume is touched. To change the key encryption key, name the new one as
+`source` in the section [keys] of seriod.toml and the old one in `previous`, restart seriod, rotate each vdc, and take the
+old one out again.
+
+Examples:\n  serio vdc rotate-key town-hall"
+    )]
+    RotateKey {
+        /// Its name
+        #[arg(value_parser = vdc_name)]
+        name: Name,
+    },
+    /// Destroy the key of an encrypted virtual data center: its volumes are unreadable for ever
+    #[command(
+        after_help = "Its VMs must be stopped and its exports ended. Copies of the volumes elsewhere become unreadable
+too; copies of STATE/keys would not, so destroy those as well. Prints a receipt, which is also in the audit log. What remains
+are volumes that can only be deleted.
+
+Examples:\n  serio vdc erase town-hall --yes"
+    )]
+    Erase {
+        /// Its name
+        #[arg(value_parser = vdc_name)]
+        name: Name,
+        /// Do not ask: there is no way back
+        #[arg(long, required = true)]
+        yes: bool,
     },
     /// Seal all volumes of a virtual data center at one instant: all or none
     Snapshot(VdcSnapshotArgs),

@@ -6,6 +6,7 @@ mod console;
 mod doctor;
 mod events;
 mod image;
+mod keys;
 mod layers;
 mod man;
 mod node;

@@ -7,7 +7,7 @@ use serio_api::v1::{
 };
 use serio_types::{Name, VdcName};
 
-use super::{operation, request_id, volume};
+use super::{keys, operation, request_id, volume};
 use crate::{
     args::{ConsistencyArg, VdcSnapshotArgs, VdcVerb},
     client::Client,
@@ -18,20 +18,25 @@ use crate::{
 
 pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Result<(), Failure> {
     match verb {
-        VdcVerb::Create { name, quota } => {
+        VdcVerb::Create { name, quota, encrypted } => {
             let quota = Quota {
                 vcpus: quota.vcpus,
                 memory_bytes: quota.memory.bytes(),
                 storage_bytes: quota.storage.bytes(),
             };
-            let request =
-                CreateVdcRequest { request_id: request_id(), vdc_id: name.to_string(), quota: Some(quota) };
+            let request = CreateVdcRequest {
+                request_id: request_id(),
+                vdc_id: name.to_string(),
+                quota: Some(quota),
+                encrypted,
+            };
             let vdc = client
                 .call(&format!("create vdc {name}"), request, |channel, request| async move {
                     VdcServiceClient::new(channel).create_vdc(request).await
                 })
                 .await?;
-            output.done(&vdc, &format!("created vdc {name}: {}", quota_text(vdc.quota.as_ref())))
+            let how = if encrypted { ", encrypted" } else { "" };
+            output.done(&vdc, &format!("created vdc {name}: {}{how}", quota_text(vdc.quota.as_ref())))
         }
         VdcVerb::List => {
             let answer = client
@@ -64,6 +69,8 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
                 .await?;
             output.done(&vdc, &format!("updated vdc {name}: {}", quota_text(vdc.quota.as_ref())))
         }
+        VdcVerb::RotateKey { name } => keys::rotate(client, &name, output).await,
+        VdcVerb::Erase { name, yes: _ } => keys::erase(client, &name, output).await,
         VdcVerb::Snapshot(args) => snapshot(client, args, output).await,
         VdcVerb::Snapshots { name } => snapshots(client, &name, output).await,
         VdcVerb::DeleteSnapshot { name, snapshot, wait } => {
@@ -135,7 +142,7 @@ async fn snapshots(client: &Client, name: &Name, output: Output) -> Result<(), F
     })
 }
 
-async fn get(client: &Client, name: &Name) -> Result<Vdc, Failure> {
+pub(super) async fn get(client: &Client, name: &Name) -> Result<Vdc, Failure> {
     client
         .call(
             &format!("show vdc {name}"),
@@ -169,6 +176,7 @@ fn show(vdc: &Vdc, output: Output) -> Result<(), Failure> {
             ("vcpus", format!("{vcpus} used")),
             ("memory", format!("{memory} used")),
             ("storage", format!("{storage} used")),
+            ("volumes", keys::encryption(vdc.encryption()).to_owned()),
         ],
     )
 }

@@ -10,12 +10,13 @@ use std::{
 use serio_api::v1::{
     CancelOperationRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest,
     CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse,
-    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, GetImageRequest, GetOperationRequest,
-    GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest,
-    ListImagesResponse, ListOperationsRequest, ListOperationsResponse, ListVdcSnapshotsRequest,
-    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation,
-    OperationState, PointClass, Quota, ReadLogRequest, RebootVmRequest, Snapshot, StartVmRequest,
-    StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot, Vm, WatchOperationRequest,
+    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, Encryption, EraseVdcRequest,
+    EraseVdcResponse, GetImageRequest, GetOperationRequest, GetVdcRequest, GetVdcSnapshotRequest,
+    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListOperationsRequest,
+    ListOperationsResponse, ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest,
+    ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation, OperationState, PointClass, Quota,
+    ReadLogRequest, RebootVmRequest, Receipt, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
+    StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot, Vm, WatchOperationRequest,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
     operation_service_server::{OperationService, OperationServiceServer},
@@ -88,6 +89,11 @@ impl Fake {
     }
 }
 
+fn receipt() -> Receipt {
+    let time = Some(pbjson_types::Timestamp { seconds: 1_700_000_000, nanos: 0 });
+    Receipt { number: 7, time, who: "uid 0".into(), hash: "cd".repeat(32) }
+}
+
 fn vdc(name: &str) -> Vdc {
     Vdc {
         name: name.to_owned(),
@@ -96,11 +102,35 @@ fn vdc(name: &str) -> Vdc {
         create_time: Some(pbjson_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
         quota: Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 }),
         used: Some(Quota { vcpus: 1, memory_bytes: 256 << 20, storage_bytes: 1 << 30 }),
+        encryption: Encryption::Encrypted.into(),
     }
 }
 
 #[tonic::async_trait]
 impl VdcService for Fake {
+    async fn rotate_vdc_key(
+        &self,
+        _: Request<RotateVdcKeyRequest>,
+    ) -> Result<Response<RotateVdcKeyResponse>, Status> {
+        let (from_kek, to_kek) = ("0123456789abcdef".to_owned(), "fedcba9876543210".to_owned());
+        let receipt = Some(receipt());
+        Ok(Response::new(RotateVdcKeyResponse { key_id: "77".repeat(16), from_kek, to_kek, receipt }))
+    }
+
+    async fn erase_vdc(
+        &self,
+        request: Request<EraseVdcRequest>,
+    ) -> Result<Response<EraseVdcResponse>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.uid, "u");
+        Ok(Response::new(EraseVdcResponse {
+            vdc: Some(vdc(&request.name)),
+            key_id: "77".repeat(16),
+            destroyed_blake3: "ab".repeat(32),
+            receipt: Some(receipt()),
+        }))
+    }
+
     async fn create_vdc_snapshot(
         &self,
         request: Request<CreateVdcSnapshotRequest>,

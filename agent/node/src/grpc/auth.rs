@@ -116,6 +116,26 @@ fn caller(extensions: &http::Extensions) -> Role {
     certificates.and_then(|all| all.first().map(|first| role_of(first))).unwrap_or(Role::Nobody)
 }
 
+/// Who calls, for the audit log: a user of this host, or the subject of a certificate.
+#[must_use]
+pub fn who(extensions: &http::Extensions) -> String {
+    if let Some(peer) = extensions.get::<UdsConnectInfo>().and_then(|info| info.peer_cred) {
+        return format!("uid {}", peer.uid());
+    }
+    let tls = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
+    let certificates = tls.and_then(TlsConnectInfo::peer_certs);
+    let subject = certificates.as_ref().and_then(|all| {
+        let (_, certificate) = X509Certificate::from_der(all.first()?).ok()?;
+        Some(certificate.subject().to_string())
+    });
+    let address = tls.and_then(|info| info.get_ref().remote_addr());
+    match (subject, address) {
+        (Some(subject), Some(address)) => format!("{subject} from {}", address.ip()),
+        (Some(subject), None) => subject,
+        _ => "unknown".to_owned(),
+    }
+}
+
 /// Stands before all services.
 #[derive(Debug, Clone, Copy)]
 pub struct GateLayer;

@@ -6,7 +6,7 @@ use pbjson_types::{Duration as ProtoDuration, Timestamp};
 use prost::Message;
 use serio_api::v1;
 use serio_store::record::{
-    EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
+    Encryption, EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
 };
 use serio_types::{CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource};
 use uuid::Uuid;
@@ -281,6 +281,12 @@ pub fn vdc(view: &VdcView) -> v1::Vdc {
         create_time: Some(timestamp(view.record.create_time)),
         quota: Some(proto_quota(&view.record.quota)),
         used: Some(proto_quota(&view.used)),
+        encryption: match view.record.encryption {
+            Encryption::Plain => v1::Encryption::Plain,
+            Encryption::Encrypted => v1::Encryption::Encrypted,
+            Encryption::Erased => v1::Encryption::Erased,
+        }
+        .into(),
     }
 }
 

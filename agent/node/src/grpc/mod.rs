@@ -13,6 +13,7 @@ mod console;
 pub mod convert;
 mod image;
 mod kernel;
+mod keys;
 mod node;
 mod operation;
 pub mod server;
@@ -27,8 +28,10 @@ use serio_types::Name;
 use tonic::service::Routes;
 
 use crate::{
+    audit::AuditLog,
     capacity::Reporter,
     error::Error,
+    keys::Keys,
     state::{
         Handles,
         command::{Answer, Command, Mutation, Query, Request},
@@ -50,6 +53,10 @@ pub struct Context {
     pub reporter: Reporter,
     /// Who the node is.
     pub node: Arc<NodeInfo>,
+    /// Of encrypted vdcs.
+    pub keys: Keys,
+    /// What was done, and by whom.
+    pub audit: Arc<AuditLog>,
 }
 
 /// Who the node is.

@@ -2,9 +2,10 @@
 
 use serio_api::v1::{
     CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcResponse,
-    DeleteVdcSnapshotRequest, GetVdcRequest, GetVdcSnapshotRequest, ListVdcSnapshotsRequest,
-    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, Operation, PointClass, UpdateVdcRequest,
-    Vdc, VdcSnapshot, vdc_service_server::VdcService,
+    DeleteVdcSnapshotRequest, EraseVdcRequest, EraseVdcResponse, GetVdcRequest, GetVdcSnapshotRequest,
+    ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, Operation,
+    PointClass, RotateVdcKeyRequest, RotateVdcKeyResponse, UpdateVdcRequest, Vdc, VdcSnapshot,
+    vdc_service_server::VdcService,
 };
 use serio_types::{Name, VdcName, resource};
 use tonic::{Request, Response, Status};
@@ -12,7 +13,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Context,
     convert::{self, Fields, field, request_of},
-    operation, unexpected,
+    keys, operation, unexpected,
 };
 use crate::{
     error::Error,
@@ -32,7 +33,7 @@ impl VdcApi {
     }
 }
 
-fn one(answer: Answer) -> Result<Response<Vdc>, Error> {
+pub(super) fn one(answer: Answer) -> Result<Response<Vdc>, Error> {
     match answer {
         Answer::Vdc(view) => Ok(Response::new(convert::vdc(&view))),
         Answer::Vdcs(views) => match views.as_slice() {
@@ -50,7 +51,17 @@ impl VdcService for VdcApi {
         let id = request_of!("CreateVdc", &message)?;
         let name = field("vdc_id", message.vdc_id.parse())?;
         let quota = convert::quota(message.quota)?;
-        Ok(one(self.0.mutate(Mutation::CreateVdc { name, quota }, id).await?)?)
+        let encrypted = message.encrypted;
+        if encrypted {
+            // Before there is a vdc that could have no volumes.
+            self.0.keys.check().await.map_err(|e| Error::from_keys(&resource::vdc(&name), &e))?;
+        }
+        let vdc = one(self.0.mutate(Mutation::CreateVdc { name, quota, encrypted }, id).await?)?;
+        if encrypted {
+            let (name, uid) = (&vdc.get_ref().name, keys::uid_of(vdc.get_ref())?);
+            self.0.keys.ensure(uid).await.map_err(|e| Error::from_keys(name, &e))?;
+        }
+        Ok(vdc)
     }
 
     async fn get_vdc(&self, request: Request<GetVdcRequest>) -> Result<Response<Vdc>, Status> {
@@ -85,6 +96,20 @@ impl VdcService for VdcApi {
         let name = field("name", resource::parse_vdc(&message.name))?;
         self.0.mutate(Mutation::DeleteVdc { name }, id).await?;
         Ok(Response::new(DeleteVdcResponse {}))
+    }
+
+    async fn rotate_vdc_key(
+        &self,
+        request: Request<RotateVdcKeyRequest>,
+    ) -> Result<Response<RotateVdcKeyResponse>, Status> {
+        keys::rotate(self, request).await
+    }
+
+    async fn erase_vdc(
+        &self,
+        request: Request<EraseVdcRequest>,
+    ) -> Result<Response<EraseVdcResponse>, Status> {
+        keys::erase(self, request).await
     }
 
     async fn create_vdc_snapshot(

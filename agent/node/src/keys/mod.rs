@@ -10,7 +10,9 @@
 //!
 //! Rotating the key encryption key rewrites the small file: no volume is touched, running VMs do not notice. Destroying
 //! that file makes all bytes of the vdc's volumes unreadable for ever, wherever copies of them are. What remains then is
-//! `<vdc uuid>.erased`, so that nobody makes a new key by accident.
+//! `<vdc uuid>.erased`, so that nobody makes a new key by accident. Which vdc's key a volume is encrypted under stands in
+//! `STATE/keys/volumes/<volume uuid>`, written before the volume is made: a volume without that file is a plain one, and if it is
+//! not, whoever opens it says so.
 //!
 //! Owns: STATE/keys. Never: keeps a key in the clear, in memory for longer than a question, or on disk at all; logs one.
 //! Threads: none; the files are changed by one caller at a time.
@@ -36,6 +38,8 @@ pub use source::{Source, SourceError};
 
 /// The largest file that is read: one that we wrote has a quarter of it.
 const FILE_BYTES_MAX: u64 = 4096;
+/// Below STATE/keys: whose key a volume is encrypted under.
+const VOLUMES: &str = "volumes";
 
 /// Why a key is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +142,8 @@ impl Keys {
     /// A source is not one, or the directory cannot be made.
     pub fn new(state_dir: &Path, source: &str, previous: &[String]) -> Result<Self, KeysError> {
         let dir = state_dir.join("keys");
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(at("create", &dir))?;
+        let volumes = dir.join(VOLUMES);
+        DirBuilder::new().recursive(true).mode(0o700).create(&volumes).map_err(at("create", &volumes))?;
         let source = if source.is_empty() { None } else { Some(source.parse()?) };
         let previous = previous.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
         Ok(Self { inner: Arc::new(Inner { dir, source, previous, change: Mutex::new(()) }) })
@@ -183,6 +188,58 @@ impl Keys {
     pub async fn open(&self, vdc: Uuid) -> Result<VdcKey, KeysError> {
         let secret = self.secret(vdc, &self.read(vdc)?).await?;
         Ok(VdcKey { id: secret.id.to_vec(), secret: secret.key.to_vec() })
+    }
+
+    /// Notes that a new volume is encrypted under a vdc's key, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`KeysError`].
+    pub async fn assign(&self, volume: Uuid, vdc: Uuid) -> Result<(), KeysError> {
+        self.ensure(vdc).await?;
+        let _one = self.inner.change.lock().await;
+        self.replace(&self.volume_path(volume), format!("{vdc}\n").as_bytes())
+    }
+
+    /// A copy is encrypted as its source is.
+    ///
+    /// # Errors
+    /// [`KeysError`].
+    pub async fn assign_like(&self, volume: Uuid, source: Uuid) -> Result<(), KeysError> {
+        match self.owner(source)? {
+            Some(vdc) => self.assign(volume, vdc).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A volume is gone.
+    pub fn unassign(&self, volume: Uuid) {
+        // What is left of it harms nobody: no other volume ever has this id.
+        let _ = fs::remove_file(self.volume_path(volume));
+    }
+
+    /// The key that opens a volume; none if it is a plain one.
+    ///
+    /// # Errors
+    /// [`KeysError`].
+    pub async fn key_of(&self, volume: Uuid) -> Result<Option<VdcKey>, KeysError> {
+        match self.owner(volume)? {
+            Some(vdc) => self.open(vdc).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn volume_path(&self, volume: Uuid) -> PathBuf {
+        self.inner.dir.join(VOLUMES).join(volume.to_string())
+    }
+
+    fn owner(&self, volume: Uuid) -> Result<Option<Uuid>, KeysError> {
+        let path = self.volume_path(volume);
+        let bytes = match read_bounded(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(at("read", &path))?,
+        };
+        let vdc = std::str::from_utf8(&bytes).ok().and_then(|text| text.trim_end().parse().ok());
+        vdc.map(Some).ok_or(KeysError::Damaged(path))
     }
 
     /// Wraps the key of a vdc under the key encryption key of today.
@@ -317,7 +374,8 @@ impl Keys {
             );
         written.map_err(at("write", &new))?;
         fs::rename(&new, path).map_err(at("replace", path))?;
-        self.sync_dir()
+        let dir = path.parent().unwrap_or(&self.inner.dir);
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at("sync", dir))
     }
 
     fn sync_dir(&self) -> Result<(), KeysError> {
@@ -431,6 +489,25 @@ mod tests {
             place.keys("old", &[]).check().await,
             Err(KeysError::Source(SourceError::Read(..)))
         ));
+    }
+
+    #[tokio::test]
+    async fn volumes_have_the_key_of_their_vdc() {
+        let place = Place::new();
+        let keys = place.keys("old", &[]);
+        let (vdc, volume, copy, plain) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
+        keys.assign(volume, vdc).await.unwrap();
+        keys.assign_like(copy, volume).await.unwrap();
+        keys.assign_like(plain, Uuid::new_v4()).await.unwrap();
+        let key = keys.open(vdc).await.unwrap();
+        assert_eq!(keys.key_of(volume).await.unwrap(), Some(key.clone()));
+        assert_eq!(keys.key_of(copy).await.unwrap(), Some(key));
+        assert_eq!(keys.key_of(plain).await.unwrap(), None);
+        assert!(keys.half_erased().unwrap().is_empty());
+        keys.destroy(vdc).await.unwrap();
+        assert!(matches!(keys.key_of(copy).await, Err(KeysError::Erased(_))));
+        keys.unassign(copy);
+        assert_eq!(keys.key_of(copy).await.unwrap(), None);
     }
 
     #[tokio::test]

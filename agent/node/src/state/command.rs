@@ -29,9 +29,11 @@ pub struct Request {
 #[derive(Debug, Clone)]
 pub enum Mutation {
     /// → [`Answer::Vdc`].
-    CreateVdc { name: Name, quota: Quota },
+    CreateVdc { name: Name, quota: Quota, encrypted: bool },
     /// → [`Answer::Vdc`].
     UpdateVdc { name: Name, quota: Quota, expected_generation: u64 },
+    /// Nothing of it may run → [`Answer::Vdc`]. The key is destroyed by the caller, afterwards.
+    EraseVdc { name: Name, uid: Uuid },
     /// → [`Answer::Nothing`].
     DeleteVdc { name: Name },
     /// → [`Answer::Vm`].

@@ -20,8 +20,8 @@ use crate::{
 #[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// → [`Input::VolumeCreated`].
-    CreateVolume { volume: Uuid, size_bytes: u64, image: Option<Uuid> },
+    /// Encrypted under the key of `vdc`, if there is one → [`Input::VolumeCreated`].
+    CreateVolume { volume: Uuid, size_bytes: u64, image: Option<Uuid>, vdc: Option<Uuid> },
     /// → [`Input::VolumeDeleted`].
     DeleteVolume { volume: Uuid },
     /// → [`Input::Launched`], and later, if that was well, [`Input::Ended`].

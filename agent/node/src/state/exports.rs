@@ -52,6 +52,7 @@ impl State {
     }
 
     fn exportable(&self, name: &VdcName, snapshot: Option<&Name>, writable: bool) -> Result<Uuid, Error> {
+        self.usable_vdc(&name.vdc)?;
         let volume = self.model.volume(name)?;
         let resource = resource::volume(name);
         if self.model.exports.len() >= EXPORTS_MAX {

@@ -192,7 +192,8 @@ impl State {
     /// Starts a change. What is refused is answered here, at once; the rest answers when it is done.
     fn mutate(&mut self, mutation: Mutation, op: Op) {
         let refused = match mutation {
-            Mutation::CreateVdc { name, quota } => self.create_vdc(name, quota, op),
+            Mutation::CreateVdc { name, quota, encrypted } => self.create_vdc(name, quota, encrypted, op),
+            Mutation::EraseVdc { name, uid } => self.erase_vdc(&name, uid, op),
             Mutation::UpdateVdc { name, quota, expected_generation } => {
                 self.update_vdc(&name, quota, expected_generation, op)
             }

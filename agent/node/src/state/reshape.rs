@@ -141,7 +141,7 @@ impl State {
         name: &VdcName,
         size: Option<VolumeSize>,
     ) -> Result<(VolumeRecord, Uuid), Error> {
-        let vdc = self.model.vdc(&name.vdc)?;
+        let vdc = self.usable_vdc(&name.vdc)?;
         let point = self.whole_snapshot(source)?;
         match self.volume_ops.get(&point.volume) {
             None | Some(VolumeOp::Lend { .. }) => {}

@@ -2,7 +2,7 @@
 
 use serio_store::{
     Change, Key,
-    record::{Made, VdcRecord},
+    record::{Encryption, Made, VdcRecord},
 };
 use serio_types::{Generation, Name, Quota, resource};
 use uuid::Uuid;
@@ -10,13 +10,19 @@ use uuid::Uuid;
 use super::{
     Refused, State, check,
     command::{Answer, Query},
-    phase::Op,
+    phase::{Op, Phase},
     refuse,
 };
 use crate::error::Error;
 
 impl State {
-    pub(super) fn create_vdc(&mut self, name: Name, quota: Quota, op: Op) -> Result<(), Refused> {
+    pub(super) fn create_vdc(
+        &mut self,
+        name: Name,
+        quota: Quota,
+        encrypted: bool,
+        op: Op,
+    ) -> Result<(), Refused> {
         if self.model.vdc(&name).is_ok() {
             return refuse(op, Error::Exists { resource: resource::vdc(&name) });
         }
@@ -26,6 +32,7 @@ impl State {
             generation: Generation::FIRST,
             create_time: self.now,
             quota,
+            encryption: if encrypted { Encryption::Encrypted } else { Encryption::Plain },
         };
         let mut changes =
             vec![Change::Vdc(record), self.event(resource::vdc(&name), "created", "the vdc was created")];
@@ -81,6 +88,63 @@ impl State {
         check!(op, self.commit(changes));
         op.finish(Ok(Answer::Nothing));
         Ok(())
+    }
+
+    /// Marks a vdc as erased: from here on nothing of it starts. Who asked destroys the key then.
+    pub(super) fn erase_vdc(&mut self, name: &Name, uid: Uuid, op: Op) -> Result<(), Refused> {
+        let record = check!(op, self.model.vdc(name).cloned());
+        check!(op, self.may_erase(&record, uid));
+        if record.encryption == Encryption::Erased {
+            op.finish(self.answer_vdc(name));
+            return Ok(());
+        }
+        let erased =
+            VdcRecord { encryption: Encryption::Erased, generation: record.generation.next(), ..record };
+        let why = "its key is destroyed: its volumes cannot be read any more";
+        let event = self.event(resource::vdc(name), "erased", why);
+        check!(op, self.commit(vec![Change::Vdc(erased), event]));
+        op.finish(self.answer_vdc(name));
+        Ok(())
+    }
+
+    fn may_erase(&self, vdc: &VdcRecord, uid: Uuid) -> Result<(), Error> {
+        let refused = |why: String| Err(Error::precondition(resource::vdc(&vdc.name), why));
+        if vdc.uid != uid {
+            return Err(Error::invalid("uid", format!("{} has the uid {}", vdc.name, vdc.uid)));
+        }
+        if vdc.encryption == Encryption::Plain {
+            return refused("is not encrypted, so there is no key to destroy: delete its volumes".to_owned());
+        }
+        let runs = |vm: &&serio_store::record::VmRecord| {
+            vm.vdc == uid && !matches!(self.phases.get(&vm.uid), None | Some(Phase::Off))
+        };
+        if let Some(vm) = self.model.vms.values().find(runs) {
+            return refused(format!("has a VM that runs, {}: stop it first", vm.name));
+        }
+        let mine = |volume: &Uuid| self.model.volumes.get(volume).is_some_and(|r| r.vdc == uid);
+        if let Some(export) = self.model.exports.values().find(|export| mine(&export.volume)) {
+            return refused(format!("has an export, exports/{}: end it first", export.id));
+        }
+        if self.volume_ops.keys().any(mine) {
+            return refused("has a volume that something is done to: try again when that is over".to_owned());
+        }
+        Ok(())
+    }
+
+    /// A vdc in which something may be made or started.
+    pub(super) fn usable_vdc(&self, name: &Name) -> Result<&VdcRecord, Error> {
+        let vdc = self.model.vdc(name)?;
+        if vdc.encryption == Encryption::Erased {
+            let why = "was erased: its volumes can only be deleted, and nothing new is made in it";
+            return Err(Error::precondition(resource::vdc(name), why));
+        }
+        Ok(vdc)
+    }
+
+    /// The vdc whose key a new volume in it is encrypted under.
+    pub(super) fn key_owner(&self, vdc: Uuid) -> Option<Uuid> {
+        let record = self.model.vdcs.get(&vdc)?;
+        (record.encryption != Encryption::Plain).then_some(vdc)
     }
 
     pub(super) fn answer_vdc(&self, name: &Name) -> Result<Answer, Error> {

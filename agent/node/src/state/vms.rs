@@ -47,6 +47,7 @@ impl State {
             volume: root.uid,
             size_bytes: root.size_bytes,
             image: self.disk_of(root.source_image.as_ref()),
+            vdc: self.key_owner(root.vdc),
         };
         changes.extend(self.remember(&op, resource::vm(&name)));
         let uid = vm.uid;
@@ -70,7 +71,7 @@ impl State {
         spec: VmSpec,
         start: bool,
     ) -> Result<(VmRecord, VolumeRecord, Vec<Change>), Error> {
-        let vdc = self.model.vdc(&name.vdc)?;
+        let vdc = self.usable_vdc(&name.vdc)?;
         if self.model.vm(name).is_ok() {
             return Err(Error::Exists { resource: resource::vm(name) });
         }
@@ -230,6 +231,7 @@ impl State {
                 Error::precondition(resource::vm(name), "is being deleted: delete it again to finish that"),
             );
         }
+        check!(op, self.usable_vdc(&name.vdc));
         check!(op, self.volumes_startable(&record));
         let mut record = record;
         record.desired = Desired::Running;

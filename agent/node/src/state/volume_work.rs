@@ -42,8 +42,11 @@ impl Executor {
     /// Effects on volumes.
     pub(super) async fn volume_work(&self, effect: Effect) {
         match effect {
-            Effect::CreateVolume { volume, size_bytes, image } => {
-                let result = self.create_volume(volume, size_bytes, image).await;
+            Effect::CreateVolume { volume, size_bytes, image, vdc } => {
+                let result = match self.supervisor.assign_key(volume, vdc).await {
+                    Ok(()) => self.create_volume(volume, size_bytes, image).await,
+                    Err(error) => Err(Error::from_job("creating the volume", &error)),
+                };
                 self.send(Input::VolumeCreated { volume, result }).await;
             }
             Effect::CloneVolume { volume, size_bytes, source, point } => {

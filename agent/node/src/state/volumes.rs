@@ -32,6 +32,7 @@ impl State {
             volume: record.uid,
             size_bytes: record.size_bytes,
             image: self.disk_of(record.source_image.as_ref()),
+            vdc: self.key_owner(record.vdc),
         };
         let uid = record.uid;
         let mut changes = vec![Change::Volume(record)];
@@ -48,7 +49,7 @@ impl State {
         size: Option<VolumeSize>,
         image: Option<Name>,
     ) -> Result<VolumeRecord, Error> {
-        let vdc = self.model.vdc(&name.vdc)?;
+        let vdc = self.usable_vdc(&name.vdc)?;
         if self.model.volume(name).is_ok() {
             return Err(Error::Exists { resource: resource::volume(name) });
         }

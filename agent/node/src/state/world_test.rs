@@ -482,7 +482,7 @@ impl Sim {
         self.input(Input::Command(Command::FinishImport(files), reply));
         waiting.try_recv().unwrap().unwrap();
         let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 1 << 30 };
-        self.ask(Mutation::CreateVdc { name: "ardesio".parse().unwrap(), quota }).unwrap();
+        self.ask(Mutation::CreateVdc { name: "ardesio".parse().unwrap(), quota, encrypted: false }).unwrap();
     }
 
     /// Compares rows with the host; call it when all has settled.

@@ -7,7 +7,7 @@ use serio_control::{
     message::{Code, Failed},
 };
 
-use crate::net::NetError;
+use crate::{keys::KeysError, net::NetError};
 
 /// A file or directory that could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,9 @@ pub enum LaunchError {
     /// /dev/kvm cannot be opened.
     #[error("KVM cannot be used on this host: `serio doctor` says what is missing")]
     Kvm(#[source] FileError),
+    /// The key of an encrypted volume.
+    #[error("the key of an encrypted volume is not to be had")]
+    Key(#[from] KeysError),
     /// A disk cannot be opened.
     #[error("disk {index} cannot be used")]
     Disk {
@@ -186,6 +189,9 @@ pub enum AdoptError {
 /// Why a job on a volume or image was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
+    /// The key of an encrypted volume.
+    #[error("the volume's key is not to be had")]
+    Key(#[from] KeysError),
     /// The volume's files.
     #[error(transparent)]
     Volume(#[from] VolumeFilesError),

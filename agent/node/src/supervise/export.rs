@@ -156,6 +156,7 @@ pub(super) async fn start(inner: Arc<Inner>, plan: ExportPlan) -> Result<ExportH
 
 async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Result<Watched, JobError> {
     let read_only = plan.snapshot.is_some() || !plan.writable;
+    let key = inner.key_of(plan.volume).await?;
     let mut descriptors = Descriptors::default();
     descriptors.push(rundir::listen(&files.sock)?);
     descriptors.push_volume(&inner.volume_dir(plan.volume), plan.volume, read_only)?;
@@ -175,7 +176,7 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         snapshot: plan.snapshot.clone().unwrap_or_default(),
         read_only,
         uid: 0,
-        key: None,
+        key,
         once: plan.once,
     });
     let served = match rundir::write_meta(&files.meta, &meta) {

@@ -190,10 +190,14 @@ async fn fill_volume(
     size_bytes: u64,
     from_image: Option<PathBuf>,
 ) -> Result<(), JobError> {
-    let (data, map) = files::new_layer(dir, 0)?;
+    let key = inner.key_of(uid).await?;
     let mut descriptors = Descriptors::default();
-    descriptors.push(data);
-    descriptors.push(map);
+    // Of an encrypted volume the bottom is plain, and stays empty or an image's.
+    for layer in 0..=u64::from(key.is_some()) {
+        let (data, map) = files::new_layer(dir, layer)?;
+        descriptors.push(data);
+        descriptors.push(map);
+    }
     if let Some(image) = &from_image {
         descriptors.push(files::open(image, true)?);
     }
@@ -201,7 +205,7 @@ async fn fill_volume(
         volume_id: uid.to_string(),
         size_bytes,
         from_image: from_image.is_some(),
-        key: None,
+        key,
     });
     done(&run(inner, body, descriptors).await?)?;
     rundir::sync_parent(dir).map_err(FileError::at("sync", dir))?;
@@ -220,6 +224,9 @@ pub(super) fn delete_volume(inner: &Inner, uid: Uuid) -> Result<(), JobError> {
         }
     }
     rundir::remove(&gone)?;
+    if let Some(keys) = inner.keys.get() {
+        keys.unassign(uid);
+    }
     inner.forget_volume(uid);
     Ok(())
 }
@@ -245,6 +252,7 @@ pub(super) async fn inspect(inner: &Inner, volume: Uuid) -> Result<VolumeInfo, J
 /// Seals the head of a stopped volume.
 pub(super) async fn snapshot_stopped(inner: Arc<Inner>, volume: Uuid, name: String) -> Result<(), JobError> {
     let _entered = inner.enter_sure(volume).await?;
+    let key = inner.key_of(volume).await?;
     let info = inspect(&inner, volume).await?;
     let dir = inner.volume_dir(volume);
     let number = info.next_number();
@@ -253,8 +261,7 @@ pub(super) async fn snapshot_stopped(inner: Arc<Inner>, volume: Uuid, name: Stri
     descriptors.push_chain(&dir, &info.chain, false)?;
     descriptors.push(new.0);
     descriptors.push(new.1);
-    let body =
-        Body::SnapshotStopped(SnapshotStopped { volume_id: volume.to_string(), snapshot: name, key: None });
+    let body = Body::SnapshotStopped(SnapshotStopped { volume_id: volume.to_string(), snapshot: name, key });
     let answer = run(&inner, body, descriptors).await;
     if answer.is_err() {
         // The process is gone, whatever it did: the headers say.

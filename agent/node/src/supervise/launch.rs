@@ -39,6 +39,12 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     let run = inner.run_of(uid);
     let (mut launch, mut descriptors) = describe(inner, &plan)?;
     let digest = blake3::hash(&launch.encode_to_vec()).to_hex().to_string();
+    // After the digest, which is kept in a file.
+    for (disk, planned) in launch.disks.iter_mut().zip(&plan.disks) {
+        if let DiskSource::Volume(volume) = planned.source {
+            disk.key = inner.key_of(volume).await?;
+        }
+    }
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
     for nic in &plan.nics {
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;

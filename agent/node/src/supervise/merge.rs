@@ -128,6 +128,8 @@ async fn merge_all(
         let _ = vm.ask(Body::FinishSnapshot(release), &[], ANSWER_WAIT).await;
     }
     let dir = inner.volume_dir(plan.volume);
+    // A VMM has the key already.
+    let key = if plan.vm.is_some() { None } else { inner.key_of(plan.volume).await? };
     let mut before = None;
     loop {
         let info = jobs::inspect(inner, plan.volume).await?;
@@ -143,7 +145,7 @@ async fn merge_all(
             volume_id: plan.volume.to_string(),
             layer,
             bytes_per_s: inner.settings.merge_bytes_per_s,
-            key: None,
+            key: key.clone(),
         };
         let step = match &plan.vm {
             Some(vm) => in_vmm(vm, body, progress, &mut stop).await?,

@@ -47,15 +47,19 @@ use std::{
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use bytes::Bytes;
+use serio_control::message::VdcKey;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use self::{cgroup::Cgroups, gate::VolumeGate, process::Exit, rundir::RunDir, spawn::Watched};
-use crate::net::Net;
+use crate::{
+    keys::{Keys, KeysError},
+    net::Net,
+};
 
 pub use error::{AdoptError, FileError, JobError, LaunchError, SpawnError, TalkError, VolumeFilesError};
 pub use export::ExportHandle;
@@ -83,9 +87,19 @@ struct Inner {
     cgroups: Cgroups,
     net: Net,
     gates: Mutex<HashMap<Uuid, Arc<VolumeGate>>>,
+    /// None in a node whose volumes are all plain ones.
+    keys: OnceLock<Keys>,
 }
 
 impl Inner {
+    /// The key that opens a volume; none if it is a plain one.
+    async fn key_of(&self, volume: Uuid) -> Result<Option<VdcKey>, KeysError> {
+        match self.keys.get() {
+            Some(keys) => keys.key_of(volume).await,
+            None => Ok(None),
+        }
+    }
+
     fn vms_dir(&self) -> PathBuf {
         self.settings.run_dir.join("vms")
     }
@@ -139,7 +153,8 @@ impl Supervisor {
     /// A directory cannot be made.
     pub fn new(settings: SupervisorSettings) -> Result<Self, FileError> {
         let cgroups = Cgroups::new(settings.cgroup_root.as_deref());
-        let inner = Inner { settings, cgroups, net: Net::default(), gates: Mutex::default() };
+        let inner =
+            Inner { settings, cgroups, net: Net::default(), gates: Mutex::default(), keys: OnceLock::new() };
         rundir::remove(&inner.jobs_dir())?;
         let state = |name: &str| inner.settings.state_dir.join(name);
         for dir in [inner.vms_dir(), inner.exports_dir(), inner.jobs_dir()] {
@@ -152,6 +167,24 @@ impl Supervisor {
             rundir::remove_quietly(&inner.volumes_dir().join(name));
         }
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Where the keys of encrypted volumes come from. Once, before anything is started.
+    #[must_use]
+    pub fn with_keys(self, keys: Keys) -> Self {
+        // A second one changes nothing.
+        let _ = self.inner.keys.set(keys);
+        self
+    }
+
+    /// Notes whose key a new volume is encrypted under, before it is made.
+    ///
+    /// # Errors
+    /// [`JobError::Key`].
+    pub async fn assign_key(&self, volume: Uuid, vdc: Option<Uuid>) -> Result<(), JobError> {
+        let Some(vdc) = vdc else { return Ok(()) };
+        let keys = self.inner.keys.get().ok_or(KeysError::NotConfigured)?;
+        Ok(keys.assign(volume, vdc).await?)
     }
 
     /// Starts a VM; returns when its guest runs. On failure nothing half-made stays.

@@ -128,7 +128,9 @@ async fn resize(
     vm: Option<VmHandle>,
 ) -> Result<(), JobError> {
     let _entered = inner.enter_sure(volume).await?;
-    let body = Body::ResizeVolume(ResizeVolume { volume_id: volume.to_string(), size_bytes, key: None });
+    // A VMM has the key already.
+    let key = if vm.is_some() { None } else { inner.key_of(volume).await? };
+    let body = Body::ResizeVolume(ResizeVolume { volume_id: volume.to_string(), size_bytes, key });
     match vm {
         Some(vm) => jobs::done(&vm.ask(body, &[], RESIZE_WAIT).await?),
         None => {
@@ -147,6 +149,7 @@ async fn rollback(
     discard_later: bool,
 ) -> Result<VolumeInfo, JobError> {
     let _entered = inner.enter_sure(volume).await?;
+    let key = inner.key_of(volume).await?;
     let info = jobs::inspect(&inner, volume).await?;
     let dir = inner.volume_dir(volume);
     let number = info.next_number();
@@ -155,12 +158,8 @@ async fn rollback(
     descriptors.push_chain(&dir, &info.chain, false)?;
     descriptors.push(data);
     descriptors.push(map);
-    let body = Body::RollbackVolume(RollbackVolume {
-        volume_id: volume.to_string(),
-        snapshot,
-        discard_later,
-        key: None,
-    });
+    let body =
+        Body::RollbackVolume(RollbackVolume { volume_id: volume.to_string(), snapshot, discard_later, key });
     let answer = jobs::run(&inner, body, descriptors).await;
     // The process is gone, whatever it did: the headers say, and what they do not name goes.
     let info = jobs::inspect(&inner, volume).await;
@@ -202,6 +201,9 @@ async fn fill_clone(
         }
         CloneSource::Snapshot { volume, name } => {
             let entered = inner.enter_sure(volume).await?;
+            if let Some(keys) = inner.keys.get() {
+                keys.assign_like(uid, volume).await?;
+            }
             let from = inner.volume_dir(volume);
             let layers = layers_of(inner, volume, &name).await?;
             for layer in &layers {
@@ -218,8 +220,8 @@ async fn fill_clone(
     let (data, map) = files::new_layer(dir, head)?;
     descriptors.push(data);
     descriptors.push(map);
-    let volume_id = uid.to_string();
-    let body = Body::CloneVolume(CloneVolume { volume_id, size_bytes, image, snapshot, key: None });
+    let (volume_id, key) = (uid.to_string(), inner.key_of(uid).await?);
+    let body = Body::CloneVolume(CloneVolume { volume_id, size_bytes, image, snapshot, key });
     jobs::done(&jobs::run(inner, body, descriptors).await?)?;
     rundir::sync_parent(dir).map_err(FileError::at("sync", dir))?;
     Ok(())

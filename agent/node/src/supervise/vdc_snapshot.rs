@@ -14,7 +14,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serio_control::{
     ChannelError,
     message::{
-        Body, FinishSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume, SnapshotStopped,
+        Body, FinishSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
+        SnapshotStopped, VdcKey,
     },
 };
 use tokio::{
@@ -174,9 +175,14 @@ async fn seal_all(
     entered: &mut [(Uuid, Entered)],
 ) -> Result<Vec<SealedVolume>, JobError> {
     let hosts = hosts(inner, plan, ready)?;
+    // Before anybody waits: a key may come from a command.
+    let mut keys = BTreeMap::new();
+    for one in ready.iter().filter(|one| one.part.vm.is_none()) {
+        keys.insert(one.part.volume, inner.key_of(one.part.volume).await?);
+    }
     let prepared = prepare_all(plan, &hosts).await;
     let sealed = match &prepared {
-        Ok((deadline, _)) => seal_stopped(inner, plan, ready, *deadline).await,
+        Ok((deadline, _)) => seal_stopped(inner, plan, (ready, keys), *deadline).await,
         Err(_) => Ok(()),
     };
     let commit = prepared.is_ok() && sealed.is_ok();
@@ -241,7 +247,7 @@ async fn prepare_all(plan: &VdcSnapshotPlan, hosts: &[Host]) -> Result<(Instant,
 async fn seal_stopped(
     inner: &Arc<Inner>,
     plan: &VdcSnapshotPlan,
-    ready: &[Ready],
+    (ready, mut keys): (&[Ready], BTreeMap<Uuid, Option<VdcKey>>),
     deadline: Instant,
 ) -> Result<(), JobError> {
     let mut jobs_under_way = JoinSet::new();
@@ -255,7 +261,7 @@ async fn seal_stopped(
         let body = Body::SnapshotStopped(SnapshotStopped {
             volume_id: one.part.volume.to_string(),
             snapshot: plan.name.clone(),
-            key: None,
+            key: keys.remove(&one.part.volume).flatten(),
         });
         let (inner, label) = (Arc::clone(inner), one.part.label.clone());
         jobs_under_way.spawn(async move {

@@ -6,10 +6,13 @@ use std::{
     fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
 use serio_types::{ByteSize, Name};
+
+use crate::scrub::Every;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +111,10 @@ pub struct Nbd {
 pub struct Volumes {
     /// Bytes a second that a merge of layers may copy; 0: as fast as it goes.
     pub merge_pace: ByteSize,
+    /// How long after its last scrub a volume is scrubbed again; 0: never.
+    pub scrub_interval: Every,
+    /// Bytes a second that a scrub may read; 0: as fast as it goes.
+    pub scrub_pace: ByteSize,
 }
 
 /// The keys of encrypted vdcs.
@@ -183,7 +190,11 @@ impl Default for Config {
 
 impl Default for Volumes {
     fn default() -> Self {
-        Self { merge_pace: ByteSize::from_mib(100) }
+        Self {
+            merge_pace: ByteSize::from_mib(100),
+            scrub_interval: Every(Duration::from_secs(30 * 24 * 60 * 60)),
+            scrub_pace: ByteSize::from_mib(20),
+        }
     }
 }
 

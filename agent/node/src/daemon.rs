@@ -27,6 +27,7 @@ use crate::{
     grpc::{self, Context, NodeInfo, server},
     keys::Keys,
     nbd,
+    scrub::{Checks, ScrubSettings},
     state::{
         Executor, Handles, State,
         model::{Model, now},
@@ -285,6 +286,15 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     if tokio::time::timeout(RECOVERY, recovered.wait_for(|done| *done)).await.is_err() {
         tracing::warn!("some VMs of an earlier seriod do not answer yet; they are asked again");
     }
+    let checks = Checks {
+        state: core.client.clone(),
+        handles: core.handles.clone(),
+        supervisor: core.supervisor.clone(),
+    };
+    tokio::spawn(checks.scrub_now_and_then(ScrubSettings {
+        every: config.volumes.scrub_interval.0,
+        bytes_per_s: config.volumes.scrub_pace.bytes(),
+    }));
     let nbd = start_nbd(&config, &core.handles).await?;
     let node = Arc::new(NodeInfo {
         name: node_name,

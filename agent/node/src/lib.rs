@@ -22,6 +22,7 @@ pub mod grpc;
 pub mod keys;
 pub mod nbd;
 pub mod net;
+pub mod scrub;
 pub mod seed;
 pub mod state;
 pub mod supervise;

@@ -95,6 +95,31 @@ pub struct FlattenArgs {
     pub wait: WaitArgs,
 }
 
+/// `volume check`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Compares headers, maps and files; with --data also all sealed data with their checksums, which are computed where
+they are missing. Works while the VM runs. Exit code 1 when something is wrong. ctrl-C ends the waiting, not the check.
+
+Examples:
+  serio volume check ardesio/web-root
+  serio volume check ardesio/web-root --data --pace 50MiB"
+)]
+pub struct CheckArgs {
+    /// VDC/NAME
+    #[arg(value_parser = in_vdc)]
+    pub name: VdcName,
+    /// Read all sealed data and compare them with their checksums
+    #[arg(long)]
+    pub data: bool,
+    /// Bytes read a second; as fast as it goes if left out
+    #[arg(long, value_name = "SIZE", requires = "data")]
+    pub pace: Option<ByteSize>,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
 /// `volume changes`.
 #[derive(Debug, Args)]
 #[command(

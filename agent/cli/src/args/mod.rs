@@ -13,7 +13,9 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serio_types::{ByteSize, Name};
 
-pub use layers::{ChangesArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs};
+pub use layers::{
+    ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
+};
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use vm::{ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};

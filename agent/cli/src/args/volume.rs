@@ -3,7 +3,9 @@
 use clap::{Args, Subcommand};
 use serio_types::{ByteSize, Name, VdcName};
 
-use super::layers::{ChangesArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs};
+use super::layers::{
+    ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
+};
 use super::parse::{Seconds, image_name, in_vdc, vdc_name};
 
 /// The verbs of `volume`.
@@ -65,6 +67,8 @@ pub enum VolumeVerb {
     Rollback(RollbackArgs),
     /// Copy what a volume shares with others or its image, so that it stands alone
     Flatten(FlattenArgs),
+    /// Check a volume, and scrub its data, also while its VM runs
+    Check(CheckArgs),
     /// List what has changed between two points, or since one
     Changes(ChangesArgs),
     /// Offer a point, or a stopped volume, over NBD, and print the URI

@@ -1,6 +1,7 @@
 //! One file per noun; here they are told apart.
 
 mod capacity;
+mod check;
 mod completion;
 mod console;
 mod doctor;

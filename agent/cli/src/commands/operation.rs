@@ -135,6 +135,11 @@ pub(super) async fn follow(
 
 /// Waits for the end, with a bar on a terminal. ctrl-C and --timeout end the waiting, not the operation.
 async fn wait(client: &Client, begun: Operation, sentence: &str, output: Output) -> Result<(), Failure> {
+    told(&ended(client, begun).await?, sentence, output)
+}
+
+/// Waits for the end; see [`wait`].
+pub(super) async fn ended(client: &Client, begun: Operation) -> Result<Operation, Failure> {
     let bar = bar(&begun);
     let patience = async {
         match client.timeout() {
@@ -148,11 +153,15 @@ async fn wait(client: &Client, begun: Operation, sentence: &str, output: Output)
         () = patience => Err(goes_on(&begun, &bar)),
     };
     bar.finish_and_clear();
-    let ended = ended?;
+    ended
+}
+
+/// Tells how an operation ended.
+pub(super) fn told(ended: &Operation, sentence: &str, output: Output) -> Result<(), Failure> {
     match ended.state() {
-        OperationState::Done => output.done(&ended, sentence),
+        OperationState::Done => output.done(ended, sentence),
         _ if output.format() != crate::args::Format::Table => {
-            output.value(&ended)?;
+            output.value(ended)?;
             Err(Failure::Silent(1))
         }
         OperationState::Cancelled => Err(Failure::plain(format!("{} was cancelled", ended.name))),

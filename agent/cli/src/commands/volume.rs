@@ -8,7 +8,7 @@ use serio_api::v1::{
 };
 use serio_types::{Name, VdcName};
 
-use super::{layers, request_id};
+use super::{check, layers, request_id};
 use crate::{
     args::{ExportArgs, Format, Global, VolumeVerb},
     client::{Client, Target},
@@ -56,6 +56,7 @@ pub(super) async fn run(
         VolumeVerb::Clone(args) => layers::clone(client, args, output).await,
         VolumeVerb::Rollback(args) => layers::rollback(client, args, output).await,
         VolumeVerb::Flatten(args) => layers::flatten(client, args, output).await,
+        VolumeVerb::Check(args) => check::run(client, args, output).await,
         VolumeVerb::Changes(args) => layers::changes(client, args, output).await,
         VolumeVerb::Export(args) => export(client, global, args, output).await,
         VolumeVerb::Exports => exports(client, output).await,
@@ -155,6 +156,7 @@ async fn snapshots(client: &Client, volume: &VdcName, output: Output) -> Result<
 }
 
 fn show(volume: &Volume, output: Output) -> Result<(), Failure> {
+    let [checked, scrubbed] = check::lines(volume);
     output.one(
         volume,
         &[
@@ -172,6 +174,8 @@ fn show(volume: &Volume, output: Output) -> Result<(), Failure> {
                 "snapshots",
                 volume.snapshots.iter().map(|name| names::short_point(name)).collect::<Vec<_>>().join(", "),
             ),
+            checked,
+            scrubbed,
         ],
     )
 }

@@ -380,6 +380,8 @@ pub fn volume(view: &VolumeView, allocated: Allocated) -> v1::Volume {
         attached_to: view.attached_to.as_ref().map(resource::vm).unwrap_or_default(),
         snapshots: view.snapshots.iter().map(Name::to_string).collect(),
         source_snapshot: view.record.source_snapshot.clone().unwrap_or_default(),
+        last_check: None,
+        last_scrub: None,
     }
 }
 

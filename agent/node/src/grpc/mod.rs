@@ -9,6 +9,7 @@
 
 pub mod auth;
 mod changes;
+mod check;
 mod console;
 pub mod convert;
 mod image;

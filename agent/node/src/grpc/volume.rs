@@ -3,18 +3,18 @@
 use std::time::Duration;
 
 use serio_api::v1::{
-    CloneVolumeRequest, CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest, DeleteExportRequest,
-    DeleteExportResponse, DeleteSnapshotRequest, DeleteVolumeRequest, DeleteVolumeResponse, Export,
-    FlattenVolumeRequest, GetVolumeRequest, ListChangedRangesRequest, ListChangedRangesResponse,
-    ListExportsRequest, ListExportsResponse, ListSnapshotsRequest, ListSnapshotsResponse, ListVolumesRequest,
-    ListVolumesResponse, Operation, ResizeVolumeRequest, RollbackVolumeRequest, Snapshot, Volume,
-    volume_service_server::VolumeService,
+    CheckVolumeRequest, CloneVolumeRequest, CreateExportRequest, CreateSnapshotRequest, CreateVolumeRequest,
+    DeleteExportRequest, DeleteExportResponse, DeleteSnapshotRequest, DeleteVolumeRequest,
+    DeleteVolumeResponse, Export, FlattenVolumeRequest, GetVolumeRequest, ListChangedRangesRequest,
+    ListChangedRangesResponse, ListExportsRequest, ListExportsResponse, ListSnapshotsRequest,
+    ListSnapshotsResponse, ListVolumesRequest, ListVolumesResponse, Operation, ResizeVolumeRequest,
+    RollbackVolumeRequest, Snapshot, Volume, volume_service_server::VolumeService,
 };
 use serio_types::{Name, SnapshotName, VolumeSize, resource};
 use tonic::{Request, Response, Status};
 
 use super::{
-    Context, changes,
+    Context, changes, check,
     convert::{self, Fields, field, request_of},
     operation, unexpected,
 };
@@ -34,9 +34,14 @@ pub(super) struct VolumeApi(pub(super) Context);
 impl VolumeApi {
     async fn show(&self, view: VolumeView) -> Volume {
         let (supervisor, uid) = (self.0.supervisor.clone(), view.record.uid);
-        let allocated = tokio::task::spawn_blocking(move || supervisor.allocated_bytes(uid)).await;
-        // Files that are just being made or removed: nothing to count.
-        convert::volume(&view, allocated.ok().and_then(Result::ok).unwrap_or_default())
+        let found = move || (supervisor.allocated_bytes(uid), supervisor.scrub_record(uid));
+        let (allocated, scrubs) = tokio::task::spawn_blocking(found).await.map_or_else(
+            |_| (None, None),
+            // Files that are just being made or removed: nothing to count.
+            |(allocated, scrubs)| (allocated.ok(), Some(scrubs)),
+        );
+        let volume = convert::volume(&view, allocated.unwrap_or_default());
+        check::shown(volume, scrubs.unwrap_or_default())
     }
 
     async fn one(&self, answer: Answer) -> Result<Response<Volume>, Status> {
@@ -203,6 +208,13 @@ impl VolumeService for VolumeApi {
         request: Request<ListChangedRangesRequest>,
     ) -> Result<Response<ListChangedRangesResponse>, Status> {
         Ok(Response::new(changes::page(&self.0, request.into_inner()).await?))
+    }
+
+    async fn check_volume(
+        &self,
+        request: Request<CheckVolumeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Ok(Response::new(check::begin(&self.0, &request.into_inner()).await?))
     }
 
     async fn create_export(&self, request: Request<CreateExportRequest>) -> Result<Response<Export>, Status> {

@@ -129,6 +129,15 @@ pub enum Command {
     },
     /// That work has ended → [`Answer::Nothing`].
     EndOperation(Uuid, Result<(), Error>),
+    /// Raises an event about a resource → [`Answer::Nothing`].
+    Note {
+        /// As the API names it.
+        resource: String,
+        /// "damaged".
+        kind: &'static str,
+        /// For people.
+        message: String,
+    },
     /// Asks an operation to end → [`Answer::Operation`].
     CancelOperation(Uuid),
 }

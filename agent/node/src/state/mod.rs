@@ -176,6 +176,10 @@ impl State {
                 self.end_operation(uid, result, Vec::new());
                 answer(reply, Ok(Answer::Nothing));
             }
+            Command::Note { resource, kind, message } => {
+                let note = self.event(resource, kind, message);
+                answer(reply, self.commit(vec![note]).map(|_| Answer::Nothing));
+            }
             Command::CancelOperation(uid) => answer(reply, self.cancel_operation(uid)),
             Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {

@@ -52,6 +52,16 @@ impl Descriptors {
         chain.iter().try_for_each(|number| self.push_layer(dir, *number, read_only).map(drop))
     }
 
+    /// Opens these layers for a check: data to be read, maps to be written, since checksums are kept there.
+    pub(super) fn push_for_check(&mut self, dir: &Path, chain: &[u64]) -> Result<(), FileError> {
+        for number in chain {
+            let (data, map) = layer_paths(dir, *number);
+            self.push(open(&data, true)?);
+            self.push(open(&map, false)?);
+        }
+        Ok(())
+    }
+
     /// The same descriptors once more.
     pub(super) fn duplicate(&self) -> Result<Self, FileError> {
         let list = self.list.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>();

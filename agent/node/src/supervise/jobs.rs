@@ -33,7 +33,7 @@ use super::{
 /// For connecting, and for `Status`.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// The longest job; one that moves on is not broken off before.
-const JOB_MAX: Duration = Duration::from_secs(24 * 3600);
+const JOB_MAX: Duration = Duration::from_secs(60 * 24 * 3600);
 /// Between two looks at a job's progress.
 const LOOK: Duration = Duration::from_secs(10);
 /// Without progress for so long, a job is killed.

@@ -275,7 +275,7 @@ fn merge_state(answer: Body) -> Result<MergeState, JobError> {
 
 impl Job {
     /// How far it is, if it says.
-    async fn progress(&self) -> Option<(u64, u64)> {
+    pub(super) async fn progress(&self) -> Option<(u64, u64)> {
         let asked = link::ask(self.socket(), self.peer(), Body::Status(Empty {}), Duration::from_secs(1));
         match asked.await {
             Ok(Body::JobStatus(status)) => Some((status.done_bytes, status.total_bytes)),

@@ -24,6 +24,7 @@
 //! off half-way when the caller goes).
 
 mod cgroup;
+mod check;
 mod error;
 mod export;
 mod files;
@@ -61,6 +62,7 @@ use crate::{
     net::Net,
 };
 
+pub use check::{CheckAsk, CheckRecord, ProblemRecord, ScrubRecord};
 pub use error::{AdoptError, FileError, JobError, LaunchError, SpawnError, TalkError, VolumeFilesError};
 pub use export::ExportHandle;
 pub use files::Allocated;

@@ -213,6 +213,41 @@ fn a_clone_of_a_large_volume_is_immediate() {
 }
 
 #[test]
+fn zeros_that_keep_their_space_have_it() {
+    use std::os::unix::fs::MetadataExt;
+    let temp = TempDir::new().expect("tempdir");
+    for key in [None, Some(crate::crypto::test_secret())] {
+        let path = temp.path().join(if key.is_some() { "encrypted" } else { "plain" });
+        let mut dir = VolumeDir::new(&path);
+        if let Some(key) = key {
+            dir = dir.with_key(key);
+        }
+        dir.create(4 << 20).expect("create");
+        let volume = dir.open(Access::ReadWrite).expect("open");
+        write(&volume, 0, &[1; 3 << 20]);
+        let head = dir.snapshot(&volume, "a").expect("snapshot").layer + 1;
+        let space = || path.join(format!("{head:08}.data")).metadata().expect("metadata").blocks() * 512;
+        let zeroes = |offset, len, unmap| {
+            let op = Op::WriteZeroes { offset, len, unmap };
+            volume.queue(1).expect("queue").run(op).0.expect("zeroes");
+        };
+        zeroes(1000, 2 << 20, true);
+        assert!(space() < 64 << 10, "{} bytes for nothing", space());
+        zeroes(1000, 2 << 20, false);
+        volume.queue(1).expect("queue").run(Op::Flush).0.expect("flush");
+        assert!(space() >= 2 << 20, "{} bytes", space());
+        volume.extents(4096, 1 << 20, |extent| {
+            assert!(!extent.hole);
+            true
+        });
+        drop(volume);
+        let volume = dir.open(Access::ReadWrite).expect("reopen");
+        let expected = [vec![1; 1000], vec![0; 2 << 20], vec![1; 1000]].concat();
+        assert!(read(&volume, 0, expected.len()) == expected);
+    }
+}
+
+#[test]
 fn rolling_back() {
     let temp = TempDir::new().expect("tempdir");
     let dir = VolumeDir::new(temp.path());

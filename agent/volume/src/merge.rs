@@ -237,7 +237,7 @@ impl Merge {
             return Ok(());
         }
         if view.live {
-            // What the guest has done to the head since: the layer's own zeros and data must be durable in it.
+            // What the guest has done since, too: then the argument need not tell its writes from the merge's.
             keeper::commit(&core)
                 .map_err(|e| io_error("flush the head")(io::Error::from_raw_os_error(e.errno())))?;
         }

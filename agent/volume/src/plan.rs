@@ -208,6 +208,15 @@ pub(crate) fn punch_blocks(file: u32, blocks: Claim) -> Option<Io> {
     })
 }
 
+/// Zeros in whole blocks of the head that keep or get their space.
+pub(crate) fn zero_blocks(stack: &Stack, blocks: Claim) -> Option<Io> {
+    let offset = blocks.first * BLOCK_BYTES;
+    // Not past the volume's end: where a file system cannot, they are written, which would make the file longer.
+    let end = ((blocks.first + blocks.count) * BLOCK_BYTES).min(stack.head().size_bytes);
+    let file = stack.head_index() as u32;
+    (blocks.count > 0).then(|| Io::Allocate { file, mode: zero_range(), offset, len: end - offset })
+}
+
 /// The parts of a range outside the blocks that it covers, each with the bounce block that it may use.
 pub(crate) fn edges(range: Range, covered: Claim) -> impl Iterator<Item = (Range, u8)> {
     let parts = if covered.count == 0 {

@@ -31,7 +31,7 @@ use crate::{
     keeper::{self, Keeper},
     map::State,
     op::{Full, Op},
-    plan::{self, Fill, Range, Verdict, cut, edges, judge, punch_blocks},
+    plan::{self, Fill, Range, Verdict, cut, edges, judge, punch_blocks, zero_blocks},
     runs::{self, FileRun},
     shared::{Core, QueueShared, lock},
     slot::{Kind, Slot, Stage},
@@ -325,13 +325,23 @@ impl IoQueue {
             }
             Kind::Discard if layered => slot.ios.extend(punch_blocks(file, covered)),
             Kind::Discard => slot.ios.push(hole(plan::punch())),
-            Kind::WriteZeroes { .. } if layered => {
+            Kind::WriteZeroes { unmap: false } if layered && stack.head().cipher.is_some() => {
+                // Zeros that have their space are ciphertext like all others.
+                let body = Body::Zeros { len: range.len };
+                slot.then.extend(cut(stack, plan::write(stack, range, body, 0, &mut slot.ios, &mut fill)));
+                slot.stage = Stage::CopyUp;
+            }
+            Kind::WriteZeroes { unmap } if layered => {
                 for (edge, bounce) in edges(range, covered) {
                     let body = Body::Zeros { len: edge.len };
                     let write = plan::write(stack, edge, body, bounce, &mut slot.ios, &mut fill);
                     slot.then.extend(cut(stack, write));
                 }
-                slot.then.extend(punch_blocks(file, covered));
+                slot.then.extend(if unmap {
+                    punch_blocks(file, covered)
+                } else {
+                    zero_blocks(stack, covered)
+                });
                 slot.stage = Stage::CopyUp;
             }
             Kind::WriteZeroes { unmap } => {
@@ -380,7 +390,7 @@ impl IoQueue {
         if let (Some(map), Some(claim)) = (self.stack.head_map(), slot.claim) {
             match slot.kind {
                 Kind::Discard => map.set(claim.first, claim.count, State::Zero),
-                Kind::WriteZeroes { .. } => {
+                Kind::WriteZeroes { unmap: true } => {
                     let covered = slot.range.covered(self.stack.head().size_bytes);
                     for (edge, _) in edges(slot.range, covered) {
                         let touched = edge.touched();
@@ -424,7 +434,9 @@ impl IoQueue {
         let slot = &mut self.slots[answer.slot as usize];
         slot.in_flight -= 1;
         let io = &mut slot.ios[answer.token as usize];
-        let excused = slot.kind == Kind::Discard || self.stack.head_map().is_some();
+        let layered = self.stack.head_map().is_some();
+        let excused =
+            slot.kind == Kind::Discard || (layered && slot.kind != Kind::WriteZeroes { unmap: false });
         match judge(io, answer.result, excused) {
             Verdict::Done => {}
             Verdict::Again => {

@@ -42,6 +42,16 @@ impl Bench {
         Some(Bench { dir, agent: Cell::new(Some(agent)) })
     }
 
+    /// The same for the mini guest, which is built first: the agent does not wait long for its launch.
+    pub(super) fn mini() -> Option<Bench> {
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images/mini/build");
+        let output = Command::new(&recipe).output().expect("images/mini/build starts");
+        assert!(output.status.success(), "images/mini/build: {}", String::from_utf8_lossy(&output.stderr));
+        let bench = Bench::new()?;
+        std::fs::copy(String::from_utf8_lossy(&output.stdout).trim(), bench.path("kernel")).expect("copied");
+        Some(bench)
+    }
+
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -82,17 +92,13 @@ impl Bench {
         self.launch_kernel(change, more)
     }
 
-    /// Launches the mini guest with one vcpu.
+    /// Launches the mini guest, which [`Bench::mini`] has put there, with one vcpu.
     pub(super) fn launch_mini(
         &self,
         cmdline: &str,
         change: impl FnOnce(&mut Launch),
         more: &[File],
     ) -> Channel {
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images/mini/build");
-        let output = Command::new(&recipe).output().expect("images/mini/build starts");
-        assert!(output.status.success(), "images/mini/build: {}", String::from_utf8_lossy(&output.stderr));
-        std::fs::copy(String::from_utf8_lossy(&output.stdout).trim(), self.path("kernel")).expect("copied");
         let set = |launch: &mut Launch| {
             launch.cmdline = cmdline.to_owned();
             launch.vcpus = 1;

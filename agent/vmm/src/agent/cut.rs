@@ -239,8 +239,7 @@ impl Cut {
 
     fn cut(self, slot: Slot, answer: &SyncSender<Body>, orders: &Receiver<Order>) {
         let mut prepared = self.freeze();
-        let deadline = Instant::now() + self.hold;
-        let held = match self.hold_all(deadline) {
+        let (held, deadline) = match self.hold_all() {
             Ok(held) => held,
             Err(refusal) => {
                 drop(slot);
@@ -295,16 +294,20 @@ impl Cut {
         }
     }
 
-    fn hold_all(&self, deadline: Instant) -> Result<Vec<Held>, Body> {
+    /// Holds all, and says until when: the time runs from the first hold on, since from then on the guest waits.
+    fn hold_all(&self) -> Result<(Vec<Held>, Instant), Body> {
         for part in &self.parts {
             part.volume.flush().map_err(|error| failed_at(&part.name, &error, &[]))?;
         }
         let mut held = Vec::with_capacity(self.parts.len());
+        let mut deadline = None;
         for part in &self.parts {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left =
+                deadline.map_or(self.hold, |end: Instant| end.saturating_duration_since(Instant::now()));
             held.push(part.volume.hold(left).map_err(|error| failed_at(&part.name, &error, &[]))?);
+            deadline = deadline.or_else(|| Instant::now().checked_add(self.hold));
         }
-        Ok(held)
+        Ok((held, deadline.unwrap_or_else(Instant::now)))
     }
 }
 

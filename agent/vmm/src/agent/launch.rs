@@ -11,10 +11,10 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use prost::Message;
-use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset};
+use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, VdcKey};
 use serio_hv::{Kvm, OpenError, Tap};
 use serio_sandbox::{SandboxError, Seal};
-use serio_volume::{Access, LayerFiles, Volume, VolumeFiles};
+use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
 use crate::boot::BootSource;
 use crate::console::Output;
@@ -188,6 +188,7 @@ fn open_volume(disk: &serio_control::message::Disk, passed: &mut Passed) -> Resu
         layers.push((data, map));
     }
     let failed = |source| DeviceError::Volume { name: disk.volume_id.clone(), source };
+    let key = disk.key.as_ref().map(secret).transpose()?;
     let raw = matches!(layers.as_slice(), [(_, None)]);
     if raw {
         let Some((data, _)) = layers.pop() else { return Err(LaunchError::invalid("disks", "no layer")) };
@@ -198,7 +199,14 @@ fn open_volume(disk: &serio_control::message::Disk, passed: &mut Passed) -> Resu
         .map(|(data, map)| Some(LayerFiles { data, map: map? }))
         .collect::<Option<Vec<_>>>()
         .ok_or_else(|| LaunchError::invalid("disks", "only a disk of one layer may be without a map"))?;
-    Ok(Volume::open(VolumeFiles { layers }, access).map_err(failed)?)
+    Ok(Volume::open_with_key(VolumeFiles { layers }, access, key.as_ref()).map_err(failed)?)
+}
+
+fn secret(key: &VdcKey) -> Result<VdcSecret, LaunchError> {
+    match (<[u8; 16]>::try_from(&*key.id), <[u8; 32]>::try_from(&*key.secret)) {
+        (Ok(id), Ok(secret)) => Ok(VdcSecret::new(id, secret)),
+        _ => Err(LaunchError::invalid("disks", "a vdc's key has an id of 16 bytes and a secret of 32")),
+    }
 }
 
 /// Writes why the VM ended, durably: `seriod` may be away. If that fails there is only the log left to say so.

@@ -8,13 +8,15 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serio_control::message::{
-    Body, Disk, Empty, FinishSnapshot, Launch, LayerFds, NewHead, PointClass, PrepareSnapshot, Prepared,
-    PreparedVolume, ResizeVolume,
+    Body, Disk, Empty, FinishSnapshot, Launch, LayerFds, MergeLayer, MergeQuery, NewHead, PointClass,
+    PrepareSnapshot, Prepared, PreparedVolume, ResizeVolume, VdcKey,
 };
 use serio_control::{Channel, ChannelError};
-use serio_volume::{Access, Buffers, LayerFiles, Op, Volume, VolumeFiles, create_layer};
+use serio_volume::{
+    Access, Buffers, LayerFiles, Op, VdcSecret, Volume, VolumeFiles, create_encrypted, create_layer,
+};
 
-use super::bench::{Bench, done};
+use super::bench::{Bench, done, guest, wait_end};
 
 const SIZE: u64 = 8 << 20;
 
@@ -118,7 +120,7 @@ fn counted(bench: &Bench, name: &str, layers: u64, snapshot: &str) -> u64 {
 
 #[test]
 fn two_disks_of_a_guest_are_cut_at_one_instant_and_frozen_between_two_rounds() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::mini() else { return };
     let (disks, files) = with_volumes(&bench, &["a", "b"]);
     let mut channel = bench.launch_mini("mini.test=pair", |launch: &mut Launch| launch.disks = disks, &files);
     let mut lines = Lines::of(&bench);
@@ -153,9 +155,99 @@ fn two_disks_of_a_guest_are_cut_at_one_instant_and_frozen_between_two_rounds() {
     }
 }
 
+/// Merges a layer and waits for it.
+fn merge(channel: &mut Channel, volume: &str, layer: u64, bytes_per_s: u64) {
+    let ask = MergeLayer { volume_id: volume.to_owned(), layer, bytes_per_s, key: None };
+    let mut answer = channel.call(Body::MergeLayer(ask), &[]).expect("begun");
+    loop {
+        let Body::MergeState(state) = answer else { panic!("{answer:?}") };
+        assert!(state.layer == layer && state.error.is_empty(), "{state:?}");
+        if state.done {
+            assert!(!state.running && state.done_bytes == state.total_bytes, "{state:?}");
+            return;
+        }
+        let ask = MergeQuery { volume_id: volume.to_owned(), cancel: false };
+        answer = channel.call(Body::MergeQuery(ask), &[]).expect("answered");
+    }
+}
+
+#[test]
+fn layers_are_merged_while_the_guest_writes() {
+    let Some(bench) = Bench::mini() else { return };
+    let (disks, files) = with_volumes(&bench, &["a", "b"]);
+    let mut channel = bench.launch_mini("mini.test=pair", |launch: &mut Launch| launch.disks = disks, &files);
+    let mut lines = Lines::of(&bench);
+    const CUTS: u64 = 4;
+    let mut counts = Vec::new();
+    for number in 1..=CUTS {
+        lines.wait("pair: ");
+        cut(&bench, &mut channel, number, false);
+        counts.push(["a", "b"].map(|name| counted(&bench, name, number, &format!("s{number}"))));
+    }
+    // Layer n has the snapshot s{n + 1}: in the middle, at the bottom, and the one below the live head.
+    for layer in [1, 0, 3] {
+        for name in ["a", "b"] {
+            merge(&mut channel, name, layer, if layer == 1 { 64 << 20 } else { 0 });
+        }
+        lines.wait("pair: ");
+    }
+    // It has left the chain: asked again it is done at once.
+    merge(&mut channel, "a", 3, 0);
+    let never = MergeLayer { volume_id: "a".to_owned(), layer: CUTS, ..MergeLayer::default() };
+    match channel.call(Body::MergeLayer(never), &[]) {
+        Err(ChannelError::Refused(failed)) => assert_eq!(failed.field, "layer", "{failed:?}"),
+        other => panic!("{other:?}"),
+    }
+    done(&mut channel, Body::Stop(Empty {}));
+    bench.agent_ended();
+    for (at, name) in ["a", "b"].into_iter().enumerate() {
+        // Only the third is left; without the files of the others.
+        let layers = [2, 4].map(|number| layer(&bench, name, number));
+        let volume = Volume::open(VolumeFiles { layers: layers.into() }, Access::ReadOnly).expect("opened");
+        let names: Vec<_> = volume.snapshots().into_iter().map(|snapshot| snapshot.name).collect();
+        assert_eq!(names, ["s3"]);
+        assert_eq!(counted(&bench, name, CUTS, "s3"), counts[2][at]);
+    }
+}
+
+#[test]
+fn an_encrypted_disk_opens_with_its_key_only() {
+    let Some(_) = Bench::mini() else { return };
+    let key = VdcSecret::new([1; 16], [2; 32]);
+    let given = |id: u8, secret: u8| Some(VdcKey { id: vec![id; 16], secret: vec![secret; 32] });
+    let short = Some(VdcKey { id: vec![1; 16], secret: vec![2; 31] });
+    for (key_given, words) in [
+        (given(1, 2), ""),
+        (None, "no key was given"),
+        (given(3, 2), "under the vdc key"),
+        (given(1, 3), "does not open"),
+        (short, "secret of 32"),
+    ] {
+        let bench = Bench::mini().expect("as before");
+        let (bottom, head) = (layer(&bench, "a", 0), layer(&bench, "a", 1));
+        create_encrypted(&bottom, &head, SIZE, [7; 16], &key).expect("created");
+        let files = [bottom.data, bottom.map, head.data, head.map];
+        let layers = [5, 7].map(|at| LayerFds { data_fd: at, map_fd: Some(at + 1) });
+        let disk =
+            Disk { volume_id: "a".to_owned(), layers: layers.into(), read_only: false, key: key_given };
+        let change = |launch: &mut Launch| launch.disks = vec![disk];
+        if words.is_empty() {
+            let mut channel = bench.launch_mini("mini.test=blk", change, &files);
+            drop(files);
+            wait_end(&mut channel);
+            let (_, log) = bench.finish();
+            assert!(log.contains("ok blk.mark") && !log.contains("not ok"), "{log}");
+        } else {
+            let said = bench.launch_with(&[&guest::spin()], change, &files).expect_err("refused");
+            assert!(said.starts_with("disks: ") && said.contains(words), "{words}: {said}");
+            bench.finish();
+        }
+    }
+}
+
 #[test]
 fn a_guest_sees_its_disk_grow() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::mini() else { return };
     let (disks, files) = with_volumes(&bench, &["a"]);
     let mut channel = bench.launch_mini("mini.test=grow", |launch: &mut Launch| launch.disks = disks, &files);
     let mut lines = Lines::of(&bench);

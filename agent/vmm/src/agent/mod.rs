@@ -16,6 +16,7 @@ mod console;
 mod cut;
 mod launch;
 mod log;
+mod merge;
 mod requests;
 mod state;
 
@@ -25,6 +26,8 @@ mod agent_test;
 mod bench;
 #[cfg(test)]
 mod cut_test;
+#[cfg(test)]
+mod merge_test;
 #[cfg(test)]
 mod mini_test;
 
@@ -226,6 +229,7 @@ impl Agent {
         if !(again && vm.launched.end.get() == Some(End::Reset)) {
             // I/O that a held volume keeps from ending would keep the machine from ending.
             self.state.cuts().abandon(&vm.launched.devices);
+            self.state.merges().abandon();
         }
         let end = vm.launched.join();
         vm.console.spread(&vm.launched.output.take());

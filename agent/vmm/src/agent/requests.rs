@@ -56,6 +56,12 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             with_vm(state, |vm, devices| state.cuts().prepare(devices, vm.is_paused(), &request, descriptors))
         }
         Some(Body::FinishSnapshot(request)) => state.cuts().finish(&request),
+        Some(Body::MergeLayer(request)) => {
+            with_vm(state, |_, devices| state.merges().begin(devices, &request))
+        }
+        Some(Body::MergeQuery(request)) => {
+            with_vm(state, |_, devices| state.merges().query(devices, &request))
+        }
         Some(Body::ResizeVolume(request)) => with_vm(state, |_, devices| resize(devices, &request)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }
@@ -92,7 +98,7 @@ fn start(state: &Arc<State>, request: &Launch, descriptors: Vec<OwnedFd>) -> Bod
     }
 }
 
-fn no_volume(name: &str) -> Body {
+pub(super) fn no_volume(name: &str) -> Body {
     failed(Code::Invalid, "volume_id", format!("this VM has no volume `{name}`"))
 }
 

@@ -15,6 +15,7 @@ use serio_control::message::{EndRecord, VmState, VmStatus};
 
 use super::cut::Cuts;
 use super::launch::Launched;
+use super::merge::Merges;
 use crate::devices::Devices;
 use crate::end::End;
 use crate::machine::Handle;
@@ -28,6 +29,7 @@ pub(super) struct State {
     /// Wakes the main thread.
     wake: EventFd,
     cuts: Arc<Cuts>,
+    merges: Merges,
 }
 
 struct Inner {
@@ -61,7 +63,12 @@ impl State {
             since: None,
             bells: Vec::new(),
         };
-        Ok(State { inner: Mutex::new(inner), wake: bell()?, cuts: Arc::default() })
+        Ok(State { inner: Mutex::new(inner), wake: bell()?, cuts: Arc::default(), merges: Merges::default() })
+    }
+
+    /// Merges of layers.
+    pub(super) fn merges(&self) -> &Merges {
+        &self.merges
     }
 
     /// Snapshots that are prepared.

@@ -6,6 +6,7 @@
 //! | [`raw`] | a file, device or NBD export that is the disk itself |
 //! | [`qcow2`], `qcow2_check` | header, tables, clusters; all metadata are validated before anything is read |
 //! | [`vmdk`] | hosted sparse extents: monolithicSparse and streamOptimized |
+//! | [`sinks`], [`transfer`] | where a disk goes, and the way from an image there |
 //! | [`qcow2_out`], [`vmdk_out`] | writers, for a disk that is read once from its start |
 //!
 //! Owns: the meaning of an image's bytes. Never: opens a file by itself (backing files come through [`Backings`], which
@@ -20,7 +21,9 @@ pub mod qcow2;
 mod qcow2_check;
 pub mod qcow2_out;
 pub mod raw;
+pub mod sinks;
 pub mod source;
+pub mod transfer;
 pub mod vmdk;
 pub mod vmdk_out;
 
@@ -28,6 +31,16 @@ pub mod vmdk_out;
 mod hostile_test;
 
 use std::io;
+
+/// Grain at which zeros are told from data when a disk is written, bytes. The clusters that are written are as large.
+pub const GRAIN: usize = 64 << 10;
+
+/// Whether there is nothing but zeros.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Words at a time; the compiler makes vectors of it.
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|&b| b == 0)
+}
 
 /// The formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +148,7 @@ pub trait Image {
 /// Gives the files that images lean on, by the name that stands in the image: only those that the caller allowed.
 pub trait Backings {
     /// The file and its format, or a refusal. Called once for each name.
-    fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image>, FormatError>;
+    fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image + Send>, FormatError>;
 }
 
 /// Nothing is allowed.
@@ -143,7 +156,7 @@ pub trait Backings {
 pub struct NoBackings;
 
 impl Backings for NoBackings {
-    fn open(&mut self, name: &str, _: Format) -> Result<Box<dyn Image>, FormatError> {
+    fn open(&mut self, name: &str, _: Format) -> Result<Box<dyn Image + Send>, FormatError> {
         Err(FormatError::NotAllowed(printable(name)))
     }
 }
@@ -159,8 +172,8 @@ pub fn open(
     format: Format,
     size_max: u64,
     backings: &mut dyn Backings,
-) -> Result<Box<dyn Image>, FormatError> {
-    let image: Box<dyn Image> = match format {
+) -> Result<Box<dyn Image + Send>, FormatError> {
+    let image: Box<dyn Image + Send> = match format {
         Format::Raw => Box::new(raw::RawFile::open(file)?),
         Format::Qcow2 => Box::new(qcow2::Qcow2::open(file, size_max, backings)?),
         Format::Vmdk => Box::new(vmdk::Vmdk::open(file, size_max)?),

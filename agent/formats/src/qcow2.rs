@@ -284,7 +284,7 @@ pub struct Qcow2 {
     l2: (usize, Vec<u64>),
     /// The cluster that was decompressed last: its number and bytes.
     unpacked: (u64, Vec<u8>),
-    backing: Option<Box<dyn Image>>,
+    backing: Option<Box<dyn Image + Send>>,
 }
 
 impl Qcow2 {
@@ -412,7 +412,7 @@ impl Image for Qcow2 {
 }
 
 fn read_backing(
-    backing: Option<&mut (dyn Image + '_)>,
+    backing: Option<&mut (dyn Image + Send + 'static)>,
     offset: u64,
     buffer: &mut [u8],
 ) -> Result<(), FormatError> {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use serio_formats::is_zero;
 
 /// Grain at which zeros of a stream become holes, bytes.
 const GRAIN: usize = 64 << 10;
@@ -198,13 +199,6 @@ fn fill(from: &mut impl Read, buffer: &mut [u8]) -> Result<usize, CopyError> {
         }
     }
     Ok(filled)
-}
-
-/// Whether there is nothing but zeros.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    // Words at a time; the compiler makes vectors of it.
-    let (words, rest) = bytes.as_chunks::<16>();
-    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|&b| b == 0)
 }
 
 #[cfg(test)]

@@ -2,12 +2,10 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, sync::atomic::Ordering};
 
-use serio_formats::{FormatError, Image};
+use serio_formats::{FormatError, GRAIN, Image, is_zero};
 
-use crate::copy::{Imported, Progress, is_zero};
+use crate::copy::{Imported, Progress};
 
-/// Grain at which zeros become holes, bytes.
-pub const GRAIN: usize = 64 << 10;
 /// Bytes that are read at once: several pieces of an NBD client are under way then.
 const BUFFER_BYTES: u64 = 8 << 20;
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];

@@ -5,7 +5,6 @@
 //! | [`convert`] | an image that was validated, into a file: sparse, hashed, step by step |
 //! | [`journal`] | how far an import came, so that it goes on after an interruption |
 //! | [`reading`] | a volume from its start, read ahead |
-//! | [`sinks`] | where an export goes: raw file, pipe, NBD, qcow2, vmdk |
 //! | [`verbs`] | `serio-volumed import` and `export` |
 //! | [`bar`] | progress on a terminal, and the wish to stop |
 //!
@@ -15,5 +14,4 @@ pub mod bar;
 pub mod convert;
 pub mod journal;
 pub mod reading;
-pub mod sinks;
 pub mod verbs;

@@ -2,9 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use serio_formats::GRAIN;
 use serio_volume::{Buffers, IoError, Op, Volume};
-
-use super::convert::GRAIN;
 
 /// Reads under way.
 const DEPTH: u16 = 8;

@@ -11,7 +11,11 @@ use std::{
 use anyhow::{Context, bail};
 use clap::Args;
 use serio_formats::{
-    self as formats, Backings, Format, FormatError, Image, qcow2_out, raw::RawNbd, source::Source, vmdk_out,
+    self as formats, Backings, Format, FormatError, GRAIN, Image, is_zero, qcow2_out,
+    raw::RawNbd,
+    sinks::{ImageSink, NbdSink, PipeSink, RawSink, Sink, SinkError},
+    source::Source,
+    vmdk_out,
 };
 use serio_nbd::client::{Client, Options, Uri, is_uri};
 use serio_types::ByteSize;
@@ -19,10 +23,9 @@ use serio_volume::{Access, LayerFiles, SIZE_BYTES_MAX, Volume, VolumeDir};
 
 use super::{
     bar::{Wish, with_bar},
-    convert::{ConvertError, GRAIN, Start, Sum, convert, sum_of},
+    convert::{ConvertError, Start, Sum, convert, sum_of},
     journal::{Entry, Journal, Keeping, hex},
     reading::{self, Piece, ReadError},
-    sinks::{ImageSink, NbdSink, PipeSink, RawSink, Sink, SinkError},
 };
 use crate::copy::{self, Imported, Progress};
 
@@ -87,7 +90,7 @@ struct Allowed {
 }
 
 impl Backings for Allowed {
-    fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image>, FormatError> {
+    fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image + Send>, FormatError> {
         if !self.names.iter().any(|known| known == name) {
             return Err(FormatError::NotAllowed(name.escape_debug().to_string()));
         }
@@ -108,7 +111,7 @@ impl Backings for Allowed {
 }
 
 /// Opens and validates what is imported; with the identity that a later attempt must find again.
-fn open_image(args: &ImportArgs) -> anyhow::Result<(Box<dyn Image>, String)> {
+fn open_image(args: &ImportArgs) -> anyhow::Result<(Box<dyn Image + Send>, String)> {
     let name = &args.image;
     if is_uri(name) {
         if args.format != Format::Raw {
@@ -398,8 +401,7 @@ fn copy_out(args: &ExportArgs, volume: &Volume, wish: &Wish, sink: &mut dyn Sink
                 Piece::Data(data) => {
                     sum.data(data);
                     sink.data(offset, data)?;
-                    data_bytes +=
-                        data.chunks(GRAIN).filter(|g| !copy::is_zero(g)).map(<[u8]>::len).sum::<usize>();
+                    data_bytes += data.chunks(GRAIN).filter(|g| !is_zero(g)).map(<[u8]>::len).sum::<usize>();
                     data.len() as u64
                 }
             };

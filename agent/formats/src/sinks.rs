@@ -12,11 +12,9 @@ use std::{
 };
 
 use rustix::fs::{FallocateFlags, fallocate};
-use serio_formats::{qcow2_out, vmdk_out};
 use serio_nbd::client::{Client, ClientError, Op, Ticket};
 
-use super::convert::GRAIN;
-use crate::copy::is_zero;
+use crate::{GRAIN, is_zero, qcow2_out, vmdk_out};
 
 /// Writes of an NBD sink that are not waited for.
 const TICKETS_MAX: usize = 24;

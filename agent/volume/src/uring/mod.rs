@@ -311,12 +311,13 @@ impl Driver {
     /// Appends what has finished.
     pub(crate) fn poll(&mut self, answers: &mut Vec<Answer>) {
         loop {
-            let mut kept = answers.len();
+            let before = answers.len();
             match &mut self.engine {
                 Engine::Ring(ring) => ring.poll(answers),
                 Engine::Inline(done) => answers.append(done),
             }
-            for index in kept..answers.len() {
+            let mut kept = before;
+            for index in before..answers.len() {
                 let Some(answer) = self.settle(answers[index]) else { continue };
                 self.cargo[answer.slot as usize].in_flight -= 1;
                 self.in_flight -= 1;

@@ -19,18 +19,18 @@ use crate::{
 };
 
 /// Bytes of a merge's window and of a piece.
-const BY: (u64, u64) = (3 * BLOCK_BYTES, BLOCK_BYTES);
-const SIZE: usize = 9 * BLOCK_BYTES as usize + 777;
+pub(crate) const BY: (u64, u64) = (3 * BLOCK_BYTES, BLOCK_BYTES);
+pub(crate) const SIZE: usize = 9 * BLOCK_BYTES as usize + 777;
 
 /// What is known about the volume's bytes.
-struct Model {
+pub(crate) struct Model {
     /// The newest state, and all states since the last flush, oldest (the flushed one) first.
     states: Vec<Vec<u8>>,
-    snapshots: Vec<(String, Vec<u8>)>,
+    pub(crate) snapshots: Vec<(String, Vec<u8>)>,
     /// A snapshot that was under way when the power went.
     maybe: Option<(String, Vec<u8>)>,
     /// One whose deletion was.
-    maybe_gone: Option<String>,
+    pub(crate) maybe_gone: Option<String>,
     /// Snapshots that a rollback to the last of them would leave, and the bytes there.
     maybe_back: Option<(usize, Vec<u8>)>,
     /// A size to which the volume was growing.
@@ -38,7 +38,18 @@ struct Model {
 }
 
 impl Model {
-    fn now(&self) -> &Vec<u8> {
+    pub(crate) fn new(bytes: Vec<u8>) -> Model {
+        Model {
+            states: vec![bytes],
+            snapshots: Vec::new(),
+            maybe: None,
+            maybe_gone: None,
+            maybe_back: None,
+            maybe_size: None,
+        }
+    }
+
+    pub(crate) fn now(&self) -> &Vec<u8> {
         self.states.last().expect("never empty")
     }
 
@@ -179,7 +190,7 @@ fn merging(volume: &Volume, merge: &mut Option<Merge>, model: &mut Model, rng: &
     true
 }
 
-fn write(queue: &mut IoQueue, model: &mut Model, offset: usize, bytes: &[u8], fua: bool) -> bool {
+pub(crate) fn write(queue: &mut IoQueue, model: &mut Model, offset: usize, bytes: &[u8], fua: bool) -> bool {
     let mut new = model.now().clone();
     new[offset..offset + bytes.len()].copy_from_slice(bytes);
     model.states.push(new);
@@ -189,7 +200,7 @@ fn write(queue: &mut IoQueue, model: &mut Model, offset: usize, bytes: &[u8], fu
     queue.run(Op::Write { offset: offset as u64, buffers, fua }).0.is_ok()
 }
 
-fn zeroes(queue: &mut IoQueue, model: &mut Model, offset: usize, len: usize, unmap: bool) -> bool {
+pub(crate) fn zeroes(queue: &mut IoQueue, model: &mut Model, offset: usize, len: usize, unmap: bool) -> bool {
     let mut new = model.now().clone();
     new[offset..offset + len].fill(0);
     model.states.push(new);
@@ -206,7 +217,7 @@ fn grow(volume: &Volume, model: &mut Model, bytes: usize, grain: usize) -> bool 
     ok
 }
 
-fn flush(queue: &mut IoQueue, model: &mut Model) -> bool {
+pub(crate) fn flush(queue: &mut IoQueue, model: &mut Model) -> bool {
     let ok = queue.run(Op::Flush).0.is_ok();
     if ok {
         model.states = vec![model.now().clone()];
@@ -214,7 +225,7 @@ fn flush(queue: &mut IoQueue, model: &mut Model) -> bool {
     ok
 }
 
-fn read_all(volume: &Volume) -> Vec<u8> {
+pub(crate) fn read_all(volume: &Volume) -> Vec<u8> {
     let buffers = Buffers::owned(volume.size_bytes() as usize);
     let (result, buffers) = volume.queue(1).expect("queue").run(Op::Read { offset: 0, buffers });
     result.expect("read");
@@ -228,7 +239,7 @@ fn scrub(files: &[(Media, Media)], add_sums: bool) -> Option<ScrubReport> {
     crate::scrub::scrub_media(files, &options, |_, _| {}).ok()
 }
 
-fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
+pub(crate) fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {
     let report = crate::check::check_media(files);
     assert_eq!(report.problems, [], "{context}: the verifier");
     let scrubbed = scrub(files, false).expect("there is power");
@@ -290,14 +301,7 @@ fn life(seed: u64, steps: i64) -> bool {
         create_media(&files[0].0, &files[0].1, size as u64, [7; 16], false).expect("create");
     }
     let mut world = World { files, power: Arc::clone(&power), grain };
-    let mut model = Model {
-        states: vec![vec![0; size]],
-        snapshots: Vec::new(),
-        maybe: None,
-        maybe_gone: None,
-        maybe_back: None,
-        maybe_size: None,
-    };
+    let mut model = Model::new(vec![0; size]);
     power.set(steps);
     let mut survived = true;
     for _ in 0..3 {

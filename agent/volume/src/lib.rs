@@ -64,6 +64,8 @@ mod check_test;
 #[cfg(test)]
 mod clones_test;
 #[cfg(test)]
+mod crash_clones_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
 mod crypto_test;

@@ -83,7 +83,7 @@ fn copy_failed(error: CopyError) -> Failed {
 
 fn snapshot_failed(error: SnapshotError) -> Failed {
     match &error {
-        SnapshotError::Name { .. } => failed(Code::Precondition, "snapshot", &error),
+        SnapshotError::Name { .. } => failed(Code::Invalid, "snapshot", &error),
         SnapshotError::Raw | SnapshotError::ReadOnly | SnapshotError::Poisoned => {
             failed(Code::Precondition, "", &error)
         }
@@ -270,13 +270,24 @@ pub fn open_export(
     let listener = UnixListener::from(descriptors.remove(0));
     let key = secret(ask.key.as_ref())?;
     let files = layers(descriptors)?;
+    let release = match ask.release {
+        true => Some(files.release(&ask.snapshot).map_err(open_failed)?),
+        false => None,
+    };
     let volume = match (ask.snapshot.as_str(), ask.read_only) {
         ("", true) => Volume::open_with_key(files, Access::ReadOnly, key.as_ref()),
         ("", false) => Volume::open_with_key(files, Access::ReadWrite, key.as_ref()),
         (name, _) => Volume::open_snapshot_with_key(files, name, key.as_ref()),
     };
     let volume = volume.map_err(open_failed)?;
-    Ok((listener, VolumeExport::new(volume, &ask.export_name, &ask.volume_id)))
+    let export = VolumeExport::new(volume, &ask.export_name, &ask.volume_id);
+    Ok((
+        listener,
+        match release {
+            Some(release) => export.releasing(release),
+            None => export,
+        },
+    ))
 }
 
 /// How far a job is.

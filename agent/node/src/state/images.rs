@@ -121,8 +121,14 @@ impl State {
             self.record(Self::forget(op.request.as_ref()).into_iter().collect());
             return op.finish(Err(error));
         }
-        let Some(name) = self.model.images.get(&uid).map(|r| resource::image(&r.name)) else { return };
-        let event = self.event(name, "deleted", "the image was removed");
+        let Some(record) = self.model.images.get(&uid) else { return };
+        let name = resource::image(&record.name);
+        // What has neither disk nor kernel was never whole, and nobody was told that it came.
+        let event = if record.size_bytes == 0 && !record.has_kernel {
+            self.event(name, "undone", "its import broke off and was undone")
+        } else {
+            self.event(name, "deleted", "the image was removed")
+        };
         self.record(vec![Change::Delete(Key::Image(uid)), event]);
         op.finish(Ok(Answer::Nothing));
     }

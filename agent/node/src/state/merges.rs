@@ -24,7 +24,7 @@ use super::{
     command::Answer,
     effect::{Effect, Goal, Merged, Timer},
     operations,
-    phase::{Op, Phase},
+    phase::{Op, Phase, VolumeOp},
     refuse,
 };
 use crate::error::Error;
@@ -161,6 +161,15 @@ impl State {
 
     /// Begins what can be begun now. Called after each input.
     pub(super) fn pump_works(&mut self) {
+        let free = |volume: &Uuid| !self.volume_ops.contains_key(volume);
+        let look: Vec<Uuid> = self.look.iter().copied().filter(free).collect();
+        for volume in look {
+            self.look.remove(&volume);
+            if self.model.volumes.get(&volume).is_some_and(|v| v.state == Made::Ready) {
+                self.volume_ops.insert(volume, VolumeOp::Inspect { failed: None });
+                self.out.push(Effect::Inspect { volume });
+            }
+        }
         let running = |queue: &VecDeque<Work>| queue.front().is_some_and(|w| w.stage == Stage::Running);
         let mut slots = MERGES_MAX.saturating_sub(self.works.values().filter(|q| running(q)).count());
         let waiting: Vec<Uuid> = self
@@ -238,17 +247,17 @@ impl State {
         self.works.retain(|_, queue| !queue.is_empty());
         let mut changes = Vec::new();
         if let Goal::Snapshot(name) = &work.goal
-            && let Some(point) = self.model.snapshot(volume, name)
+            && self.model.snapshot(volume, name).is_some()
         {
             let resource = format!("{}/snapshots/{name}", self.model.volume_resource(volume));
             if end.is_ok() {
                 changes.push(Change::Delete(Key::RequestsOf(resource.clone())));
                 changes.push(Change::Delete(Key::Snapshot(volume, name.clone())));
                 changes.push(self.event(resource, "deleted", "the snapshot was merged into what follows it"));
-            } else if point.group.is_none() {
-                // Interrupted half-way, it is still whole. Of a vdc's snapshot that may never have been: it stays as it
-                // is, and is deleted when that is asked again, or at the next start.
-                changes.push(Change::Snapshot(SnapshotRecord { state: Made::Ready, ..point.clone() }));
+            } else {
+                // Interrupted half-way, it is still whole; but it may have been merged away in an earlier life of seriod,
+                // or never have been sealed: the headers say.
+                self.look.insert(volume);
             }
         } else if end.is_ok() {
             let resource = self.model.volume_resource(volume);

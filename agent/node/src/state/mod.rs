@@ -86,6 +86,8 @@ pub struct State {
     image_ops: BTreeMap<Uuid, Op>,
     /// Layers to be merged away, by volume, in order.
     works: BTreeMap<Uuid, VecDeque<Work>>,
+    /// Volumes whose headers are to be read when they are free.
+    look: BTreeSet<Uuid>,
     /// Operations that were asked to end.
     cancelled: BTreeSet<Uuid>,
     /// Points of whole vdcs being sealed.
@@ -114,6 +116,7 @@ impl State {
             export_ops: BTreeMap::new(),
             image_ops: BTreeMap::new(),
             works: BTreeMap::new(),
+            look: BTreeSet::new(),
             cancelled: BTreeSet::new(),
             group_ops: BTreeMap::new(),
             operations_version: 0,

@@ -286,6 +286,9 @@ impl State {
             let undecided = whole.is_some_and(|group| group.state != Made::Ready);
             let waits = self.works.get(&uid).into_iter().flatten().any(|w| w.is_about(&point.name));
             match (point.state, sealed) {
+                (Made::Deleting, false) if !waits => {
+                    changes.push(Change::Delete(Key::Snapshot(uid, point.name.clone())));
+                }
                 _ if undecided || waits => {}
                 (Made::Ready, true) => {}
                 (Made::Ready, false) if !record.unsure => {

@@ -17,10 +17,6 @@ use crate::{
     },
 };
 
-fn is_unknown(error: &crate::supervise::JobError) -> bool {
-    error.refusal().is_some_and(|f| f.message.contains("does not know this request"))
-}
-
 impl Handles {
     fn token(&self, operation: Uuid) -> watch::Sender<bool> {
         self.with(|r| r.cancels.entry(operation).or_insert_with(|| watch::channel(false).0).clone())
@@ -108,7 +104,7 @@ impl Executor {
             Some(image) => {
                 let source = CloneSource::Image(image.clone());
                 match self.supervisor.clone_volume(volume, size_bytes, source).await {
-                    Err(error) if is_unlinkable(&error) || is_unknown(&error) => {
+                    Err(error) if is_unlinkable(&error) => {
                         tracing::info!(%volume, "the image is copied: {}", chain(&error));
                         self.supervisor.create_volume(volume, size_bytes, Some(image)).await
                     }

@@ -6,7 +6,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -162,6 +165,23 @@ pub(super) fn all_numbers(dir: &Path) -> Result<Vec<u64>, FileError> {
 pub(super) fn is_shared(dir: &Path, number: u64) -> Result<bool, FileError> {
     let (data, _) = layer_paths(dir, number);
     Ok(fs::metadata(&data).map_err(FileError::at("look at", &data))?.nlink() > 1)
+}
+
+/// Puts an empty data file of the same length in the place of one of which nothing is read any more. Whoever has the old
+/// one open, or shares it, keeps it.
+pub(super) fn empty_data(dir: &Path, number: u64) -> Result<(), FileError> {
+    let (data, _) = layer_paths(dir, number);
+    let fresh = dir.join(format!("{number:08}.empty"));
+    rundir::remove(&fresh)?;
+    let replace = || -> io::Result<()> {
+        let len = fs::metadata(&data)?.len();
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&fresh)?;
+        file.set_len(len)?;
+        file.sync_all()?;
+        fs::rename(&fresh, &data)?;
+        rundir::sync_parent(&data)
+    };
+    replace().map_err(FileError::at("replace", &data))
 }
 
 /// Bytes that a volume's files take.

@@ -71,7 +71,11 @@ pub struct MergePlan {
 
 /// How one layer's merge ended.
 enum Step {
+    /// It is out of the chain.
     Merged,
+    /// It is the bottom of an encrypted volume: nothing of its data is read any more, but it stays in the chain.
+    Emptied,
+    /// Half-way.
     Stopped,
 }
 
@@ -93,7 +97,7 @@ impl Supervisor {
         };
         tokio::pin!(stop);
         match merge_all(inner, &plan, &progress, stop).await {
-            Ok(Step::Merged) => MergeEnd::Done,
+            Ok(Step::Merged | Step::Emptied) => MergeEnd::Done,
             Ok(Step::Stopped) => MergeEnd::Interrupted,
             Err(error) => end_of(&plan, error).await,
         }
@@ -151,8 +155,16 @@ async fn merge_all(
             Some(vm) => in_vmm(vm, body, progress, &mut stop).await?,
             None => in_job(inner, &dir, &info, body, progress, &mut stop).await?,
         };
-        if matches!(step, Step::Stopped) {
-            return Ok(Step::Stopped);
+        match step {
+            Step::Stopped => return Ok(Step::Stopped),
+            Step::Merged => {}
+            Step::Emptied => {
+                files::empty_data(&dir, layer)?;
+                if matches!(plan.goal, MergeGoal::Snapshot(_)) {
+                    remove_leftovers(&dir, &jobs::inspect(inner, plan.volume).await?)?;
+                    return Ok(Step::Emptied);
+                }
+            }
         }
     }
 }
@@ -222,9 +234,13 @@ async fn in_job(
             Ok(Step::Stopped)
         }
         Some(answer) => {
-            jobs::done(&answer?)?;
+            let answer = answer?;
             job.finish().await;
-            Ok(Step::Merged)
+            match answer {
+                Body::MergeState(state) if state.stays => Ok(Step::Emptied),
+                Body::MergeState(_) => Ok(Step::Merged),
+                other => jobs::done(&other).map(|()| Step::Merged),
+            }
         }
     }
 }
@@ -241,7 +257,7 @@ async fn in_vmm(
     let mut stopping: Option<tokio::time::Instant> = None;
     loop {
         if state.layer == layer && state.done {
-            return Ok(Step::Merged);
+            return Ok(if state.stays { Step::Emptied } else { Step::Merged });
         }
         if !state.running {
             return match state.error.as_str() {

@@ -106,6 +106,12 @@ pub(crate) fn serve<B: Backend>(
     connection.run(stream, host.stop, place)
 }
 
+/// Whether an error only says that the client has closed its end, which it may.
+pub(crate) fn is_farewell(error: &ConnectionError) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(error, ConnectionError::Socket(e) if matches!(e.kind(), BrokenPipe | ConnectionReset))
+}
+
 /// Lets more bytes wait in the socket: a writer is woken when three quarters of them are gone, and the client should have
 /// something to read until it is there. The system may allow less; that costs time only.
 fn widen(stream: &UnixStream) {

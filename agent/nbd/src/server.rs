@@ -168,8 +168,8 @@ impl<B: Backend> Server<B> {
                     log(Event::Clients(left));
                     match (displaced, &result) {
                         (Some(error), _) => log(Event::Dropped(&error)),
-                        (None, Err(error)) => log(Event::Dropped(error)),
-                        (None, Ok(_)) => {}
+                        (None, Err(error)) if !connection::is_farewell(error) => log(Event::Dropped(error)),
+                        (None, _) => {}
                     }
                     if self.limits.once {
                         served.fetch_or(matches!(result, Ok(End::Goodbye)), Ordering::SeqCst);

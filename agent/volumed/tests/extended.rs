@@ -144,6 +144,76 @@ fn lengths_beyond_32_bits_and_nothing_but_chunks() {
 }
 
 #[test]
+fn block_status_of_chosen_contexts() {
+    let temp = TempDir::new().expect("tempdir");
+    let volume = temp.path().join("vol");
+    let name = volume.to_str().expect("text");
+    volumed(&["create", name, "--size", "1MiB"]);
+    for snapshot in ["a", "b"] {
+        volumed(&["snapshot", name, snapshot]);
+    }
+    let serving = Serving::start(&volume, &temp.path().join("s"), &[]);
+    let mut client =
+        Client::connect(&serving, &["base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"]);
+    assert_eq!(client.ask(cmd::BLOCK_STATUS, 0, 0, 1 << 20).len(), 3);
+    let mut filtered = |len: u64, ids: &[u32]| {
+        let mut payload = len.to_be_bytes().to_vec();
+        payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+        client.send(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 4096, payload.len() as u64);
+        client.stream.write_all(&payload).expect("payload");
+        client.chunks(4096)
+    };
+    let two = filtered(8192, &[3, 1]);
+    assert_eq!((extents(&two[0], 3), extents(&two[1], 1)), (vec![(8192, 0)], vec![(8192, 3)]));
+    assert_eq!(filtered(8192, &[4]), refused(errno::EINVAL), "unknown");
+    assert_eq!(filtered(8192, &[1, 1]), refused(errno::EINVAL), "twice");
+    assert_eq!(filtered(8192, &[]), refused(errno::EINVAL), "none");
+    assert_eq!(filtered(8192, &[1; 50]), refused(errno::EINVAL), "more than there are");
+    assert_eq!(filtered(1 << 20, &[1]), refused(errno::EINVAL), "past the end");
+    assert_eq!(filtered(0, &[1]), refused(errno::EINVAL), "nothing");
+    assert_eq!(extents(&filtered(4096, &[2])[0], 2), [(4096, 0)], "and the stream goes on");
+    // A payload that no command may have is not even passed over.
+    client.send(cmd::TRIM, cmd_flag::PAYLOAD_LEN, 0, 1 << 40);
+    assert_eq!(client.stream.read(&mut [0; 1]).expect("the end"), 0);
+}
+
+#[test]
+fn long_reads_come_in_pieces_and_holes() {
+    let temp = TempDir::new().expect("tempdir");
+    let volume = temp.path().join("vol");
+    volumed(&["create", volume.to_str().expect("text"), "--size", "4MiB"]);
+    volumed(&["snapshot", volume.to_str().expect("text"), "a"]);
+    let serving = Serving::start(&volume, &temp.path().join("s"), &[]);
+    let mut client = Client::connect(&serving, &["base:allocation"]);
+    let data = noise(300_000, 6);
+    client.send(cmd::WRITE, cmd_flag::PAYLOAD_LEN, 100_000, 300_000);
+    client.stream.write_all(&data).expect("payload");
+    client.chunks(100_000);
+    let mut expected = vec![0; 2 << 20];
+    expected[100_000..400_000].copy_from_slice(&data);
+    // Of the layer below nothing was ever written, so all but the data is zeros; what is a hole there is the file's.
+    assert_eq!(client.ask(cmd::WRITE_ZEROES, 0, 1 << 20, 1 << 20), [(chunk::NONE, Vec::new())]);
+    let chunks = client.ask(cmd::READ, 0, 0, 2 << 20);
+    assert!(chunks.iter().any(|(kind, _)| *kind == chunk::OFFSET_HOLE), "zeros are not sent");
+    assert_eq!(chunks.last(), Some(&(chunk::NONE, Vec::new())));
+    let mut found = vec![1; 2 << 20];
+    for (kind, payload) in &chunks {
+        let mut fields = Fields(payload);
+        let at = fields.u64().unwrap_or(0) as usize;
+        match *kind {
+            chunk::OFFSET_DATA => found[at..at + fields.0.len()].copy_from_slice(fields.0),
+            chunk::OFFSET_HOLE => found[at..at + fields.u32().expect("length") as usize].fill(0),
+            _ => {}
+        }
+    }
+    assert!(found == expected);
+    // "The server MUST send at most one content chunk."
+    let whole = client.ask(cmd::READ, cmd_flag::DF, 50_000, 1 << 20);
+    assert_eq!(whole.len(), 2);
+    assert!(whole[0].0 == chunk::OFFSET_DATA && whole[0].1[8..] == expected[50_000..50_000 + (1 << 20)]);
+}
+
+#[test]
 fn a_raw_file_promises_no_fast_zeroes() {
     let temp = TempDir::new().expect("tempdir");
     let disk = temp.path().join("raw");

@@ -217,3 +217,66 @@ h.shutdown()
     assert!(output.status.success(), "{said}");
     drop(serving);
 }
+
+#[test]
+fn nbdkit_reads_and_writes_through_delays_and_errors() {
+    if !(have("nbdkit") && have("nbdcopy")) {
+        return;
+    }
+    let temp = TempDir::new().expect("tempdir");
+    let at = |name: &str| temp.path().join(name);
+    fs::write(at("in"), image()).expect("write");
+    volumed(&["create", text(&at("vol")), "--size", "32MiB"]);
+    let serving = Serving::start(&at("vol"), &at("s"), &["--export-name", "disk"]);
+    let through = |filters: &[&str], options: &[&str], from: &str, to: &str| {
+        let mut args = vec!["-U", "-"];
+        args.extend(filters);
+        let socket = format!("socket={}", at("s").display());
+        let copy = format!("--run=nbdcopy --connections=4 {from} {to}");
+        args.extend(["nbd", &socket, "export=disk"]);
+        args.extend(options);
+        args.push(&copy);
+        run("nbdkit", &args);
+    };
+    let again = ["--filter=retry-request", "--filter=error", "--filter=delay"];
+    let flaky = [
+        "retry-request-retries=9",
+        "retry-request-delay=1",
+        "error=EIO",
+        "error-rate=3%",
+        "delay-read=1ms",
+        "delay-write=1ms",
+    ];
+    through(&again, &flaky, text(&at("in")), "$uri");
+    through(&again, &flaky, "$uri", text(&at("out")));
+    assert!(fs::read(at("out")).expect("read") == image());
+    // The retry filter opens a new connection for each failure.
+    let reopen = ["--filter=retry", "--filter=error"];
+    let rarely = ["retries=10", "retry-delay=1", "error-pread=EIO", "error-pread-rate=2%"];
+    fs::remove_file(at("out")).expect("remove");
+    through(&reopen, &rarely, "$uri", text(&at("out")));
+    assert!(fs::read(at("out")).expect("read") == image());
+    assert!(serving.stop().success());
+}
+
+#[test]
+fn qemu_img_bench_and_nbd_client() {
+    let temp = TempDir::new().expect("tempdir");
+    let at = |name: &str| temp.path().join(name);
+    volumed(&["create", text(&at("vol")), "--size", "32MiB"]);
+    let serving = Serving::start(&at("vol"), &at("s"), &["--export-name", "disk"]);
+    let uri = format!("nbd+unix:///disk?socket={}", at("s").display());
+    if have("qemu-img") {
+        run(
+            "qemu-img",
+            &["bench", "-f", "raw", "-w", "-c", "300", "-d", "16", "-s", "64k", "--flush-interval=30", &uri],
+        );
+        run("qemu-img", &["bench", "-f", "raw", "-c", "300", "-d", "32", "-s", "128k", &uri]);
+        run("qemu-img", &["bench", "-f", "raw", "-w", "-c", "300", "-d", "8", "-s", "777", "-o", "3", &uri]);
+    }
+    if have("nbd-client") {
+        let output = run("nbd-client", &["-l", "-unix", text(&at("s"))]);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("disk"), "{output:?}");
+    }
+    assert!(serving.stop().success());
+}

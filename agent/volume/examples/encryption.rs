@@ -30,11 +30,46 @@ struct Case {
 }
 
 const CASES: [Case; 5] = [
-    Case { name: "write 256 KiB, depth 8, then flush", block: 256 << 10, depth: 8, write: true, random: false, cold: false },
-    Case { name: "read 256 KiB, depth 8, from disk", block: 256 << 10, depth: 8, write: false, random: false, cold: true },
-    Case { name: "read 256 KiB, depth 8, from memory", block: 256 << 10, depth: 8, write: false, random: false, cold: false },
-    Case { name: "write 4 KiB, depth 32, random, then flush", block: 4 << 10, depth: 32, write: true, random: true, cold: false },
-    Case { name: "read 4 KiB, depth 32, random, from disk", block: 4 << 10, depth: 32, write: false, random: true, cold: true },
+    Case {
+        name: "write 256 KiB, depth 8, then flush",
+        block: 256 << 10,
+        depth: 8,
+        write: true,
+        random: false,
+        cold: false,
+    },
+    Case {
+        name: "read 256 KiB, depth 8, from disk",
+        block: 256 << 10,
+        depth: 8,
+        write: false,
+        random: false,
+        cold: true,
+    },
+    Case {
+        name: "read 256 KiB, depth 8, from memory",
+        block: 256 << 10,
+        depth: 8,
+        write: false,
+        random: false,
+        cold: false,
+    },
+    Case {
+        name: "write 4 KiB, depth 32, random, then flush",
+        block: 4 << 10,
+        depth: 32,
+        write: true,
+        random: true,
+        cold: false,
+    },
+    Case {
+        name: "read 4 KiB, depth 32, random, from disk",
+        block: 4 << 10,
+        depth: 32,
+        write: false,
+        random: true,
+        cold: true,
+    },
 ];
 
 fn work(case: Case) -> u64 {
@@ -76,7 +111,8 @@ fn run(volume: &Volume, case: Case) -> (f64, f64) {
         // A full period over all slots, without a table.
         let slot = if case.random { i.wrapping_mul(2_654_435_761) % slots } else { i % slots };
         let offset = slot * case.block;
-        let op = if case.write { Op::Write { offset, buffers, fua: false } } else { Op::Read { offset, buffers } };
+        let op =
+            if case.write { Op::Write { offset, buffers, fua: false } } else { Op::Read { offset, buffers } };
         queue.submit(i, op).expect("room");
     }
     while queue.in_use() > 0 {

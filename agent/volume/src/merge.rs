@@ -36,7 +36,9 @@ use crate::{
 };
 
 /// Bytes between two commits of the map, so that an interrupted merge repeats little.
-const WINDOW_BYTES: u64 = 256 << 20;
+const WINDOW_BYTES: u64 = 64 << 20;
+/// The same in the live head: a guest's flush may have to write as much of it.
+const LIVE_WINDOW_BYTES: u64 = 16 << 20;
 /// Bytes that are copied inside the gate at a time. A guest that wants these blocks waits so long.
 const PIECE_BYTES: u64 = 512 << 10;
 
@@ -75,6 +77,8 @@ pub struct Merge {
     copier: Copier,
     window_bytes: u64,
     piece_bytes: u64,
+    /// The layer above was the head when last looked at.
+    live: bool,
     done: bool,
     stays: bool,
     failed: bool,
@@ -126,6 +130,7 @@ impl Volume {
             copier: Copier::new(piece_bytes),
             window_bytes,
             piece_bytes,
+            live: false,
             done: view.is_none(),
             stays: false,
             failed: false,
@@ -165,7 +170,8 @@ impl Merge {
                 return Err(MergeError::Poisoned);
             }
             let more = self.piece(until)?;
-            if self.copier.uncommitted_bytes >= self.window_bytes {
+            let window = if self.live { self.window_bytes.min(LIVE_WINDOW_BYTES) } else { self.window_bytes };
+            if self.copier.uncommitted_bytes >= window {
                 self.commit()?;
             }
             if !more {
@@ -195,27 +201,24 @@ impl Merge {
         let inside = self.visitor.enter();
         let stack = self.volume.core.stack();
         let view = View::of(&stack, self.layer).ok_or(MergeError::NotSealed(self.layer))?;
+        self.live = view.live;
         let budget = until.saturating_sub(self.copier.copied_bytes).clamp(1, self.piece_bytes);
         self.copier.piece(&view, &inside, budget).map_err(io_error("copy to the layer above"))
     }
 
-    /// Makes durable what was copied: data before the map that names them.
+    /// Makes durable what was copied: data before the map that names them. Outside the gate, so that nobody who wants it closed
+    /// waits for a disk: a sealed layer stays sealed, and who seals the head meanwhile has committed it.
     fn commit(&mut self) -> Result<(), MergeError> {
-        // Inside, so that no snapshot seals the layer between the look at its state and the commit.
-        let inside = self.visitor.enter();
         let core = &self.volume.core;
         let stack = core.stack();
         let view = View::of(&stack, self.layer).ok_or(MergeError::NotSealed(self.layer))?;
         if view.live {
-            // What was copied while it was sealed cannot be: a head is never sealed again.
             keeper::commit(core)
                 .map_err(|e| io_error("flush the head")(io::Error::from_raw_os_error(e.errno())))?;
             self.copier.committed();
             return Ok(());
         }
-        let committed = self.copier.commit_sealed(&view);
-        drop(inside);
-        committed.map_err(|source| {
+        self.copier.commit_sealed(&view).map_err(|source| {
             // What the disk has of the map is unknown, and the page cache may say otherwise: only a reopening tells.
             core.merge_broken.store(true, Ordering::SeqCst);
             io_error("sync the layer above")(source)

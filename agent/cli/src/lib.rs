@@ -2,7 +2,7 @@
 //!
 //! Owns: the arguments as typed ([`args`]), the connection ([`client`]), one file per noun ([`commands`]), the one
 //! table printer ([`output`]), and what a failure says and exits with ([`error`]). `doctor` and `pki` work without a node.
-//! Never: node state, volume bytes other than those of an image being imported, any other way to the node than gRPC.
+//! Never: node state, any other way to the node than gRPC, but for NBD (`nbd.rs`) to the exports that it asked for.
 //!
 //! Threads: one tokio runtime on the calling thread; reading an image file has a blocking thread of its own.
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ pub mod client;
 pub mod commands;
 pub mod error;
 pub mod names;
+mod nbd;
 pub mod output;
 pub mod terminal;
 

@@ -5,6 +5,7 @@
 mod layers;
 mod operation;
 mod parse;
+mod transfer;
 mod vm;
 mod volume;
 
@@ -18,6 +19,7 @@ pub use layers::{
 };
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
+pub use transfer::{DownloadArgs, UploadArgs};
 pub use vm::{ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 
@@ -371,15 +373,24 @@ pub enum ImageVerb {
 
 Examples:
   serio image import tiny --disk tiny.raw --format raw --kernel vmlinuz --initrd initrd.img --cmdline \"console=ttyS0\"
-  serio image import debian --disk debian.raw --format raw")]
+  serio image import debian --disk debian.raw --format raw
+  serio image import debian debian.qcow2 --format qcow2
+  serio image import debian nbd://10.0.0.7/debian --format raw
+  zstdcat debian.raw.zst | serio image import debian - --format raw")]
 pub struct ImportArgs {
     /// The image's name
     #[arg(value_parser = image_name)]
     pub name: Name,
-    /// The disk
-    #[arg(long, value_name = "FILE")]
-    pub disk: PathBuf,
-    /// The disk file's format: raw. It is never guessed
+    /// The disk: a file, an NBD URI, or - for standard input
+    #[arg(value_name = "DISK", required_unless_present = "disk", conflicts_with = "disk")]
+    pub source: Option<String>,
+    /// The same by a flag
+    #[arg(long, value_name = "DISK")]
+    pub disk: Option<String>,
+    /// Refuse a disk whose blake3 is another
+    #[arg(long, value_name = "HEX", default_value = "", hide_default_value = true)]
+    pub blake3: String,
+    /// The disk file's format: raw, qcow2 or vmdk. It is never guessed
     #[arg(long, value_name = "FORMAT")]
     pub format: String,
     /// A kernel to boot (bzImage or vmlinux); without one, the one on the disk

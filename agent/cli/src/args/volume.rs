@@ -7,6 +7,7 @@ use super::layers::{
     ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
 };
 use super::parse::{Seconds, image_name, in_vdc, vdc_name};
+use super::transfer::{DownloadArgs, UploadArgs};
 
 /// The verbs of `volume`.
 #[derive(Debug, Subcommand)]
@@ -26,6 +27,10 @@ pub enum VolumeVerb {
         #[arg(long, value_parser = image_name)]
         image: Option<Name>,
     },
+    /// Make a volume from an image that you have
+    Import(UploadArgs),
+    /// Copy a volume, or a point of it, into a file
+    Download(DownloadArgs),
     /// List the volumes
     #[command(after_help = "Examples:\n  serio volume list\n  serio volume list ardesio -o json")]
     List {

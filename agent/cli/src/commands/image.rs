@@ -15,15 +15,18 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::fs::{SeekFrom, seek};
 use serio_api::v1::{
-    DeleteImageRequest, GetImageRequest, Image, ImageChunk, ImagePart, ImportImageHeader, ImportImageRequest,
-    ListImagesRequest, image_service_client::ImageServiceClient, import_image_request::What,
+    DeleteImageRequest, GetImageRequest, Image as ApiImage, ImageChunk, ImagePart, ImportImageHeader,
+    ImportImageRequest, ListImagesRequest, image_service_client::ImageServiceClient,
+    import_image_request::What,
 };
+use serio_formats::{Image, is_zero};
+use serio_nbd::client::is_uri;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::request_id;
+use super::{request_id, source};
 use crate::{
-    args::{ImageVerb, ImportArgs},
+    args::{Global, ImageVerb, ImportArgs},
     client::Client,
     error::Failure,
     names, output,
@@ -35,9 +38,14 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Read ahead of the network.
 const CHUNKS_MAX: usize = 4;
 
-pub(super) async fn run(client: &Client, verb: ImageVerb, output: Output) -> Result<(), Failure> {
+pub(super) async fn run(
+    client: &Client,
+    global: &Global,
+    verb: ImageVerb,
+    output: Output,
+) -> Result<(), Failure> {
     match verb {
-        ImageVerb::Import(args) => import(client, args, output).await,
+        ImageVerb::Import(args) => import(client, global, args, output).await,
         ImageVerb::List => {
             let answer = client
                 .call("list the images", ListImagesRequest {}, |channel, request| async move {
@@ -79,7 +87,7 @@ fn yes_no(value: bool) -> String {
     if value { "yes" } else { "no" }.to_owned()
 }
 
-fn show(image: &Image, output: Output) -> Result<(), Failure> {
+fn show(image: &ApiImage, output: Output) -> Result<(), Failure> {
     output.one(
         image,
         &[
@@ -96,10 +104,17 @@ fn show(image: &Image, output: Output) -> Result<(), Failure> {
     )
 }
 
-/// A file to send.
+/// Where its bytes are.
+enum Content {
+    File(File),
+    /// The disk, wherever it is.
+    Image(Mutex<Box<dyn Image + Send>>),
+}
+
+/// What is sent.
 struct Part {
     part: ImagePart,
-    file: File,
+    content: Content,
     bytes: u64,
     /// For messages.
     path: String,
@@ -115,13 +130,35 @@ fn open(part: ImagePart, path: &Path) -> Result<Part, Failure> {
     if metadata.len() == 0 {
         return Err(Failure::plain(format!("{}: it is empty", what())));
     }
-    Ok(Part { part, file, bytes: metadata.len(), path: path.display().to_string() })
+    let content = Content::File(file);
+    Ok(Part { part, content, bytes: metadata.len(), path: path.display().to_string() })
 }
 
-async fn import(client: &Client, args: ImportArgs, output: Output) -> Result<(), Failure> {
+/// The disk: a file goes as it is, whatever its format; an NBD export goes as the disk that it is.
+async fn open_disk(name: &str, format: &str, global: &Global) -> Result<Part, Failure> {
+    if name == "-" {
+        let file = source::spool()?;
+        let bytes = file.metadata().map_err(|e| Failure::local("cannot keep standard input", e))?.len();
+        if bytes == 0 {
+            return Err(Failure::plain("standard input is empty"));
+        }
+        let path = "standard input".to_owned();
+        return Ok(Part { part: ImagePart::Disk, content: Content::File(file), bytes, path });
+    }
+    if !is_uri(name) {
+        return open(ImagePart::Disk, Path::new(name));
+    }
+    let image = source::open(name, format, &[], global).await?;
+    let (bytes, path) = (image.size_bytes(), name.to_owned());
+    Ok(Part { part: ImagePart::Disk, content: Content::Image(Mutex::new(image)), bytes, path })
+}
+
+async fn import(client: &Client, global: &Global, args: ImportArgs, output: Output) -> Result<(), Failure> {
     let kernel = args.kernel.as_deref().map(|path| open(ImagePart::Kernel, path)).transpose()?;
     let initrd = args.initrd.as_deref().map(|path| open(ImagePart::Initrd, path)).transpose()?;
-    let disk = open(ImagePart::Disk, &args.disk)?;
+    // One of them is there: the arguments say so.
+    let disk = args.source.or(args.disk).unwrap_or_default();
+    let disk = open_disk(&disk, &args.format, global).await?;
     let header = ImportImageHeader {
         request_id: request_id(),
         image_id: args.name.to_string(),
@@ -130,6 +167,7 @@ async fn import(client: &Client, args: ImportArgs, output: Output) -> Result<(),
         disk_bytes: disk.bytes,
         kernel_bytes: kernel.as_ref().map_or(0, |p| p.bytes),
         initrd_bytes: initrd.as_ref().map_or(0, |p| p.bytes),
+        expected_blake3: args.blake3,
     };
     // In the order that the API wants.
     let parts: Vec<Part> = kernel.into_iter().chain(initrd).chain([disk]).collect();
@@ -170,7 +208,7 @@ async fn import(client: &Client, args: ImportArgs, output: Output) -> Result<(),
 }
 
 /// A bar on a terminal, else nothing.
-fn progress(bytes: u64) -> ProgressBar {
+pub(super) fn progress(bytes: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
@@ -191,13 +229,22 @@ fn send(
     }
     let mut sent_before = 0;
     for part in parts {
+        let file = match &part.content {
+            Content::File(file) => file,
+            Content::Image(image) => {
+                if !send_image(image, part, sender, progress)? {
+                    return Ok(());
+                }
+                continue;
+            }
+        };
         let read = |e: io::Error| Failure::local(format!("cannot read {}", part.path), e);
         let mut offset = 0;
         let sparse = part.part == ImagePart::Disk;
-        while let Some((start, end)) = next_data(&part.file, offset, part.bytes, sparse).map_err(read)? {
+        while let Some((start, end)) = next_data(file, offset, part.bytes, sparse).map_err(read)? {
             offset = end.min(start.saturating_add(CHUNK_BYTES as u64));
             let mut data = vec![0; usize::try_from(offset.saturating_sub(start)).unwrap_or(CHUNK_BYTES)];
-            part.file.read_exact_at(&mut data, start).map_err(read)?;
+            file.read_exact_at(&mut data, start).map_err(read)?;
             progress.set_position(sent_before + offset);
             if sparse && data.iter().all(|byte| *byte == 0) {
                 continue;
@@ -211,6 +258,36 @@ fn send(
         progress.set_position(sent_before);
     }
     Ok(())
+}
+
+/// Sends the disk of an image; false: the agent hung up.
+fn send_image(
+    image: &Mutex<Box<dyn Image + Send>>,
+    part: &Part,
+    sender: &mpsc::Sender<ImportImageRequest>,
+    progress: &ProgressBar,
+) -> Result<bool, Failure> {
+    let mut image = image.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let read = |e| Failure::local(format!("cannot read {}", part.path), e);
+    let mut at = 0;
+    while at < part.bytes {
+        let run = image.run(at).map_err(read)?;
+        let left = run.len.min(part.bytes - at);
+        let len = if run.zero { left } else { left.min(CHUNK_BYTES as u64) };
+        if !run.zero {
+            let mut data = vec![0; usize::try_from(len).unwrap_or(CHUNK_BYTES)];
+            image.read(at, &mut data).map_err(read)?;
+            let chunk = ImageChunk { part: part.part.into(), offset: at, data };
+            let whole = is_zero(&chunk.data);
+            let message = ImportImageRequest { what: Some(What::Chunk(chunk)) };
+            if !whole && sender.blocking_send(message).is_err() {
+                return Ok(false);
+            }
+        }
+        at = at.saturating_add(len);
+        progress.set_position(at);
+    }
+    Ok(true)
 }
 
 /// The next stretch of data at or after `from`; `None` if only holes follow. A file system without `SEEK_DATA` has no holes,

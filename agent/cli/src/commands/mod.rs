@@ -13,6 +13,8 @@ mod man;
 mod node;
 mod operation;
 mod pki;
+mod source;
+mod transfer;
 mod vdc;
 mod vm;
 mod volume;
@@ -43,7 +45,7 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
     match noun {
         Noun::Node(verb) => node::run(&client, verb, output).await,
         Noun::Vdc(verb) => vdc::run(&client, verb, output).await,
-        Noun::Image(verb) => image::run(&client, verb, output).await,
+        Noun::Image(verb) => image::run(&client, &global, verb, output).await,
         Noun::Volume(verb) => volume::run(&client, &global, verb, output).await,
         Noun::Vm(verb) => vm::run(&client, &global, verb, output).await,
         Noun::Operation(verb) => operation::run(&client, verb, output).await,

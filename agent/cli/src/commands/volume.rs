@@ -8,7 +8,7 @@ use serio_api::v1::{
 };
 use serio_types::{Name, VdcName};
 
-use super::{check, layers, request_id};
+use super::{check, layers, request_id, transfer};
 use crate::{
     args::{ExportArgs, Format, Global, VolumeVerb},
     client::{Client, Target},
@@ -27,6 +27,8 @@ pub(super) async fn run(
         VolumeVerb::Create { name, size, image } => {
             create(client, &name, size.map_or(0, |s| s.bytes()), image, output).await
         }
+        VolumeVerb::Import(args) => transfer::import(client, global, args, output).await,
+        VolumeVerb::Download(args) => transfer::download(client, global, args, output).await,
         VolumeVerb::List { vdc } => list(client, vdc, output).await,
         VolumeVerb::Show { name } => {
             let request = GetVolumeRequest { name: names::volume(&name) };

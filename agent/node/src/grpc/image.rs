@@ -1,40 +1,37 @@
 //! ImageService. An import writes below `STATE/images/<uid>/`: kernel and initrd here, the disk through
-//! `serio-volumed`. It is a task of its own: when the client goes, the stream breaks off, and the task removes what it
-//! wrote.
+//! `serio-volumed` (`image_disk.rs`). It is a task of its own: when the client goes, the stream breaks off, and the task
+//! removes what it wrote. An import into a volume (`import_volume.rs`) goes the same way.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, pin::Pin};
 
-use bytes::Bytes;
 use serio_api::v1::{
     DeleteImageRequest, DeleteImageResponse, GetImageRequest, Image, ImageChunk, ImagePart,
     ImportImageHeader, ImportImageRequest, ListImagesRequest, ListImagesResponse,
     image_service_server::ImageService, import_image_request::What,
 };
-use serio_types::{Cmdline, Name, VolumeSize, resource};
+use serio_store::record::ImageRecord;
+use serio_types::{Cmdline, Name, resource};
 use tokio::{
     fs::{self, File},
     io::AsyncWriteExt,
-    sync::mpsc,
-    task::JoinHandle,
 };
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::{
     Context,
     convert::{self, Fields, field, request_of},
+    image_disk::{Disk, DiskHeader},
     kernel, unexpected,
 };
 use crate::{
     error::{Error, chain},
     state::command::{Answer, Command, ImportedFiles, Mutation, Query},
-    supervise::{ImportedImage, JobError},
 };
 
 /// The largest chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
-/// Chunks that wait for the disk; then the client waits.
-const CHUNKS_MAX: usize = 4;
 /// The largest kernel and initrd.
 const PART_BYTES_MAX: u64 = 1 << 30;
 
@@ -44,28 +41,24 @@ pub(super) struct ImageApi(pub(super) Context);
 
 /// A header that was checked.
 #[derive(Debug, Clone)]
-struct Header {
-    name: Name,
-    format: String,
-    cmdline: Cmdline,
-    disk_bytes: u64,
-    kernel_bytes: u64,
-    initrd_bytes: u64,
+pub(super) struct Header {
+    pub(super) name: Name,
+    pub(super) disk: DiskHeader,
+    pub(super) cmdline: Cmdline,
+    pub(super) kernel_bytes: u64,
+    pub(super) initrd_bytes: u64,
 }
 
 fn check(header: &ImportImageHeader) -> Result<Header, Error> {
     let mut fields = Fields::default();
     let name = fields.take("image_id", header.image_id.parse::<Name>());
     let cmdline = fields.take("cmdline", Cmdline::try_from(header.cmdline.clone()));
-    if header.format != "raw" {
-        fields.wrong(
-            "format",
-            format!("`{}` is not known: this node imports raw (convert with qemu-img)", header.format),
-        );
-    }
-    if header.disk_bytes > 0 {
-        fields.take("disk_bytes", VolumeSize::holding(header.disk_bytes));
-    }
+    let disk = DiskHeader {
+        format: header.format.clone(),
+        bytes: header.disk_bytes,
+        blake3: header.expected_blake3.clone(),
+    };
+    disk.check(&mut fields, "disk_bytes");
     for (field, bytes) in [("kernel_bytes", header.kernel_bytes), ("initrd_bytes", header.initrd_bytes)] {
         if bytes > PART_BYTES_MAX {
             fields.wrong(field, format!("{bytes} bytes: at most 1GiB"));
@@ -76,9 +69,8 @@ fn check(header: &ImportImageHeader) -> Result<Header, Error> {
     }
     let whole = name.zip(cmdline).map(|(name, cmdline)| Header {
         name,
-        format: header.format.clone(),
+        disk,
         cmdline,
-        disk_bytes: header.disk_bytes,
         kernel_bytes: header.kernel_bytes,
         initrd_bytes: header.initrd_bytes,
     });
@@ -130,7 +122,7 @@ impl PartFile {
     }
 }
 
-fn host(path: &std::path::Path, error: &io::Error) -> Error {
+pub(super) fn host(path: &std::path::Path, error: &io::Error) -> Error {
     let why = format!("{}: {error}", path.display());
     match error.kind() {
         io::ErrorKind::StorageFull => Error::Full {
@@ -141,10 +133,11 @@ fn host(path: &std::path::Path, error: &io::Error) -> Error {
     }
 }
 
-type DiskJob = (mpsc::Sender<(u64, Bytes)>, JoinHandle<Result<ImportedImage, JobError>>);
+/// What is received, whatever the request that it is a part of.
+pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<ImageChunk, Error>> + Send>>;
 
 /// An import that goes on. Its files are removed by the state if it does not finish.
-struct Import {
+pub(super) struct Import {
     context: Context,
     header: Header,
     uid: Uuid,
@@ -152,12 +145,9 @@ struct Import {
 }
 
 impl Import {
-    fn start_disk(&self) -> DiskJob {
-        let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-        let (supervisor, dest) = (self.context.supervisor.clone(), self.dir.join("disk.raw"));
-        let (format, bytes) = (self.header.format.clone(), self.header.disk_bytes);
-        let job = tokio::spawn(async move { supervisor.import_image(&dest, &format, bytes, receiver).await });
-        (sender, job)
+    pub(super) fn new(context: &Context, header: Header, uid: Uuid) -> Import {
+        let dir = context.node.state_dir.join("images").join(uid.to_string());
+        Import { context: context.clone(), header, uid, dir }
     }
 
     async fn part(&self, name: &'static str, expected: u64) -> Result<Option<PartFile>, Error> {
@@ -168,56 +158,79 @@ impl Import {
     }
 
     /// Receives everything; on an error the caller aborts.
-    async fn receive(&self, mut input: Streaming<ImportImageRequest>) -> Result<ImportedFiles, Error> {
+    async fn receive(&self, mut input: Chunks) -> Result<ImportedFiles, Error> {
         fs::create_dir_all(&self.dir).await.map_err(|e| host(&self.dir, &e))?;
         let mut kernel = self.part("kernel", self.header.kernel_bytes).await?;
         let mut initrd = self.part("initrd", self.header.initrd_bytes).await?;
-        let mut disk = (self.header.disk_bytes > 0).then(|| self.start_disk());
+        let mut disk = match self.header.disk.bytes {
+            0 => None,
+            _ => Some(Disk::start(&self.context, &self.dir, &self.header.disk).await?),
+        };
         loop {
-            let chunk = match next_chunk(&mut input).await {
-                Ok(Some(chunk)) => chunk,
-                Ok(None) => {
-                    // A clean end: what was not sent at the disk's end is a hole, too.
-                    if let Some((sender, _)) = &disk {
-                        sender.send((self.header.disk_bytes, Bytes::new())).await.ok();
-                    }
-                    break;
-                }
+            let chunk = match input.next().await {
+                Some(Ok(chunk)) if chunk.data.len() > CHUNK_BYTES_MAX => Err(Error::invalid(
+                    "chunk.data",
+                    format!("{} bytes: at most 1 MiB a chunk", chunk.data.len()),
+                )),
+                Some(chunk) => chunk,
+                None => break,
+            };
+            let taken = match chunk {
+                Ok(chunk) => self.take(chunk, &mut kernel, &mut initrd, &mut disk).await,
+                Err(error) => Err(error),
+            };
+            match taken {
+                Ok(true) => {}
+                // The disk's job ended early: it says why.
+                Ok(false) => return self.finish(kernel, initrd, disk).await,
                 Err(error) => {
-                    // The disk's job removes its file when its chunks break off.
-                    finish_disk(disk.take()).await.ok();
+                    if let Some(disk) = disk {
+                        disk.abandon().await;
+                    }
                     return Err(error);
                 }
-            };
-            let part = ImagePart::try_from(chunk.part).unwrap_or(ImagePart::Unspecified);
-            let unannounced = || Error::invalid("chunk.part", "a part that the header did not announce");
-            match part {
-                ImagePart::Kernel => {
-                    kernel.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?
-                }
-                ImagePart::Initrd => {
-                    initrd.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?
-                }
-                ImagePart::Disk => {
-                    let (sender, _) = disk.as_ref().ok_or_else(unannounced)?;
-                    if sender.send((chunk.offset, Bytes::from(chunk.data))).await.is_err() {
-                        // The job ended early: it says why.
-                        break;
-                    }
-                }
-                ImagePart::Unspecified => return Err(Error::invalid("chunk.part", "is missing or unknown")),
             }
         }
+        if let Some(disk) = &mut disk {
+            disk.end().await?;
+        }
         self.finish(kernel, initrd, disk).await
+    }
+
+    /// Takes a chunk; false: no more are wanted.
+    async fn take(
+        &self,
+        chunk: ImageChunk,
+        kernel: &mut Option<PartFile>,
+        initrd: &mut Option<PartFile>,
+        disk: &mut Option<Disk>,
+    ) -> Result<bool, Error> {
+        let unannounced = || Error::invalid("chunk.part", "a part that the header did not announce");
+        match ImagePart::try_from(chunk.part).unwrap_or(ImagePart::Unspecified) {
+            ImagePart::Kernel => {
+                kernel.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?;
+            }
+            ImagePart::Initrd => {
+                initrd.as_mut().ok_or_else(unannounced)?.write(chunk.offset, &chunk.data).await?;
+            }
+            ImagePart::Disk => {
+                return disk.as_mut().ok_or_else(unannounced)?.write(chunk.offset, chunk.data).await;
+            }
+            ImagePart::Unspecified => return Err(Error::invalid("chunk.part", "is missing or unknown")),
+        }
+        Ok(true)
     }
 
     async fn finish(
         &self,
         kernel: Option<PartFile>,
         initrd: Option<PartFile>,
-        disk: Option<DiskJob>,
+        disk: Option<Disk>,
     ) -> Result<ImportedFiles, Error> {
-        let disk = finish_disk(disk).await?;
+        let disk = match disk {
+            Some(disk) => Some(disk.finish().await?),
+            None => None,
+        };
         let (has_kernel, has_initrd) = (kernel.is_some(), initrd.is_some());
         if let Some(kernel) = kernel
             && !kernel::is_kernel(&kernel.finish().await?)
@@ -235,13 +248,13 @@ impl Import {
         Ok(ImportedFiles { uid: self.uid, size_bytes, blake3, has_kernel, has_initrd })
     }
 
-    async fn run(self, input: Streaming<ImportImageRequest>) -> Result<Image, Error> {
+    pub(super) async fn run(self, input: Chunks) -> Result<ImageRecord, Error> {
         let result = match self.receive(input).await {
             Ok(files) => self.context.state.ask(Command::FinishImport(files)).await,
             Err(error) => Err(error),
         };
         match result {
-            Ok(Answer::Image(record)) => Ok(convert::image(&record)),
+            Ok(Answer::Image(record)) => Ok(record),
             Ok(other) => Err(unexpected(&other)),
             Err(error) => {
                 self.context.state.ask(Command::AbortImport(self.uid)).await.ok();
@@ -251,30 +264,18 @@ impl Import {
     }
 }
 
-async fn finish_disk(job: Option<DiskJob>) -> Result<Option<ImportedImage>, Error> {
-    let Some((sender, job)) = job else { return Ok(None) };
-    drop(sender);
-    match job.await {
-        Ok(Ok(image)) => Ok(Some(image)),
-        Ok(Err(error)) => Err(Error::from_job("importing the image", &error)),
-        Err(error) => Err(Error::Failed { doing: "importing the image", why: chain(&error) }),
-    }
+/// The stream's failure, as a failure of the request.
+pub(super) fn broke_off(status: &Status) -> Error {
+    Error::invalid("chunk", format!("the stream broke off: {status}"))
 }
 
-async fn next_chunk(input: &mut Streaming<ImportImageRequest>) -> Result<Option<ImageChunk>, Error> {
-    let message = input
-        .message()
-        .await
-        .map_err(|status| Error::invalid("chunk", format!("the stream broke off: {status}")))?;
-    match message.map(|m| m.what) {
-        None => Ok(None),
-        Some(Some(What::Chunk(chunk))) if chunk.data.len() > CHUNK_BYTES_MAX => {
-            Err(Error::invalid("chunk.data", format!("{} bytes: at most 1 MiB a chunk", chunk.data.len())))
-        }
-        Some(Some(What::Chunk(chunk))) => Ok(Some(chunk)),
-        Some(Some(What::Header(_))) => Err(Error::invalid("header", "came twice")),
-        Some(None) => Err(Error::invalid("what", "is missing: send a chunk")),
-    }
+fn chunks(input: Streaming<ImportImageRequest>) -> Chunks {
+    Box::pin(input.map(|message| match message.map(|m| m.what) {
+        Err(status) => Err(broke_off(&status)),
+        Ok(Some(What::Chunk(chunk))) => Ok(chunk),
+        Ok(Some(What::Header(_))) => Err(Error::invalid("header", "came twice")),
+        Ok(None) => Err(Error::invalid("what", "is missing: send a chunk")),
+    }))
 }
 
 #[tonic::async_trait]
@@ -296,11 +297,10 @@ impl ImageService for ImageApi {
             Answer::Image(record) => return Ok(Response::new(convert::image(&record))),
             other => return Err(unexpected(&other).into()),
         };
-        let dir = self.0.node.state_dir.join("images").join(uid.to_string());
-        let import = Import { context: self.0.clone(), header, uid, dir };
+        let import = Import::new(&self.0, header, uid);
         // A task: it cleans up also when this call is dropped because the client went.
-        match tokio::spawn(import.run(input)).await {
-            Ok(result) => Ok(Response::new(result?)),
+        match tokio::spawn(import.run(chunks(input))).await {
+            Ok(result) => Ok(Response::new(convert::image(&result?))),
             Err(error) => Err(Error::Failed { doing: "importing the image", why: chain(&error) }.into()),
         }
     }

@@ -13,6 +13,7 @@ mod check;
 mod console;
 pub mod convert;
 mod image;
+mod image_disk;
 mod kernel;
 mod keys;
 mod node;

@@ -289,13 +289,41 @@ pub(super) async fn import_image(
     data: mpsc::Receiver<(u64, Bytes)>,
 ) -> Result<ImportedImage, JobError> {
     let file = rundir::create_new(&dest)?;
-    let imported = feed_image(&inner, file, format, expected_bytes, data).await;
-    let synced = imported.and_then(|image| {
-        rundir::sync_parent(&dest).map_err(FileError::at("sync", &dest))?;
+    keep_image(&dest, feed_image(&inner, file, format, expected_bytes, data).await)
+}
+
+/// Reads an image file of any format in.
+pub(super) async fn convert_image(
+    inner: Arc<Inner>,
+    dest: PathBuf,
+    format: String,
+    from: PathBuf,
+) -> Result<ImportedImage, JobError> {
+    let source = files::open(&from, true)?;
+    let expected_bytes = source.metadata().map_err(FileError::at("look at", &from))?.len();
+    let mut descriptors = Descriptors::default();
+    descriptors.push(source);
+    descriptors.push(rundir::create_new(&dest)?);
+    let body = Body::ImportImage(ImportImage { format, expected_bytes, size_bytes_max: IMAGE_BYTES_MAX });
+    keep_image(&dest, run(&inner, body, descriptors).await.and_then(imported))
+}
+
+fn imported(answer: Body) -> Result<ImportedImage, JobError> {
+    let Body::JobStatus(JobStatus { size_bytes, blake3, .. }) = answer else {
+        return Err(TalkError::from(ChannelError::Unexpected).into());
+    };
+    let blake3 = blake3.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(ImportedImage { size_bytes, blake3 })
+}
+
+/// Syncs the name of an image's disk, or removes what did not become one.
+fn keep_image(dest: &Path, image: Result<ImportedImage, JobError>) -> Result<ImportedImage, JobError> {
+    let synced = image.and_then(|image| {
+        rundir::sync_parent(dest).map_err(FileError::at("sync", dest))?;
         Ok(image)
     });
     if synced.is_err() {
-        rundir::remove_quietly(&dest);
+        rundir::remove_quietly(dest);
     }
     synced
 }
@@ -324,12 +352,9 @@ async fn feed_image(
             asked.await
         }
     };
-    let Body::JobStatus(JobStatus { size_bytes, blake3, .. }) = answer? else {
-        return Err(TalkError::from(ChannelError::Unexpected).into());
-    };
+    let image = imported(answer?)?;
     job.finish().await;
-    let blake3 = blake3.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(ImportedImage { size_bytes, blake3 })
+    Ok(image)
 }
 
 /// Writes the chunks, and zeros where there are none. Dropping the pipe is its end.

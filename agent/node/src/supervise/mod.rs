@@ -315,6 +315,21 @@ impl Supervisor {
         tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
     }
 
+    /// Reads an image file of a format (raw, qcow2, vmdk) in. Synced when it returns, nothing at `dest` on failure.
+    ///
+    /// # Errors
+    /// [`JobError`].
+    pub async fn convert_image(
+        &self,
+        dest: &Path,
+        format: &str,
+        from: &Path,
+    ) -> Result<ImportedImage, JobError> {
+        let inner = Arc::clone(&self.inner);
+        let job = jobs::convert_image(inner, dest.to_owned(), format.to_owned(), from.to_owned());
+        tokio::spawn(job).await.unwrap_or(Err(JobError::Ending))
+    }
+
     /// Seals the head of a volume that no process has open.
     ///
     /// # Errors

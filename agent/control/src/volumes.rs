@@ -90,7 +90,8 @@ pub struct Prepared {
     pub frozen: u32,
 }
 
-/// End a [`PrepareSnapshot`]: seal or let go; both thaw.
+/// End a [`PrepareSnapshot`]: seal or let go; both thaw. On any connection: a prepared snapshot belongs to the process.
+/// Refused when it was let go meanwhile. The thaw follows the answer.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct FinishSnapshot {
     /// As in [`PrepareSnapshot`].
@@ -115,8 +116,8 @@ pub struct ResizeVolume {
     pub key: Option<VdcKey>,
 }
 
-/// Merge a sealed layer into the one above, so that its files can go. To a VMM: answered when it has begun, see
-/// [`MergeState`]. To `serio-volumed` (data, map of each layer, oldest first): answered when it is done.
+/// Merge a sealed layer into the one above, so that its files can go. To a VMM: answered by its [`MergeState`]
+/// when it has begun. To `serio-volumed` (data, map of each layer, oldest first): answered when it is done.
 /// Interrupted at any time, it may be asked again and goes on.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct MergeLayer {
@@ -145,7 +146,7 @@ pub struct MergeQuery {
     pub cancel: bool,
 }
 
-/// How far a merge is.
+/// How far a merge is. Neither running nor done nor wrong: cancelled, or never asked for; it may be asked again.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct MergeState {
     /// Number of the layer that goes; what was asked last.

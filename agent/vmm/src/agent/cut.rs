@@ -24,11 +24,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serio_control::message::{Body, Code, FinishSnapshot, PointClass, PrepareSnapshot, Prepared};
+use serio_control::message::{Body, Code, Failed, FinishSnapshot, PointClass, PrepareSnapshot, Prepared};
 use serio_volume::{Held, LayerFiles, SnapshotError, Volume};
 
 use super::launch::Passed;
-use super::requests::{done, failed};
+use super::requests::{done, failed, refusal};
 use crate::devices::Devices;
 use crate::end::chain;
 
@@ -91,13 +91,13 @@ pub(super) fn refused(error: &SnapshotError) -> (Code, &'static str) {
     }
 }
 
-fn failed_at(volume: &str, error: &SnapshotError, sealed: &[&str]) -> Body {
+fn failed_at(volume: &str, error: &SnapshotError, sealed: &[&str]) -> Failed {
     let (code, field) = refused(error);
     let mut message = format!("volume {volume}: {}", chain(error));
     if !sealed.is_empty() {
         message.push_str(&format!("; sealed before it: {}", sealed.join(", ")));
     }
-    failed(code, field, message)
+    refusal(code, field, message)
 }
 
 impl Cuts {
@@ -115,7 +115,7 @@ impl Cuts {
     ) -> Body {
         let cut = match Cut::new(devices, paused, request, descriptors) {
             Ok(cut) => cut,
-            Err(refusal) => return refusal,
+            Err(refusal) => return Body::Failed(refusal),
         };
         let (orders, taken) = sync_channel(1);
         {
@@ -194,19 +194,19 @@ impl Cut {
         paused: bool,
         request: &PrepareSnapshot,
         descriptors: Vec<OwnedFd>,
-    ) -> Result<Cut, Body> {
+    ) -> Result<Cut, Failed> {
         let mut passed = Passed::new(descriptors);
         let mut parts: Vec<Part> = Vec::with_capacity(request.volumes.len());
         for wanted in &request.volumes {
             let name = &wanted.volume_id;
-            let invalid = |what: &str| failed(Code::Invalid, "volumes", format!("volume `{name}` {what}"));
+            let invalid = |what: &str| refusal(Code::Invalid, "volumes", format!("volume `{name}` {what}"));
             let Some(disk) = devices.disk(name) else { return Err(invalid("is not of this VM")) };
             if parts.iter().any(|part| part.name == *name) {
                 return Err(invalid("is named twice"));
             }
             let Some(head) = &wanted.head else { return Err(invalid("has no new head")) };
             disk.volume.check_snapshot(&request.snapshot).map_err(|error| failed_at(name, &error, &[]))?;
-            let mut take = |field, index| passed.take(field, index).map_err(|e| Body::Failed(e.answer()));
+            let mut take = |field, index| passed.take(field, index).map_err(|e| e.answer());
             let head = LayerFiles {
                 data: File::from(take("data_fd", head.data_fd)?),
                 map: File::from(take("map_fd", head.map_fd)?),
@@ -214,7 +214,7 @@ impl Cut {
             parts.push(Part { name: name.clone(), volume: disk.volume.clone(), head });
         }
         if parts.is_empty() {
-            return Err(failed(Code::Invalid, "volumes", "name at least one volume"));
+            return Err(refusal(Code::Invalid, "volumes", "name at least one volume"));
         }
         Ok(Cut {
             id: request.snapshot_id.clone(),
@@ -243,7 +243,7 @@ impl Cut {
             Ok(held) => held,
             Err(refusal) => {
                 drop(slot);
-                return drop(answer.send(refusal));
+                return drop(answer.send(Body::Failed(refusal)));
             }
         };
         self.confirm(&mut prepared);
@@ -295,7 +295,7 @@ impl Cut {
     }
 
     /// Holds all, and says until when: the time runs from the first hold on, since from then on the guest waits.
-    fn hold_all(&self) -> Result<(Vec<Held>, Instant), Body> {
+    fn hold_all(&self) -> Result<(Vec<Held>, Instant), Failed> {
         for part in &self.parts {
             part.volume.flush().map_err(|error| failed_at(&part.name, &error, &[]))?;
         }
@@ -317,7 +317,7 @@ fn seal_all(parts: Vec<Part>, held: Vec<Held>, snapshot: &str) -> Body {
     let names: Vec<String> = parts.iter().map(|part| part.name.clone()).collect();
     for ((part, held), name) in parts.into_iter().zip(held).zip(&names) {
         if let Err(error) = held.seal(part.head, snapshot) {
-            return failed_at(name, &error, &sealed);
+            return Body::Failed(failed_at(name, &error, &sealed));
         }
         sealed.push(name.as_str());
     }

@@ -19,8 +19,12 @@ pub(super) fn done() -> Body {
     Body::Done(Empty {})
 }
 
+pub(super) fn refusal(code: Code, field: &str, message: impl Into<String>) -> Failed {
+    Failed { code: code.into(), message: message.into(), field: field.to_owned() }
+}
+
 pub(super) fn failed(code: Code, field: &str, message: impl Into<String>) -> Body {
-    Body::Failed(Failed { code: code.into(), message: message.into(), field: field.to_owned() })
+    Body::Failed(refusal(code, field, message))
 }
 
 /// Does what `body` asks for.

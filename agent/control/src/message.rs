@@ -425,6 +425,9 @@ pub struct Export {
     /// End when a client has said goodbye and no other is connected.
     #[prost(bool, tag = "7")]
     pub once: bool,
+    /// Of a snapshot, whose layer's files came open for writing: TRIM gives back what only it holds.
+    #[prost(bool, tag = "8")]
+    pub release: bool,
 }
 
 /// Ask for [`VolumeInfo`].

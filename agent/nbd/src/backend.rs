@@ -13,6 +13,8 @@ pub struct ExportInfo {
     pub size_bytes: u64,
     /// Changes are refused.
     pub read_only: bool,
+    /// Of a read-only export: TRIM is taken all the same, for what need not be read from it any more.
+    pub releases: bool,
     /// Zeroes never cost as much as writing them. Where this is unknown, clients that insist are refused.
     pub fast_zeroes: bool,
     /// Metadata contexts, by position: `base:allocation` first.

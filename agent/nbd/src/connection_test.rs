@@ -85,6 +85,7 @@ impl Backend for Slow {
             description: String::new(),
             size_bytes: 1 << 30,
             read_only: false,
+            releases: false,
             fast_zeroes: true,
             contexts: Vec::new(),
         }

@@ -377,7 +377,10 @@ impl<'a> Handshake<'a> {
             flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         flags
-            | if export.read_only {
+            | if export.read_only && export.releases {
+                // Who is told that an export is read-only must not trim it. Writes are refused one by one.
+                flag::SEND_TRIM
+            } else if export.read_only {
                 flag::READ_ONLY
             } else {
                 flag::SEND_FUA | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO

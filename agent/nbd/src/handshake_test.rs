@@ -10,6 +10,7 @@ fn exports() -> Vec<ExportInfo> {
         description: String::new(),
         size_bytes: 1 << 20,
         read_only,
+        releases: false,
         fast_zeroes: true,
         contexts: vec!["base:allocation".into()],
     };

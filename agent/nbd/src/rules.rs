@@ -23,7 +23,8 @@ pub(crate) fn check(request: &Request, info: &ExportInfo, negotiated: &Negotiate
         return Ok(());
     }
     let changes = matches!(request.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
-    if changes && info.read_only {
+    let released = info.releases && request.command == cmd::TRIM;
+    if changes && info.read_only && !released {
         return Err(errno::EPERM);
     }
     if carries(request) && request.len > u64::from(PAYLOAD_BYTES_MAX) {
@@ -104,6 +105,7 @@ mod tests {
             description: String::new(),
             size_bytes: 8 << 30,
             read_only,
+            releases: false,
             fast_zeroes,
             contexts: vec!["base:allocation".into()],
         };

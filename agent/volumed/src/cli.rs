@@ -120,6 +120,7 @@ goes on where it was when it is given again.")]
   serio-volumed serve disk.raw --socket /tmp/disk.sock --read-only
   serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --export-name monday
   nbdinfo nbd+unix:///monday?socket=/tmp/vol.sock
+  serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --release
   nbdinfo --map=qemu:dirty-bitmap:monday nbd+unix:///?socket=/tmp/vol.sock   # what has changed since monday")]
     Serve(ServeArgs),
     /// One job for seriod (not for people).
@@ -153,6 +154,9 @@ struct ServeArgs {
     /// Serve the volume as it was at this snapshot (read-only).
     #[arg(long)]
     snapshot: Option<String>,
+    /// Let TRIM give back what only this snapshot holds: it reads as zeros there, and its space is freed.
+    #[arg(long, requires = "snapshot")]
+    release: bool,
     /// Name of the export.
     #[arg(long, default_value = "")]
     export_name: String,
@@ -265,7 +269,11 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         eprintln!("serving nbd+unix:///{}?socket={socket}", args.export_name);
     }
     let description = args.source.display().to_string();
-    let export = VolumeExport::new(volume, &args.export_name, &description);
+    let mut export = VolumeExport::new(volume, &args.export_name, &description);
+    if let (true, Some(snapshot)) = (args.release, &args.snapshot) {
+        let files = VolumeDir::new(&args.source).files(Access::ReadWrite)?;
+        export = export.releasing(files.release(snapshot).context("cannot release from the snapshot")?);
+    }
     let limits =
         Limits { clients_max: args.max_clients.clamp(1, 1024), once: args.once, ..Limits::default() };
     let log = Log::default();

@@ -19,7 +19,7 @@ use serio_nbd::{
     Backend, Command, ExportInfo, Payload, Queue, Run,
     wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO},
 };
-use serio_volume::{Buffers, FileRun, IoQueue, Op, Volume};
+use serio_volume::{Buffers, FileRun, IoError, IoQueue, Op, Release, Volume};
 
 /// Extents of changes that are looked up at once.
 const CHANGES_MAX: usize = 512;
@@ -36,9 +36,18 @@ pub struct VolumeExport {
     info: ExportInfo,
     /// The snapshots behind the contexts, from the second context on.
     since: Arc<[String]>,
+    release: Option<Arc<Release>>,
 }
 
 impl VolumeExport {
+    /// TRIM gives back what only this point holds.
+    #[must_use]
+    pub fn releasing(mut self, release: Release) -> VolumeExport {
+        self.release = Some(Arc::new(release));
+        self.info.releases = true;
+        self
+    }
+
     /// Exports `volume` as `name`; it is read-only if the volume is.
     pub fn new(volume: Volume, name: &str, description: &str) -> VolumeExport {
         let known = volume.snapshots().into_iter().map(|s| s.name);
@@ -49,11 +58,12 @@ impl VolumeExport {
             description: description.to_owned(),
             size_bytes: volume.size_bytes(),
             read_only: volume.is_read_only(),
+            releases: false,
             // With a map zeroes are marks in it; what a raw file's file system does is unknown.
             fast_zeroes: volume.head_header().is_some(),
             contexts: std::iter::once("base:allocation".to_owned()).chain(bitmaps).collect(),
         };
-        VolumeExport { volume, info, since }
+        VolumeExport { volume, info, since, release: None }
     }
 }
 
@@ -66,7 +76,8 @@ impl Backend for VolumeExport {
 
     fn open(&self, depth: u16) -> io::Result<ExportQueue> {
         let (queue, since) = (self.volume.queue(depth)?, Arc::clone(&self.since));
-        Ok(ExportQueue { queue, volume: self.volume.clone(), since, found: Vec::new() })
+        let (volume, release) = (self.volume.clone(), self.release.clone());
+        Ok(ExportQueue { queue, volume, since, found: Vec::new(), release, refused: Vec::new() })
     }
 }
 
@@ -94,6 +105,9 @@ pub struct ExportQueue {
     volume: Volume,
     since: Arc<[String]>,
     found: Vec<FileRun>,
+    release: Option<Arc<Release>>,
+    /// Releases that failed: tags, and why. They are answered when their turn comes.
+    refused: Vec<(u64, i32)>,
 }
 
 /// Has a part of a file read ahead unless its ends are in memory already, as all between them mostly is then.
@@ -142,7 +156,16 @@ impl Queue for ExportQueue {
             Command::Read { offset, payload } => Op::Read { offset, buffers: payload.0 },
             Command::Write { offset, payload, fua } => Op::Write { offset, buffers: payload.0, fua },
             Command::Flush => Op::Flush,
-            Command::Trim { offset, len } => Op::Discard { offset, len },
+            Command::Trim { offset, len } => match &self.release {
+                None => Op::Discard { offset, len },
+                Some(release) => {
+                    if let Err(error) = release.release(&self.volume, offset, len) {
+                        self.refused.push((tag, error.errno()));
+                    }
+                    // It is durable already; this only has it answered.
+                    Op::Flush
+                }
+            },
             Command::WriteZeroes { offset, len, may_hole } => {
                 Op::WriteZeroes { offset, len, unmap: may_hole }
             }
@@ -155,7 +178,12 @@ impl Queue for ExportQueue {
     }
 
     fn reap(&mut self, mut each: impl FnMut(u64, Result<(), i32>, Option<Memory>)) {
-        self.queue.reap(|tag, result, buffers| {
+        let refused = &mut self.refused;
+        self.queue.reap(|tag, mut result, buffers| {
+            if let Some(at) = refused.iter().position(|(refused, _)| *refused == tag) {
+                let (_, errno) = refused.swap_remove(at);
+                result = Err(IoError::Host { what: "release", errno });
+            }
             let payload = (!buffers.is_empty()).then_some(Memory(buffers));
             each(tag, result.map_err(|e| e.errno()), payload);
         });

@@ -133,6 +133,7 @@ fn export(dir: &Path, image: &[u8]) {
             read_only: !snapshot.is_empty(),
             uid: 0,
             once: false,
+            release: false,
         };
         let result = process.channel.call(Body::Export(ask), &fds(&all));
         (process, result, format!("nbd+unix:///token?socket={}", nbd.display()))

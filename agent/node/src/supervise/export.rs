@@ -178,6 +178,7 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         uid: 0,
         key,
         once: plan.once,
+        release: false,
     });
     let served = match rundir::write_meta(&files.meta, &meta) {
         Ok(()) => ask(files, &watched, body, &descriptors).await,

@@ -11,6 +11,7 @@ fn exports() -> [ExportInfo; 2] {
         description: String::new(),
         size_bytes: 1 << 30,
         read_only,
+        releases: false,
         fast_zeroes: true,
         contexts: vec!["base:allocation".into(), "qemu:dirty-bitmap:a".into()],
     };

@@ -205,20 +205,35 @@ impl CheckReport {
 impl VolumeFiles {
     /// Verifies the volume; see the head of `check.rs`. `Err` only when a descriptor cannot be duplicated.
     pub fn check(&self) -> io::Result<CheckReport> {
+        self.check_layers(true)
+    }
+
+    /// As [`VolumeFiles::check`], but the head is neither locked nor compared: nobody who wants to open it has to wait.
+    pub fn check_sealed(&self) -> io::Result<CheckReport> {
+        self.check_layers(false)
+    }
+
+    fn check_layers(&self, head: bool) -> io::Result<CheckReport> {
         let clone = |file: &File| file.try_clone().map(Media::new);
         let files: io::Result<Vec<_>> =
             self.layers.iter().map(|l| Ok((clone(&l.data)?, clone(&l.map)?))).collect();
-        Ok(check_media(&files?))
+        Ok(check_layers(&files?, head))
     }
 }
 
+#[cfg(test)]
 pub(crate) fn check_media(files: &[(Media, Media)]) -> CheckReport {
+    check_layers(files, true)
+}
+
+fn check_layers(files: &[(Media, Media)], head: bool) -> CheckReport {
     let mut report = CheckReport::default();
     let headers: Vec<_> = files.iter().map(|(_, map)| layer::read_header(map)).collect();
     let chain = follow(&headers, &mut report.problems);
     for (index, header) in &chain {
         let Some((data, map)) = files.get(*index) else { continue };
-        report.layers.push(check_layer(data, map, header, &mut report.problems));
+        let look = head || header.state != HeaderState::Head;
+        report.layers.push(check_layer(data, map, header, look, &mut report.problems));
     }
     check_apart(files, &chain, &mut report.problems);
     for (index, (data, _)) in files.iter().enumerate() {
@@ -293,10 +308,16 @@ fn successor_of(
     Err(why)
 }
 
-fn check_layer(data: &Media, map: &Media, header: &Header, problems: &mut Vec<Problem>) -> LayerReport {
+fn check_layer(
+    data: &Media,
+    map: &Media,
+    header: &Header,
+    look: bool,
+    problems: &mut Vec<Problem>,
+) -> LayerReport {
     let is_head = header.state == HeaderState::Head;
     // Sealed layers never change. An error means that the file system has no locks: then nobody can tell.
-    let locked = is_head && data.try_lock(Lock::Shared).unwrap_or(false);
+    let locked = look && is_head && data.try_lock(Lock::Shared).unwrap_or(false);
     // Between our look and our lock its writer may have gone on: then it is the writer's, as before.
     let compared = !is_head || (locked && layer::read_header(map).as_ref() == Ok(header));
     let mut report = LayerReport {

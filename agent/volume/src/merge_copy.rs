@@ -27,6 +27,8 @@ use crate::{
 
 /// Runs of blocks that are looked at inside the gate at a time, when nothing is to be copied.
 const RUNS_MAX: u32 = 4096;
+/// Blocks that are claimed at a time when only bits are set or holes made: 256 MiB.
+const CLAIM_BLOCKS_MAX: u64 = 65_536;
 
 /// The two layers of a merge, as the stack has them now.
 pub(crate) struct View<'a> {
@@ -161,7 +163,7 @@ impl Copier {
             self.next_block += match (duty, view.live) {
                 (Duty::Nothing, _) => run,
                 (_, false) => self.sealed(view, duty, self.next_block, run)?,
-                (_, true) => self.live(view, inside, self.next_block, run)?,
+                (_, true) => self.live(view, inside, duty, self.next_block, run)?,
             };
         }
         Ok(self.next_block < blocks)
@@ -188,9 +190,19 @@ impl Copier {
         }
     }
 
-    fn live(&mut self, view: &View<'_>, inside: &Inside<'_>, block: u64, run: u64) -> io::Result<u64> {
-        // A guest's write to any of these waits meanwhile, so only so many as are copied at once.
-        let run = run.min(self.buffer.len() as u64 / BLOCK_BYTES);
+    fn live(
+        &mut self,
+        view: &View<'_>,
+        inside: &Inside<'_>,
+        duty: Duty,
+        block: u64,
+        run: u64,
+    ) -> io::Result<u64> {
+        // A guest's write to any of these waits meanwhile: for one copy, or for some calls that copy nothing.
+        let run = run.min(match duty {
+            Duty::Copy => self.buffer.len() as u64 / BLOCK_BYTES,
+            _ => CLAIM_BLOCKS_MAX,
+        });
         let _claimed = inside.claim(Claim { first: block, count: run });
         // Before the claim, others may have written here.
         let (duty, run) = view.duty(block, run);

@@ -196,6 +196,7 @@ impl Node {
         let dir = self.seriod.dir.path().join("state/volumes").join(&volume.uid);
         let entries = std::fs::read_dir(dir).unwrap();
         let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|name| name.ends_with(".data") || name.ends_with(".map"));
         names.sort();
         names
     }

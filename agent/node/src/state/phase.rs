@@ -97,6 +97,16 @@ impl Phase {
         }
     }
 
+    /// Whether it ends with the VM's deletion.
+    pub(super) const fn is_deletion(&self) -> bool {
+        matches!(
+            self,
+            Self::Deleting { .. }
+                | Self::Stopping { after: After::Delete { .. }, .. }
+                | Self::Cleaning { after: After::Delete { .. } }
+        )
+    }
+
     /// Where a repeated request can join.
     pub(super) fn op_mut(&mut self) -> Option<&mut Op> {
         match self {

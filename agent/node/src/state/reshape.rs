@@ -150,6 +150,13 @@ impl State {
                 return Err(Error::Busy { resource, operation: busy.operation() });
             }
         }
+        let vm = self.model.volumes.get(&point.volume).and_then(|v| v.vm);
+        if vm.and_then(|vm| self.phases.get(&vm)).is_some_and(Phase::is_deletion) {
+            return Err(Error::Busy {
+                resource: resource::volume(&source.volume),
+                operation: "the deletion of its VM",
+            });
+        }
         if self.model.volume(name).is_ok() {
             return Err(Error::Exists { resource: resource::volume(name) });
         }

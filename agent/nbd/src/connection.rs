@@ -1,4 +1,4 @@
-//! One client, one thread: the handshake, then the transmission phase.
+//! One client's transmission phase, on its own thread.
 //!
 //! ```text
 //! socket ──► input ──► requests ──► Queue::submit … kick … reap ──► out ──► socket
@@ -17,26 +17,22 @@ use std::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
     },
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use nix::{
-    poll::PollFlags,
-    sys::socket::{setsockopt, sockopt},
-};
+use nix::poll::PollFlags;
 
 use crate::{
-    backend::{Backend, Command, ExportInfo, Payload, Queue, Run},
-    budget::{Budget, Share},
-    greet::{ConnectionError, handshake, wait},
-    handshake::{Handshake, Negotiated},
+    backend::{Command, ExportInfo, Payload, Queue, Run},
+    budget::Share,
+    greet::{ConnectionError, Ready, wait},
+    handshake::Negotiated,
     inbox::{Arrived, Inbox},
     outbox::{Body, Outbox},
-    places::{Place, Places},
+    places::Place,
     pool::Pool,
     rules,
-    server::{Event, Limits},
+    serve::End,
     wire::{Mode, PAYLOAD_BYTES_MAX, Request, cmd, cmd_flag},
 };
 
@@ -52,73 +48,10 @@ const SEND_BYTES_MIN: u64 = 32 << 10;
 pub(crate) const DEPTH: u16 = 128;
 /// Replies that wait to be sent without holding a slot; past it nothing is read.
 const OUT_MAX: usize = 1024;
-/// A client that owes something must move so much in [`Limits::stall`]: single bytes do not count.
+/// A client that owes something must move so much in [`Connection::stall`]: single bytes do not count.
 const PROGRESS_BYTES_MIN: usize = 4 << 10;
-/// What may wait in the socket for a client that reads.
-const SOCKET_BYTES: usize = 1 << 20;
 /// After so long without a request, memory that lies ready is freed.
 const TRIM_AFTER: Duration = Duration::from_secs(1);
-
-/// How a connection ended, when nothing went wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// It was served, and said goodbye.
-    Goodbye,
-    /// It left without a word, before or after it had an export.
-    Vanished,
-    /// The server stops.
-    Stopped,
-}
-
-/// What connections of a server share.
-pub(crate) struct Host<'a, B> {
-    pub(crate) backends: &'a [B],
-    pub(crate) limits: Limits,
-    pub(crate) budget: &'a Arc<Budget>,
-    pub(crate) places: &'a Places,
-    pub(crate) stop: BorrowedFd<'a>,
-    pub(crate) log: &'a (dyn Fn(Event<'_>) + Sync),
-}
-
-/// Serves one client until it leaves, errs, or the server stops.
-pub(crate) fn serve<B: Backend>(
-    stream: &UnixStream,
-    host: &Host<'_, B>,
-    place: &Place,
-) -> Result<End, ConnectionError> {
-    stream.set_nonblocking(true)?;
-    let infos: Vec<ExportInfo> = host.backends.iter().map(Backend::info).collect();
-    let mut input = Vec::new();
-    let admit = || place.admit();
-    let mut machine = Handshake::new(&infos).admitting(&admit);
-    let greeted = handshake(stream, &mut machine, &mut input, host.stop, host.limits.handshake)?;
-    let Some(negotiated) = greeted else { return Ok(End::Vanished) };
-    let (Some(backend), Some(info)) = (host.backends.get(negotiated.export), infos.get(negotiated.export))
-    else {
-        return Ok(End::Vanished);
-    };
-    widen(stream);
-    (host.log)(Event::Clients(host.places.clients()));
-    let queue = backend.open(DEPTH).map_err(ConnectionError::Queue)?;
-    let share = host.budget.share()?;
-    let mut connection = Connection::new(queue, info, negotiated, input, share);
-    connection.stall = host.limits.stall;
-    connection.run(stream, host.stop, place)
-}
-
-/// Whether an error only says that the client has closed its end, which it may.
-pub(crate) fn is_farewell(error: &ConnectionError) -> bool {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
-    matches!(error, ConnectionError::Socket(e) if matches!(e.kind(), BrokenPipe | ConnectionReset))
-}
-
-/// Lets more bytes wait in the socket: a writer is woken when three quarters of them are gone, and the client should have
-/// something to read until it is there. The system may allow less; that costs time only.
-fn widen(stream: &UnixStream) {
-    if setsockopt(stream, sockopt::SndBufForce, &SOCKET_BYTES).is_err() {
-        let _ = setsockopt(stream, sockopt::SndBuf, &SOCKET_BYTES);
-    }
-}
 
 /// A request that was submitted.
 #[derive(Debug, Clone, Copy)]
@@ -175,11 +108,18 @@ pub(crate) struct Connection<'a, Q: Queue> {
     /// Bytes that came or went since `moved_at`.
     moved: usize,
     moved_at: Instant,
-    stall: Duration,
+    /// How long a client may owe something and move nothing.
+    pub(crate) stall: Duration,
 }
 
 impl<'a, Q: Queue> Connection<'a, Q> {
-    fn new(queue: Q, info: &'a ExportInfo, negotiated: Negotiated, input: Vec<u8>, share: Share) -> Self {
+    pub(crate) fn new(
+        queue: Q,
+        info: &'a ExportInfo,
+        negotiated: Negotiated,
+        input: Vec<u8>,
+        share: Share,
+    ) -> Self {
         let mode = negotiated.mode;
         Connection {
             queue,
@@ -207,7 +147,7 @@ impl<'a, Q: Queue> Connection<'a, Q> {
         }
     }
 
-    fn run(
+    pub(crate) fn run(
         mut self,
         stream: &UnixStream,
         stop: BorrowedFd<'_>,
@@ -261,23 +201,25 @@ impl<'a, Q: Queue> Connection<'a, Q> {
                 return Ok(End::Stopped);
             }
             answered = ready.events[0];
-            if ready.socket.is_empty() {
-                continue;
-            }
-            let closed =
-                ready.socket.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL);
-            if reads {
-                if !self.read(stream)? {
-                    // Gone without a word: nobody is left to answer.
-                    return Ok(End::Vanished);
-                }
-            } else if closed && self.leaving {
-                self.forget_client();
-            } else if closed {
-                // As above; it would be reported again and again until its last request is done.
+            if !ready.socket.is_empty() && !self.heard(stream, ready, reads)? {
                 return Ok(End::Vanished);
             }
         }
+    }
+
+    /// The socket has something to say. False: nobody is left to answer.
+    fn heard(&mut self, stream: &UnixStream, ready: Ready, reads: bool) -> Result<bool, ConnectionError> {
+        if reads {
+            return self.read(stream);
+        }
+        if !ready.socket.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL) {
+            return Ok(true);
+        }
+        if self.leaving {
+            self.forget_client();
+        }
+        // Else, were it kept, it would be reported again and again until its last request is done.
+        Ok(self.leaving)
     }
 
     /// It said goodbye and does not wait for what is under way, which is carried out all the same.

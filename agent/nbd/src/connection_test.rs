@@ -3,7 +3,7 @@
 use std::{
     io::{Read, Write},
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
         mpsc,
     },
@@ -14,8 +14,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::*;
 use crate::{
+    backend::Backend,
+    budget::Budget,
     handshake::{GREETING_BYTES, OptionHeader},
-    server::Stop,
+    places::Places,
+    serve::{Host, serve},
+    server::{Limits, Stop},
     wire::opt,
 };
 
@@ -148,7 +152,13 @@ impl Client {
 
     fn release(&self) {
         *self.shared.release.lock().expect("release") = true;
-        let event = self.shared.event.lock().expect("event").clone().expect("opened");
+        // The answer to EXPORT_NAME comes a moment before the export is opened.
+        let event = loop {
+            if let Some(event) = self.shared.event.lock().expect("event").clone() {
+                break event;
+            }
+            std::thread::yield_now();
+        };
         event.write(1).expect("signal");
     }
 

@@ -29,12 +29,13 @@ mod outbox;
 mod places;
 mod pool;
 mod rules;
+mod serve;
 pub mod server;
 pub mod wire;
 
 pub use backend::{Backend, Command, ExportInfo, Payload, Queue, Run};
-pub use connection::End;
 pub use front::{Front, FrontStep};
 pub use greet::ConnectionError;
 pub use handshake::{Handshake, HandshakeError, Negotiated};
+pub use serve::End;
 pub use server::{Event, Limits, Server, ServerError, Stop};

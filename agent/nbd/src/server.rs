@@ -28,9 +28,9 @@ use nix::{
 use crate::{
     backend::Backend,
     budget::Budget,
-    connection::{self, End, Host},
     greet::ConnectionError,
     places::Places,
+    serve::{End, Host, is_farewell, serve},
 };
 
 /// A connection's thread needs little: buffers lie on the heap.
@@ -161,14 +161,14 @@ impl<B: Backend> Server<B> {
                 let place = places.enter(Arc::clone(&stream));
                 let (places, host, served) = (&places, &host, &served);
                 let client = move || {
-                    let result = connection::serve(&stream, host, &place);
+                    let result = serve(&stream, host, &place);
                     let displaced = place.was_dropped().then_some(ConnectionError::Displaced);
                     drop((stream, place));
                     let left = places.clients();
                     log(Event::Clients(left));
                     match (displaced, &result) {
                         (Some(error), _) => log(Event::Dropped(&error)),
-                        (None, Err(error)) if !connection::is_farewell(error) => log(Event::Dropped(error)),
+                        (None, Err(error)) if !is_farewell(error) => log(Event::Dropped(error)),
                         (None, _) => {}
                     }
                     if self.limits.once {

@@ -20,6 +20,8 @@ pub struct Depth {
     pub add_sums: bool,
     /// Bytes read a second; 0: as fast as it goes.
     pub bytes_per_s: u64,
+    /// Lock and compare the head too, if nobody writes it: who wants to open it has to wait then.
+    pub head: bool,
 }
 
 /// Checks, and scrubs if asked. A volume whose chain cannot be followed is not scrubbed: the check says why.
@@ -29,7 +31,8 @@ pub fn examine(
     cancel: &AtomicBool,
     progress: &Progress,
 ) -> Result<(CheckReport, Option<ScrubReport>), OpenError> {
-    let check = || files.check().map_err(|source| OpenError::Io { what: "duplicate a descriptor", source });
+    let look = || if depth.head { files.check() } else { files.check_sealed() };
+    let check = || look().map_err(|source| OpenError::Io { what: "duplicate a descriptor", source });
     if !depth.data && !depth.add_sums {
         return Ok((check()?, None));
     }
@@ -169,7 +172,9 @@ fn notes(checked: &CheckReport, scrubbed: Option<&ScrubReport>) -> Vec<String> {
 
 /// The job of `seriod`.
 pub fn check_volume(ask: &CheckVolume, files: &VolumeFiles, progress: &Progress) -> jobs::JobResult {
-    let depth = Depth { data: ask.data, add_sums: ask.add_sums, bytes_per_s: ask.bytes_per_s };
+    // A scrub may come at any time, and no VM's start shall fail for it.
+    let head = !ask.data && !ask.add_sums;
+    let depth = Depth { data: ask.data, add_sums: ask.add_sums, bytes_per_s: ask.bytes_per_s, head };
     // A job that is not wanted any more is killed: what it has added by then stays.
     let never = AtomicBool::new(false);
     let (checked, scrubbed) = examine(files, depth, &never, progress).map_err(jobs::open_failed)?;

@@ -185,6 +185,7 @@ pub fn import(id: &str, cmdline: &str, kernel: &[u8], disk: &[u8]) -> Vec<Import
         disk_bytes: disk.len() as u64,
         kernel_bytes: kernel.len() as u64,
         initrd_bytes: 0,
+        ..ImportImageHeader::default()
     };
     let mut messages = vec![What::Header(header)];
     for (part, bytes) in [(ImagePart::Kernel, kernel), (ImagePart::Disk, disk)] {

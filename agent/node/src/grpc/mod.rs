@@ -8,6 +8,7 @@
 //! TLS handshake are bounded; a peer that does not answer keep-alives is dropped.
 
 pub mod auth;
+mod bounded;
 mod changes;
 mod check;
 mod console;

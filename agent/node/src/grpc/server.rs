@@ -15,7 +15,10 @@ use tonic::{
 };
 use tower::layer::util::{Identity as NoLayer, Stack};
 
-use super::auth::{GateLayer, group_id};
+use super::{
+    auth::{GateLayer, group_id},
+    bounded::bounded,
+};
 
 /// Streams that one connection may have open.
 const STREAMS_MAX: u32 = 128;
@@ -99,7 +102,7 @@ pub async fn serve_unix(
     routes: Routes,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let incoming = UnixListenerStream::new(listener);
+    let incoming = bounded(UnixListenerStream::new(listener), "the Unix socket");
     builder().add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }
@@ -131,7 +134,7 @@ pub async fn serve_tcp(
 ) -> Result<(), ServeError> {
     let in_dir = |source| ServeError::Tls { dir: tls_dir.to_owned(), source };
     let mut server = builder().tls_config(tls).map_err(in_dir)?;
-    let incoming = TcpListenerStream::new(listener);
+    let incoming = bounded(TcpListenerStream::new(listener), "TCP");
     server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }

@@ -105,13 +105,13 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
 
 /// Lets one line a second through: clients must not fill a log.
 #[derive(Default)]
-struct Rationed {
+pub(crate) struct Rationed {
     state: Mutex<(Option<Instant>, u64)>,
 }
 
 impl Rationed {
     /// How many lines were left out since the last one, if this one may be written.
-    fn may(&self) -> Option<u64> {
+    pub(crate) fn may(&self) -> Option<u64> {
         // Two numbers, replaced together.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();

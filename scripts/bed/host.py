@@ -85,6 +85,8 @@ tls_dir = "/etc/serio/tls"
 [nbd]
 listen = "0.0.0.0:10809"
 advertise = "127.0.0.1:{host['nbd']}"
+[keys]
+source = "file:/etc/serio/kek"
 """
         if host["scheduler"]:
             text += f'[scheduler]\nurl = "{host["scheduler"]}"\ntls_dir = "/etc/serio/tls"\n'
@@ -100,6 +102,11 @@ advertise = "127.0.0.1:{host['nbd']}"
             f"NAME={self.name}\nTOKEN={host['token']}\nSHARED_ADDRESS=10.77.0.{host['number']}/24\n")
         if not host["bare"]:
             (tree / "etc/serio/seriod.toml").write_text(self.config(host))
+            kek = self.dir / "kek"
+            if not kek.exists():
+                kek.write_text(secrets.token_hex(32))
+            (tree / "etc/serio/kek").write_text(kek.read_text())
+            (tree / "etc/serio/kek").chmod(0o600)
             issue(host["profile"], "operator", "control-plane", [])
             certificates = issue(host["profile"], self.name, "node", [*NAMES, self.name, f"10.77.0.{host['number']}"])
             shutil.copytree(certificates, tree / "etc/serio/tls")

@@ -269,9 +269,16 @@ impl Host {
     /// A vdc for one case, with room for what cases do.
     #[track_caller]
     pub fn vdc(&self, label: &str) -> Vdc<'_> {
+        self.vdc_with(label, &[])
+    }
+
+    /// The same, with further options as typed.
+    #[track_caller]
+    pub fn vdc_with(&self, label: &str, options: &[&str]) -> Vdc<'_> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{label}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        self.serio(&["vdc", "create", &name, "--vcpus", "8", "--memory", "2GiB", "--storage", "20GiB"]).ok();
+        let create = ["vdc", "create", &name, "--vcpus", "8", "--memory", "2GiB", "--storage", "20GiB"];
+        self.serio(&[&create[..], options].concat()).ok();
         Vdc { host: self, name }
     }
 }

@@ -3,6 +3,8 @@
 
 #[path = "e2e/bad_input.rs"]
 mod bad_input;
+#[path = "e2e/debian.rs"]
+mod debian;
 #[path = "e2e/durability.rs"]
 mod durability;
 #[path = "e2e/export.rs"]
@@ -11,5 +13,9 @@ mod export;
 mod life;
 #[path = "e2e/region.rs"]
 mod region;
+#[path = "e2e/secrets.rs"]
+mod secrets;
 #[path = "e2e/survival.rs"]
 mod survival;
+#[path = "e2e/volumes.rs"]
+mod volumes;

@@ -77,7 +77,11 @@ const FORBIDDEN: &[(&str, &[&str], &str)] = &[
         "seriod holds no guest memory and no volume bytes",
     ),
     ("serio-scheduler", &["serio-hv", "serio-volume", "serio-node"], "it plans, the node acts"),
-    ("serio-cli", &["serio-node", "serio-store", "serio-hv"], "the CLI talks gRPC, and NBD to exports that it asked for"),
+    (
+        "serio-cli",
+        &["serio-node", "serio-store", "serio-hv"],
+        "the CLI talks gRPC, and NBD to exports that it asked for",
+    ),
     ("serio-types", &["tokio", "nix"], "types do no I/O"),
 ];
 

@@ -161,7 +161,7 @@ impl Node {
         let export = self.volumes().create_export(request).await.unwrap().into_inner();
         let mut qemu = Command::new("qemu-io");
         qemu.args(["-f", "raw"]).args(snapshot.is_empty().then_some(()).map_or(&["-r"][..], |()| &[]));
-        commands.iter().for_each(|command| drop(qemu.args(["-c", command])));
+        qemu.args(commands.iter().flat_map(|command| ["-c", command]));
         qemu.arg(&export.unix_uri);
         let ran = tokio::task::spawn_blocking(move || qemu.output().unwrap()).await.unwrap();
         let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);

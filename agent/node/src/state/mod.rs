@@ -343,6 +343,8 @@ macro_rules! check {
 use check;
 
 #[cfg(test)]
+mod agree_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
 mod state_test;

@@ -116,6 +116,49 @@ fn an_image_becomes_a_volume_a_snapshot_and_an_export() {
     export(dir, &image);
 }
 
+#[test]
+fn a_qcow2_file_becomes_a_disk_or_nothing() {
+    if !common::have("qemu-img") {
+        return;
+    }
+    let temp = TempDir::new().expect("tempdir");
+    let dir = temp.path();
+    let (raw, qcow2) = (dir.join("raw"), dir.join("qcow2"));
+    std::fs::write(&raw, common::image()).expect("write");
+    let (from, to) = (raw.to_str().expect("text"), qcow2.to_str().expect("text"));
+    common::run("qemu-img", &["convert", "-c", "-O", "qcow2", from, to]);
+    let len = std::fs::metadata(&qcow2).expect("metadata").len();
+    for (expected_bytes, field) in [(len, None), (len - 1, Some("data"))] {
+        let mut job = start(dir, &format!("import{expected_bytes}"));
+        let disk = file(&dir.join(format!("disk{expected_bytes}")));
+        let ask = ImportImage { format: "qcow2".into(), expected_bytes, size_bytes_max: 0 };
+        let reply = job.channel.call(Body::ImportImage(ask), &[file(&qcow2).as_fd(), disk.as_fd()]);
+        if let Some(field) = field {
+            assert_eq!(refused(reply), (Code::Invalid, field.into()));
+            assert_eq!(disk.metadata().expect("metadata").len(), 0, "something was written");
+        } else {
+            let Ok(Body::JobStatus(status)) = reply else { panic!("{reply:?}") };
+            let sum = blake3::hash(&common::image()).as_bytes().to_vec();
+            assert_eq!((status.size_bytes, status.blake3), (32 << 20, sum));
+        }
+        job.ends();
+    }
+    // An image that says that it leans on a file of the host.
+    std::fs::write(dir.join("base"), b"secret").expect("write");
+    let top = dir.join("top");
+    let base = dir.join("base");
+    let args = ["create", "-q", "-f", "qcow2", "-u", "-b", base.to_str().expect("text"), "-F", "raw"];
+    common::run("qemu-img", &[&args[..], &[top.to_str().expect("text"), "1M"]].concat());
+    let mut job = start(dir, "leaning");
+    let ask = ImportImage { format: "qcow2".into(), expected_bytes: 0, size_bytes_max: 0 };
+    let files = [file(&top), file(&dir.join("disk"))];
+    assert_eq!(
+        refused(job.channel.call(Body::ImportImage(ask), &fds(&files))),
+        (Code::Invalid, "data".into())
+    );
+    job.ends();
+}
+
 /// The point while the head is served for writing by another process.
 fn export(dir: &Path, image: &[u8]) {
     let files = || [layer(dir, 0), layer(dir, 1)].into_iter().flatten();

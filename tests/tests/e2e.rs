@@ -9,6 +9,8 @@ mod debian;
 mod durability;
 #[path = "e2e/export.rs"]
 mod export;
+#[path = "e2e/formats.rs"]
+mod formats;
 #[path = "e2e/life.rs"]
 mod life;
 #[path = "e2e/region.rs"]

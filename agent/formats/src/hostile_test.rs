@@ -53,7 +53,7 @@ fn read_all(image: &mut dyn Image) -> Result<Vec<u8>, FormatError> {
     Ok(all)
 }
 
-fn open_file(file: &File, format: Format) -> Result<Box<dyn Image>, FormatError> {
+fn open_file(file: &File, format: Format) -> Result<Box<dyn Image + Send>, FormatError> {
     let source = Source::new(file.try_clone().expect("clone")).expect("source");
     open(source, format, SIZE_MAX, &mut NoBackings)
 }

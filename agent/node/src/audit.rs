@@ -321,9 +321,7 @@ mod tests {
         assert_eq!((verified.lines, &verified.hash), (5, &receipts[4].hash));
         assert_eq!(receipts[0].time, "2023-11-14T22:13:20.123Z");
         let text = fs::read_to_string(&path).unwrap();
-        assert!(
-            text.starts_with(&format!("{{\"n\":1,\"time\":\"2023-11-14T22:13:20.123Z\",\"who\":\"uid 0\""))
-        );
+        assert!(text.starts_with(r#"{"n":1,"time":"2023-11-14T22:13:20.123Z","who":"uid 0""#));
         assert_eq!(text.lines().count(), 5, "a value cannot end a line");
     }
 

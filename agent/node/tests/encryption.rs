@@ -122,7 +122,9 @@ impl Node {
         let export = self.volumes().create_export(request).await?.into_inner();
         let mut qemu = Command::new("qemu-io");
         qemu.args(["-f", "raw"]).args(snapshot.is_empty().then_some(()).map_or(&["-r"][..], |()| &[]));
-        commands.iter().for_each(|command| drop(qemu.args(["-c", command])));
+        for command in commands {
+            qemu.args(["-c", command]);
+        }
         qemu.arg(&export.unix_uri);
         let ran = tokio::task::spawn_blocking(move || qemu.output().unwrap()).await.unwrap();
         let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
@@ -158,6 +160,23 @@ fn found(dir: &Path, bytes: &[u8]) -> bool {
         true => found(&path, bytes),
         false => fs::read(&path).unwrap().windows(bytes.len()).any(|part| part == bytes),
     })
+}
+
+/// Deletes a snapshot, and waits until its layer is gone.
+async fn merge_away(node: &Node, snapshot: String) {
+    let request = DeleteSnapshotRequest { name: snapshot, ..Default::default() };
+    let operation = node.volumes().delete_snapshot(request).await.unwrap().into_inner();
+    let request = WatchOperationRequest { name: operation.name };
+    let mut stream = OperationServiceClient::new(node.channel.clone())
+        .watch_operation(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut last = None;
+    while let Some(next) = stream.message().await.unwrap() {
+        last = Some(next);
+    }
+    assert_eq!(last.map(|end| end.state()), Some(OperationState::Done));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -206,19 +225,7 @@ async fn volumes_of_an_encrypted_vdc_do_all_that_others_do_and_hold_no_plaintext
     let _ = node.vms().stop_vm(request).await;
 
     // A layer is merged away, the volume grows and goes back, over a restart.
-    let request = DeleteSnapshotRequest { name: point("data", "a"), ..Default::default() };
-    let operation = node.volumes().delete_snapshot(request).await.unwrap().into_inner();
-    let request = WatchOperationRequest { name: operation.name };
-    let mut stream = OperationServiceClient::new(node.channel.clone())
-        .watch_operation(request)
-        .await
-        .unwrap()
-        .into_inner();
-    let mut last = None;
-    while let Some(next) = stream.message().await.unwrap() {
-        last = Some(next);
-    }
-    assert_eq!(last.map(|end| end.state()), Some(OperationState::Done));
+    merge_away(&node, point("data", "a")).await;
     node.restart("old", &[]).await;
     let as_b =
         ["read -P 0x5e 1000 64000", "read -P 0x5f 64k 64k", "read -P 0xba 128k 896k", "read -P 0 1M 3M"];

@@ -62,6 +62,22 @@ fn volume(vdc: Uuid) -> VolumeRecord {
     }
 }
 
+fn operation(volume: Uuid) -> OperationRecord {
+    OperationRecord {
+        uid: Uuid::new_v4(),
+        kind: OperationKind::DeleteSnapshot,
+        target: "vdcs/ardesio/volumes/web-root/snapshots/before".to_owned(),
+        subject: Some(volume),
+        point: Some("before".parse().unwrap()),
+        state: OperationState::Running,
+        done_bytes: 1,
+        total_bytes: 2,
+        error: String::new(),
+        create_time: Millis(4),
+        end_time: None,
+    }
+}
+
 #[test]
 fn what_was_written_comes_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -82,19 +98,7 @@ fn what_was_written_comes_back() {
         class: PointClass::App,
         reason: "r".to_owned(),
     };
-    let operation = OperationRecord {
-        uid: Uuid::new_v4(),
-        kind: OperationKind::DeleteSnapshot,
-        target: "vdcs/ardesio/volumes/web-root/snapshots/before".to_owned(),
-        subject: Some(volume.uid),
-        point: Some("before".parse().unwrap()),
-        state: OperationState::Running,
-        done_bytes: 1,
-        total_bytes: 2,
-        error: String::new(),
-        create_time: Millis(4),
-        end_time: None,
-    };
+    let operation = operation(volume.uid);
     let vdc_snapshot = VdcSnapshotRecord {
         uid: Uuid::new_v4(),
         vdc: vdc.uid,

@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(parse_vm(&vm(&web)).unwrap(), web);
         assert_eq!(parse_volume(&volume(&web)).unwrap(), web);
         let point = parse_snapshot(&snapshot(&web, &"before".parse().unwrap())).unwrap();
-        assert_eq!(point, SnapshotName { volume: web, snapshot: "before".parse().unwrap() });
+        assert_eq!(point, SnapshotName { volume: web.clone(), snapshot: "before".parse().unwrap() });
         assert_eq!(parse_vdc_snapshot(&vdc_snapshot(&web)).as_ref(), Ok(&web));
         let typed: SnapshotName = "ardesio/web@before".parse().unwrap();
         assert_eq!((typed.to_string().as_str(), typed.snapshot.as_str()), ("ardesio/web@before", "before"));

@@ -85,7 +85,8 @@ fn main() {
             println!("{:.3}", start.elapsed().as_secs_f64() * 1e3);
         }
         [dir, kind, block, depth, seconds] => {
-            let (block, depth, seconds) = (block.parse().unwrap(), depth.parse().unwrap(), seconds.parse().unwrap());
+            let (block, depth, seconds) =
+                (block.parse().unwrap(), depth.parse().unwrap(), seconds.parse().unwrap());
             run(&VolumeDir::new(dir), kind, block, depth, seconds);
         }
         _ => panic!("usage: see the head of this example"),

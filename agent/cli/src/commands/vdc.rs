@@ -5,7 +5,7 @@ use serio_api::v1::{
     ListVdcSnapshotsRequest, ListVdcsRequest, PointClass, Quota, UpdateVdcRequest, Vdc,
     vdc_service_client::VdcServiceClient,
 };
-use serio_types::{Name, VdcName};
+use serio_types::{ByteSize, Name, VdcName};
 
 use super::{keys, operation, request_id, volume};
 use crate::{
@@ -48,26 +48,7 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
         }
         VdcVerb::Show { name } => show(&get(client, &name).await?, output),
         VdcVerb::Update { name, vcpus, memory, storage } => {
-            let doing = format!("update vdc {name}");
-            let now = get(client, &name).await?;
-            let quota = now.quota.unwrap_or_default();
-            let request = UpdateVdcRequest {
-                request_id: request_id(),
-                name: names::vdc(&name),
-                quota: Some(Quota {
-                    vcpus: vcpus.unwrap_or(quota.vcpus),
-                    memory_bytes: memory.map_or(quota.memory_bytes, |m| m.bytes()),
-                    storage_bytes: storage.map_or(quota.storage_bytes, |s| s.bytes()),
-                }),
-                // What is not named stays as it was read: nobody may have changed it in between.
-                expected_generation: now.generation,
-            };
-            let vdc = client
-                .call(&doing, request, |channel, request| async move {
-                    VdcServiceClient::new(channel).update_vdc(request).await
-                })
-                .await?;
-            output.done(&vdc, &format!("updated vdc {name}: {}", quota_text(vdc.quota.as_ref())))
+            update(client, &name, (vcpus, memory, storage), output).await
         }
         VdcVerb::RotateKey { name } => keys::rotate(client, &name, output).await,
         VdcVerb::Erase { name, yes: _ } => keys::erase(client, &name, output).await,
@@ -95,6 +76,35 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
             output.done(&answer, &format!("deleted vdc {name}"))
         }
     }
+}
+
+/// Changes what is named of (vcpus, memory, storage).
+async fn update(
+    client: &Client,
+    name: &Name,
+    (vcpus, memory, storage): (Option<u32>, Option<ByteSize>, Option<ByteSize>),
+    output: Output,
+) -> Result<(), Failure> {
+    let doing = format!("update vdc {name}");
+    let now = get(client, name).await?;
+    let quota = now.quota.unwrap_or_default();
+    let request = UpdateVdcRequest {
+        request_id: request_id(),
+        name: names::vdc(name),
+        quota: Some(Quota {
+            vcpus: vcpus.unwrap_or(quota.vcpus),
+            memory_bytes: memory.map_or(quota.memory_bytes, |m| m.bytes()),
+            storage_bytes: storage.map_or(quota.storage_bytes, |s| s.bytes()),
+        }),
+        // What is not named stays as it was read: nobody may have changed it in between.
+        expected_generation: now.generation,
+    };
+    let vdc = client
+        .call(&doing, request, |channel, request| async move {
+            VdcServiceClient::new(channel).update_vdc(request).await
+        })
+        .await?;
+    output.done(&vdc, &format!("updated vdc {name}: {}", quota_text(vdc.quota.as_ref())))
 }
 
 async fn snapshot(client: &Client, args: VdcSnapshotArgs, output: Output) -> Result<(), Failure> {

@@ -116,7 +116,7 @@ impl Checks {
             for view in views.iter().filter(|view| !failed.contains_key(&view.record.uid)).collect::<Vec<_>>()
             {
                 let Some(due) = self.due(view, settings).await else { continue };
-                if !self.scrub_one(view, due, settings).await {
+                if !Box::pin(self.scrub_one(view, due, settings)).await {
                     failed.insert(view.record.uid, Instant::now());
                 }
             }

@@ -192,7 +192,7 @@ impl State {
     /// A volume was made, or not: whoever lent it layers has them back.
     pub(super) fn return_loan(&mut self, clone: Uuid) {
         let lender = self.volume_ops.iter_mut().find_map(|(uid, op)| match op {
-            VolumeOp::Lend { clones } => clones.remove(&clone).then(|| (*uid, clones.is_empty())),
+            VolumeOp::Lend { clones } => clones.remove(&clone).then_some((*uid, clones.is_empty())),
             _ => None,
         });
         if let Some((lender, true)) = lender {

@@ -178,10 +178,8 @@ impl World {
                 Input::VolumeCreated { volume, result }
             }
             Effect::CloneVolume { volume, size_bytes, source, point } => {
-                assert!(
-                    self.points.get(&source).is_some_and(|points| points.contains(&point)),
-                    "a clone of a point that is not there"
-                );
+                let known = self.points.get(&source).is_some_and(|points| points.contains(&point));
+                assert!(known, "a clone of a point that is not there");
                 self.interrupt(source);
                 let result = self.failure().map(|()| self.make(volume, size_bytes));
                 Input::VolumeCreated { volume, result }
@@ -222,8 +220,7 @@ impl World {
                 Input::Cleaned { vm }
             }
             Effect::RemoveVm { vm, volume } => {
-                let result = volume.map_or(Ok(()), |volume| self.delete(volume));
-                Input::VmRemoved { vm, result }
+                Input::VmRemoved { vm, result: volume.map_or(Ok(()), |volume| self.delete(volume)) }
             }
             Effect::Snapshot { volume, name, vm } => {
                 Input::Snapshotted { volume, result: self.snapshot(volume, name, vm) }

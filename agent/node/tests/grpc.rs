@@ -212,7 +212,7 @@ async fn a_broken_import_leaves_nothing() {
     assert_eq!(field(&images.import_image(tokio_stream::iter(short)).await.unwrap_err()), "kernel");
     let mut format = import("bad", "", b"\x7fELF\x02\x01", &[]);
     let Some(ImportImageRequest { what: Some(What::Header(header)) }) = format.first_mut() else { panic!() };
-    header.format = "qcow2".to_owned();
+    header.format = "vhdx".to_owned();
     assert_eq!(field(&images.import_image(tokio_stream::iter(format)).await.unwrap_err()), "format");
     let headless: Vec<_> = import("bad", "", b"x", &[]).into_iter().skip(1).collect();
     assert_eq!(field(&images.import_image(tokio_stream::iter(headless)).await.unwrap_err()), "header");

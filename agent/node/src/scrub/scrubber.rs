@@ -102,7 +102,9 @@ impl Checks {
     /// Scrubs for ever.
     pub async fn scrub_now_and_then(self, settings: ScrubSettings) {
         let mut failed: HashMap<Uuid, Instant> = HashMap::new();
-        let mut tick = tokio::time::interval(TICK);
+        // Who asks for scrubs that often waits no longer than that for them.
+        let wait = if settings.every.is_zero() { TICK } else { TICK.min(settings.every) };
+        let mut tick = tokio::time::interval(wait);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;

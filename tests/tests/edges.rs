@@ -21,8 +21,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("serio-control", &["serio-types"]),
     ("serio-sandbox", &[]),
     ("serio-virtio", &["serio-hv"]),
-    ("serio-volume", &["serio-types"]),
-    ("serio-devices", &["serio-virtio", "serio-volume", "serio-hv", "serio-types"]),
+    ("serio-volume", &["serio-sandbox", "serio-types"]),
+    ("serio-devices", &["serio-virtio", "serio-volume", "serio-hv", "serio-sandbox", "serio-types"]),
     ("serio-nbd", &["serio-types"]),
     ("serio-formats", &["serio-nbd"]),
     (

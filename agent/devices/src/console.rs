@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, VirtioDevice};
 use vm_memory::{Bytes, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -85,8 +86,9 @@ impl VirtioDevice for Console {
             sent: 0,
         };
         let failure = activation.failure;
-        self.workers
-            .push(Worker::spawn("console".to_owned(), poller, move |poller| port.run(&poller, &failure))?);
+        self.workers.push(Worker::spawn(Kind::Ports, "console".to_owned(), poller, move |poller| {
+            port.run(&poller, &failure)
+        })?);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! A request gets at most [`REQUEST_BYTES_MAX`] bytes, and the used length says how many: a driver asks again.
 //! One thread, asleep until a kick.
 
+use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, VirtioDevice};
 use vm_memory::Bytes;
 
@@ -51,7 +52,9 @@ impl VirtioDevice for Rng {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
         let failure = activation.failure;
-        let worker = Worker::spawn("rng".to_owned(), poller, move |poller| run(&poller, ring, &failure))?;
+        let worker = Worker::spawn(Kind::Device, "rng".to_owned(), poller, move |poller| {
+            run(&poller, ring, &failure)
+        })?;
         self.workers.push(worker);
         Ok(())
     }

@@ -5,8 +5,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
+use serio_sandbox::{Kind, threads};
 use serio_virtio::ActivateError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -75,9 +76,11 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts `run` on a thread with this name (15 bytes are shown by the kernel). `run` ends when [`STOP`] is
+    /// Starts `run` on a thread with this name (15 bytes are shown by the kernel) and the system-call filter of its kind.
+    /// `run` ends when [`STOP`] is
     /// ready in its poller.
     pub(crate) fn spawn(
+        kind: Kind,
         name: String,
         poller: Poller,
         run: impl FnOnce(Poller) + Send + 'static,
@@ -85,10 +88,7 @@ impl Worker {
         let stop =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ActivateError::io("make a thread's eventfd"))?;
         poller.add_event(&stop, STOP).map_err(ActivateError::io("watch a thread's eventfd"))?;
-        let thread = Builder::new()
-            .name(name)
-            .stack_size(STACK_BYTES)
-            .spawn(move || run(poller))
+        let thread = threads::spawn(kind, name, STACK_BYTES, move || run(poller))
             .map_err(ActivateError::io("start a device's thread"))?;
         Ok(Worker { stop, thread })
     }

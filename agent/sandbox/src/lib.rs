@@ -11,8 +11,12 @@
 //! The only `unsafe` is in `sys.rs`.
 #![deny(unsafe_code)]
 
+mod kind;
 #[allow(unsafe_code)]
 mod sys;
+pub mod threads;
+
+pub use kind::Kind;
 
 use std::os::fd::{OwnedFd, RawFd};
 

@@ -14,12 +14,17 @@ use std::{
     thread::JoinHandle,
 };
 
+use serio_sandbox::{Kind, threads};
+
 use crate::{
     error::IoError,
     map::{BlockMap, PAGE_BYTES},
     shared::{Core, QueueShared, lock},
     uring::signal,
 };
+
+/// Its pages are on the heap.
+const STACK_BYTES: usize = 256 << 10;
 
 /// What the keeper is asked.
 #[derive(Default)]
@@ -38,7 +43,7 @@ pub(crate) struct Keeper {
 impl Keeper {
     pub(crate) fn start(core: &Arc<Core>) -> std::io::Result<Keeper> {
         let shared = Arc::clone(core);
-        let thread = std::thread::Builder::new().name("volume-keeper".into()).spawn(move || run(&shared))?;
+        let thread = threads::spawn(Kind::Keeper, "volume-keeper", STACK_BYTES, move || run(&shared))?;
         Ok(Keeper { core: Arc::clone(core), thread: Some(thread) })
     }
 }

@@ -30,7 +30,7 @@ use serio_control::{
     message::{Body, Code, Empty, Failed, JobStatus},
 };
 use serio_nbd::{Event, Limits, Server, Stop};
-use serio_sandbox::Seal;
+use serio_sandbox::{Kind, Seal, threads};
 
 use crate::{
     copy::Progress,
@@ -42,6 +42,10 @@ use crate::{
 const CONNECTIONS_MAX: usize = 8;
 /// What a client of 128 operations, a few layers and the control sockets need.
 const DESCRIPTORS_MAX: u64 = 1024;
+/// Of a thread that waits.
+const STACK_BYTES: usize = 64 << 10;
+/// Of one that works: formats and maps have large buffers on the heap, but some on the stack.
+const JOB_STACK_BYTES: usize = 2 << 20;
 const WRITE_WAIT: Duration = Duration::from_secs(10);
 
 enum State {
@@ -104,7 +108,7 @@ pub fn main(control_fd: RawFd) -> anyhow::Result<()> {
             continue;
         }
         let serving = Arc::clone(&agent);
-        let spawned = std::thread::Builder::new().name("control".into()).spawn(move || {
+        let spawned = threads::spawn(Kind::Job, "control", JOB_STACK_BYTES, move || {
             serve(&serving, stream);
             serving.connections.fetch_sub(1, Ordering::SeqCst);
         });
@@ -200,15 +204,13 @@ fn end_with(agent: &Arc<Agent>, channel: &Channel) -> Result<(), Failed> {
     let io = |e: io::Error| jobs::failed(Code::Internal, "", &e);
     let stream = channel.stream().try_clone().map_err(io)?;
     let agent = Arc::clone(agent);
-    std::thread::Builder::new()
-        .name("hang-up".into())
-        .spawn(move || {
-            // POLLHUP, which is always reported, is the peer's close.
-            let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
-            while poll(&mut fds, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
-            process::exit(i32::from(!agent.job_done.load(Ordering::SeqCst)));
-        })
-        .map_err(io)?;
+    threads::spawn(Kind::Jobs, "hang-up", STACK_BYTES, move || {
+        // POLLHUP, which is always reported, is the peer's close.
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+        while poll(&mut fds, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
+        process::exit(i32::from(!agent.job_done.load(Ordering::SeqCst)));
+    })
+    .map_err(io)?;
     Ok(())
 }
 
@@ -224,28 +226,26 @@ fn export(agent: &Arc<Agent>, ask: &serio_control::message::Export, descriptors:
     let limits = Limits { once: ask.once, ..Limits::default() };
     let clients = Arc::clone(&agent.clients);
     let stopping = stop.clone();
-    let server = std::thread::Builder::new()
-        .name("nbd-server".into())
-        .spawn(move || {
-            let log = Log::default();
-            let server = Server::new(vec![export], limits);
-            let result = server.run(&listener, &stopping, &|event| {
-                if let Event::Clients(n) = event {
-                    clients.store(u32::try_from(n).unwrap_or(u32::MAX), Ordering::SeqCst);
-                }
-                log.event(&event);
-            });
-            if let Err(e) = result {
-                eprintln!("the export ends: {:#}", anyhow::Error::from(e));
-                process::exit(1);
+    let server = threads::spawn(Kind::Nbd, "nbd-server", JOB_STACK_BYTES, move || {
+        let log = Log::default();
+        let server = Server::new(vec![export], limits);
+        let result = server.run(&listener, &stopping, &|event| {
+            if let Event::Clients(n) = event {
+                clients.store(u32::try_from(n).unwrap_or(u32::MAX), Ordering::SeqCst);
             }
-            if limits.once {
-                // Its first user has gone, or it was asked to end and is about to. The volume is closed with the server.
-                drop(server);
-                process::exit(0);
-            }
-        })
-        .map_err(io)?;
+            log.event(&event);
+        });
+        if let Err(e) = result {
+            eprintln!("the export ends: {:#}", anyhow::Error::from(e));
+            process::exit(1);
+        }
+        if limits.once {
+            // Its first user has gone, or it was asked to end and is about to. The volume is closed with the server.
+            drop(server);
+            process::exit(0);
+        }
+    })
+    .map_err(io)?;
     *agent.state() = State::Exporting { stop, server };
     Ok(Body::Done(Empty {}))
 }

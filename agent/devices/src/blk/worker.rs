@@ -12,6 +12,7 @@
 //! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory.
 
 use serio_hv::GuestMemory;
+use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError, Segment};
 use serio_volume::{Buffers, Full, IoError, IoQueue, Op, Volume};
 use vm_memory::{Bytes, GuestAddress};
@@ -110,7 +111,7 @@ impl QueueWorker {
             completions: false,
             broken: false,
         };
-        Worker::spawn(name, poller, move |poller| worker.run(&poller))
+        Worker::spawn(Kind::Blk, name, poller, move |poller| worker.run(&poller))
     }
 
     fn run(mut self, poller: &Poller) {

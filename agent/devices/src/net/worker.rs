@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use serio_hv::{GuestMemory, receive_packet, send_packet};
+use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError};
 
 use super::Link;
@@ -80,7 +81,7 @@ impl NetWorker {
             link_readable: true,
             link_writable: true,
         };
-        Worker::spawn("net".to_owned(), poller, move |poller| worker.run(&poller, &failure))
+        Worker::spawn(Kind::Net, "net".to_owned(), poller, move |poller| worker.run(&poller, &failure))
     }
 
     fn run(mut self, poller: &Poller, failure: &DeviceFailure) {

@@ -3,6 +3,7 @@
 //! A chain that the guest sends is carried in pieces as the host's end has room; meanwhile it is kept, and the ring
 //! waits behind it. A chain that makes no sense breaks the ring: DEVICE_NEEDS_RESET, and nothing is touched any more.
 
+use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -71,7 +72,7 @@ impl PortWorker {
             outgoing: None,
             piece: vec![0; PIECE_BYTES],
         };
-        Worker::spawn("ports".to_owned(), poller, move |poller| worker.run(&poller, &failure))
+        Worker::spawn(Kind::Ports, "ports".to_owned(), poller, move |poller| worker.run(&poller, &failure))
     }
 
     fn run(mut self, poller: &Poller, failure: &DeviceFailure) {

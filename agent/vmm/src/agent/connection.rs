@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serio_control::message::{Body, VmState};
 use serio_control::{Channel, ChannelError};
+use serio_sandbox::{Kind, threads};
 
 use super::requests;
 use super::state::{Bell, State, bell};
@@ -85,8 +86,7 @@ impl Connections {
             };
             let state = self.state.clone();
             let spawned = stream.set_nonblocking(false).and_then(|()| {
-                let thread = std::thread::Builder::new().name("control".to_owned()).stack_size(STACK_BYTES);
-                thread.spawn(move || {
+                threads::spawn(Kind::Control, "control", STACK_BYTES, move || {
                     let _counted = counted;
                     if let Err(error) = serve(Channel::new(stream), &state) {
                         super::say(format_args!("a control connection was closed: {}", chain(&error)));

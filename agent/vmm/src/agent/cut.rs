@@ -25,6 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serio_control::message::{Body, Code, Failed, FinishSnapshot, PointClass, PrepareSnapshot, Prepared};
+use serio_sandbox::{Kind, threads};
 use serio_volume::{Held, LayerFiles, SnapshotError, Volume};
 
 use super::launch::Passed;
@@ -128,8 +129,8 @@ impl Cuts {
         }
         let (answer, answered) = sync_channel(1);
         let slot = Slot(self.clone());
-        let thread = std::thread::Builder::new().name("cut".to_owned()).stack_size(STACK_BYTES);
-        if let Err(error) = thread.spawn(move || cut.run(slot, &answer, &taken)) {
+        let run = move || cut.run(slot, &answer, &taken);
+        if let Err(error) = threads::spawn(Kind::Cut, "cut", STACK_BYTES, run) {
             return failed(Code::Exhausted, "", format!("a thread could not be started: {error}"));
         }
         let lost = |_| failed(Code::Internal, "", "the snapshot's thread ended without an answer");

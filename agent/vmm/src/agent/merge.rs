@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serio_control::message::{Body, Code, MergeLayer, MergeQuery, MergeState};
+use serio_sandbox::{Kind, threads};
 use serio_volume::{Merge, MergeError, MergeProgress};
 
 use super::requests::{failed, no_volume};
@@ -108,8 +109,7 @@ impl Merges {
             changed: Condvar::new(),
         });
         let runs = job.clone();
-        let thread = std::thread::Builder::new().name("merge".to_owned()).stack_size(STACK_BYTES);
-        match thread.spawn(move || runs.run(merge)) {
+        match threads::spawn(Kind::Merge, "merge", STACK_BYTES, move || runs.run(merge)) {
             Ok(_) => {
                 jobs.insert(request.volume_id.clone(), job);
                 Body::MergeState(shown)

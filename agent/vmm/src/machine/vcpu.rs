@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use serio_hv::{ExitReason, RunError, Vcpu, VcpuKick};
+use serio_sandbox::{Kind, threads};
 
 use super::bus::{Bus, BusHandle};
 use crate::end::{End, EndSlot, chain};
@@ -98,7 +99,7 @@ pub(super) fn spawn(
     end: Arc<EndSlot>,
 ) -> std::io::Result<JoinHandle<()>> {
     let name = format!("vcpu{}", vcpu.id());
-    std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
+    threads::spawn(Kind::Vcpu, name, STACK_BYTES, move || {
         run(vcpu, bus, &all, &end);
         // One vcpu's end is the VM's: the others must not run on without it.
         all.set(GateState::Over);

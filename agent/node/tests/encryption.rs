@@ -135,7 +135,11 @@ impl Node {
     }
 
     async fn rotate(&self) -> Result<(String, String), Status> {
-        let answer = self.vdcs().rotate_vdc_key(RotateVdcKeyRequest { name: VDC.into() }).await?.into_inner();
+        let answer = self
+            .vdcs()
+            .rotate_vdc_key(RotateVdcKeyRequest { name: VDC.into(), ..Default::default() })
+            .await?
+            .into_inner();
         Ok((answer.from_kek, answer.to_kek))
     }
 
@@ -217,8 +221,11 @@ async fn volumes_of_an_encrypted_vdc_do_all_that_others_do_and_hold_no_plaintext
     let request = StartVmRequest { name: made.name.clone(), ..Default::default() };
     // The VMM opens its disks before this is answered.
     node.vms().start_vm(request).await.unwrap();
-    let refused =
-        node.vdcs().erase_vdc(EraseVdcRequest { name: VDC.into(), uid: String::new() }).await.unwrap_err();
+    let refused = node
+        .vdcs()
+        .erase_vdc(EraseVdcRequest { name: VDC.into(), uid: String::new(), ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     let request = StopVmRequest { name: made.name, force: true, ..Default::default() };
     // This guest ends by itself, perhaps already.
@@ -268,9 +275,9 @@ async fn the_wrapping_key_is_rotated_and_a_vdc_is_erased() {
     let uid = node.vdcs().get_vdc(GetVdcRequest { name: VDC.into() }).await.unwrap().into_inner().uid;
     let key_file = node.state().join("keys").join(&uid);
     let wrapped = fs::read(&key_file).unwrap();
-    let other = EraseVdcRequest { name: VDC.into(), uid: volume.uid.clone() };
+    let other = EraseVdcRequest { name: VDC.into(), uid: volume.uid.clone(), ..Default::default() };
     assert_eq!(node.vdcs().erase_vdc(other).await.unwrap_err().code(), Code::InvalidArgument);
-    let erase = EraseVdcRequest { name: VDC.into(), uid: uid.clone() };
+    let erase = EraseVdcRequest { name: VDC.into(), uid: uid.clone(), ..Default::default() };
     let erased = node.vdcs().erase_vdc(erase.clone()).await.unwrap().into_inner();
     assert_eq!(erased.vdc.map(|vdc| vdc.encryption()), Some(Encryption::Erased));
     assert!(!key_file.exists());

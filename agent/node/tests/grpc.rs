@@ -92,19 +92,22 @@ async fn certificates_and_roles() {
 
     let auditor =
         VdcServiceClient::new(connect_tls(&seriod, &ours, Some(ours.issue("auditor"))).await.unwrap());
-    assert_eq!(auditor.clone().list_vdcs(ListVdcsRequest {}).await.unwrap().into_inner().vdcs.len(), 1);
+    assert_eq!(
+        auditor.clone().list_vdcs(ListVdcsRequest::default()).await.unwrap().into_inner().vdcs.len(),
+        1
+    );
     let refused = auditor.clone().create_vdc(vdc("other")).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
     assert!(refused.message().contains("control-plane"), "{refused}");
 
     let nobody = connect_tls(&seriod, &ours, Some(ours.issue("visitor"))).await.unwrap();
-    let refused = VdcServiceClient::new(nobody).list_vdcs(ListVdcsRequest {}).await.unwrap_err();
+    let refused = VdcServiceClient::new(nobody).list_vdcs(ListVdcsRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
 
     // A certificate of another authority, and none at all: with TLS 1.3 the client may learn it at its first call.
     for identity in [Some(theirs.issue("control-plane")), None] {
         if let Ok(channel) = connect_tls(&seriod, &ours, identity).await {
-            assert!(VdcServiceClient::new(channel).list_vdcs(ListVdcsRequest {}).await.is_err());
+            assert!(VdcServiceClient::new(channel).list_vdcs(ListVdcsRequest::default()).await.is_err());
         }
     }
     // And a client refuses a server that it does not trust.
@@ -131,6 +134,7 @@ fn vm(change: impl FnOnce(&mut CreateVmRequest)) -> CreateVmRequest {
         vm_id: "web".to_owned(),
         spec: Some(spec),
         start: true,
+        ..Default::default()
     };
     change(&mut request);
     request
@@ -196,7 +200,8 @@ async fn bad_input_names_the_field_and_leaves_nothing() {
         ..CreateVolumeRequest::default()
     };
     assert!(VolumeServiceClient::new(channel.clone()).create_volume(volume).await.is_err());
-    let vdcs = VdcServiceClient::new(channel).list_vdcs(ListVdcsRequest {}).await.unwrap().into_inner().vdcs;
+    let vdcs =
+        VdcServiceClient::new(channel).list_vdcs(ListVdcsRequest::default()).await.unwrap().into_inner().vdcs;
     assert_eq!(vdcs[0].used, Some(Quota::default()), "nothing half-made is left");
 }
 
@@ -261,7 +266,7 @@ async fn the_socket_events_and_a_quick_end() {
     garbage.write_all(&[0xff; 4096]).unwrap();
     let _ = garbage.read_to_end(&mut Vec::new());
     // Events are kept, and follow.
-    let watch = WatchEventsRequest { from: 0, follow: true };
+    let watch = WatchEventsRequest { from: 0, follow: true, ..Default::default() };
     let mut events = node.watch_events(watch).await.unwrap().into_inner();
     VdcServiceClient::new(channel).create_vdc(vdc("ardesio")).await.unwrap();
     let event = events.message().await.unwrap().unwrap();
@@ -272,8 +277,10 @@ async fn the_socket_events_and_a_quick_end() {
     assert!(started.elapsed() < Duration::from_secs(5));
     assert!(!socket.exists());
     seriod.start();
-    let vdcs =
-        VdcServiceClient::new(seriod.connect().await.unwrap()).list_vdcs(ListVdcsRequest {}).await.unwrap();
+    let vdcs = VdcServiceClient::new(seriod.connect().await.unwrap())
+        .list_vdcs(ListVdcsRequest::default())
+        .await
+        .unwrap();
     assert_eq!(vdcs.into_inner().vdcs.len(), 1, "it was kept");
 }
 

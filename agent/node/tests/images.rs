@@ -123,7 +123,7 @@ async fn images_of_other_formats_are_taken_whole_or_not_at_all() {
     }
     let unknown = import(&channel, "unknown", "vhdx", b"x", "").await.unwrap_err();
     assert!(unknown.message().contains("raw, qcow2 and vmdk"), "{unknown}");
-    let images = ImageServiceClient::new(channel).list_images(ListImagesRequest {}).await.unwrap();
+    let images = ImageServiceClient::new(channel).list_images(ListImagesRequest::default()).await.unwrap();
     assert_eq!(images.into_inner().images.len(), 2);
     assert_eq!(fs::read_dir(seriod.dir.path().join("state/images")).unwrap().count(), 2);
 }
@@ -178,7 +178,7 @@ async fn a_disk_goes_into_a_volume_and_comes_back() {
         run(&["image", "import", "base", text(&qcow2), "--format", "qcow2", "--blake3", &sum]).unwrap();
     assert!(image.status.success() && said(&image).contains(&sum), "{}", said(&image));
     let mut volumes = VolumeServiceClient::new(channel);
-    let exports = volumes.list_exports(ListExportsRequest {}).await.unwrap().into_inner().exports;
+    let exports = volumes.list_exports(ListExportsRequest::default()).await.unwrap().into_inner().exports;
     assert!(exports.is_empty(), "{exports:?}");
     let list = volumes.list_volumes(ListVolumesRequest::default()).await.unwrap().into_inner().volumes;
     assert_eq!(list.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(), ["vdcs/ardesio/volumes/data"]);

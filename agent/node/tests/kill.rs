@@ -62,6 +62,7 @@ fn create(name: &str) -> CreateVmRequest {
             ..VmSpec::default()
         }),
         start: true,
+        ..Default::default()
     }
 }
 
@@ -74,16 +75,28 @@ async fn operate(
     let request_id = String::new();
     match choice {
         0..=2 => client.create_vm(create(name)).await.map(|_| Known::Exists),
-        3..=5 => {
-            client.start_vm(StartVmRequest { request_id, name: full(name) }).await.map(|_| Known::Exists)
-        }
+        3..=5 => client
+            .start_vm(StartVmRequest { request_id, name: full(name), ..Default::default() })
+            .await
+            .map(|_| Known::Exists),
         6..=8 => {
-            let stop = StopVmRequest { request_id, name: full(name), force: true, timeout: None };
+            let stop = StopVmRequest {
+                request_id,
+                name: full(name),
+                force: true,
+                timeout: None,
+                ..Default::default()
+            };
             client.stop_vm(stop).await.map(|_| Known::Exists)
         }
         _ => {
-            let delete =
-                DeleteVmRequest { request_id, name: full(name), keep_root_volume: false, force: true };
+            let delete = DeleteVmRequest {
+                request_id,
+                name: full(name),
+                keep_root_volume: false,
+                force: true,
+                ..Default::default()
+            };
             client.delete_vm(delete).await.map(|_| Known::Absent)
         }
     }

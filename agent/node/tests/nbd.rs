@@ -106,7 +106,14 @@ impl Bench {
     }
 
     async fn exports(&self) -> usize {
-        self.volumes().await.list_exports(ListExportsRequest {}).await.unwrap().into_inner().exports.len()
+        self.volumes()
+            .await
+            .list_exports(ListExportsRequest::default())
+            .await
+            .unwrap()
+            .into_inner()
+            .exports
+            .len()
     }
 
     /// Waits until the last export has ended by itself.

@@ -24,7 +24,8 @@ async fn volume(seriod: &Seriod) -> Volume {
 
 async fn check(seriod: &Seriod, data: bool) -> Operation {
     let channel = seriod.connect().await.unwrap();
-    let request = CheckVolumeRequest { name: VOLUME.to_owned(), data, bytes_per_second: 0 };
+    let request =
+        CheckVolumeRequest { name: VOLUME.to_owned(), data, bytes_per_second: 0, ..Default::default() };
     let begun = VolumeServiceClient::new(channel.clone()).check_volume(request).await.unwrap().into_inner();
     assert_eq!((begun.kind.as_str(), begun.target.as_str()), ("check-volume", VOLUME));
     let watch = WatchOperationRequest { name: begun.name };

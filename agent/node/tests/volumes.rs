@@ -388,7 +388,7 @@ async fn a_vdc_is_sealed_and_merged_while_its_guests_write() {
         ..Default::default()
     };
     assert_eq!(node.vdcs().create_vdc_snapshot(strict).await.unwrap_err().code(), Code::FailedPrecondition);
-    let parts = ListSnapshotsRequest { volume: named("one-root") };
+    let parts = ListSnapshotsRequest { volume: named("one-root"), ..Default::default() };
     let parts = node.volumes().list_snapshots(parts).await.unwrap().into_inner().snapshots;
     let names: Vec<&str> = parts.iter().map(|p| p.vdc_snapshot.as_str()).collect();
     assert_eq!(&names[..2], ["vdcs/ardesio/snapshots/m", "vdcs/ardesio/snapshots/n"]);
@@ -404,7 +404,7 @@ async fn a_vdc_is_sealed_and_merged_while_its_guests_write() {
     let start = StartVmRequest { name: "vdcs/ardesio/vms/two".into(), ..Default::default() };
     node.vms().start_vm(start).await.unwrap();
     node.done(&operation).await;
-    let left = ListVdcSnapshotsRequest { vdc: "vdcs/ardesio".into() };
+    let left = ListVdcSnapshotsRequest { vdc: "vdcs/ardesio".into(), ..Default::default() };
     let left = node.vdcs().list_vdc_snapshots(left).await.unwrap().into_inner().snapshots;
     assert_eq!(left.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["vdcs/ardesio/snapshots/n"]);
     wait_for_rounds(&mut logs, &vms, 4).await;

@@ -105,7 +105,8 @@ of your certificate (SERIO_CERT; the names ca-cert.pem, client-cert.pem and clie
 Examples:
   serio volume export ardesio/web-root --snapshot before
   nbdcopy \"$(serio volume export ardesio/web-root --snapshot before --once)\" before.raw
-  serio volume export ardesio/data --writable --ttl 10m -o json"
+  serio volume export ardesio/data --writable --ttl 10m -o json
+  serio volume export ardesio/web-root --snapshot before --release-on-trim"
 )]
 pub struct ExportArgs {
     /// VDC/NAME
@@ -120,6 +121,9 @@ pub struct ExportArgs {
     /// End it when its first user has gone: with the last of its connections that says goodbye
     #[arg(long)]
     pub once: bool,
+    /// Let clients give back by TRIM what only this snapshot holds: it reads as zeros there, and its space is freed
+    #[arg(long, requires = "snapshot")]
+    pub release_on_trim: bool,
     /// When it ends by itself; one hour if left out
     #[arg(long, value_name = "TIME")]
     pub ttl: Option<Seconds>,

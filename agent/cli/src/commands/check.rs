@@ -22,6 +22,7 @@ pub(super) async fn run(client: &Client, args: CheckArgs, output: Output) -> Res
         name: names::volume(&args.name),
         data: args.data,
         bytes_per_second: args.pace.map_or(0, |pace| pace.bytes()),
+        ..Default::default()
     };
     let begun = client
         .call(&format!("check volume {}", args.name), request, |channel, request| async move {

@@ -6,7 +6,7 @@ use crate::{args::EventsArgs, client::Client, error::Failure, names, output, out
 
 pub(super) async fn run(client: &Client, args: EventsArgs, output: Output) -> Result<(), Failure> {
     let doing = "read the events";
-    let request = WatchEventsRequest { from: args.from, follow: args.follow };
+    let request = WatchEventsRequest { from: args.from, follow: args.follow, ..Default::default() };
     let answer = NodeServiceClient::new(client.channel()).watch_events(request).await;
     let mut stream = answer.map_err(|status| client.failure(doing, status))?.into_inner();
     let mut kept = Vec::new();

@@ -48,7 +48,7 @@ pub(super) async fn run(
         ImageVerb::Import(args) => import(client, global, args, output).await,
         ImageVerb::List => {
             let answer = client
-                .call("list the images", ListImagesRequest {}, |channel, request| async move {
+                .call("list the images", ListImagesRequest::default(), |channel, request| async move {
                     ImageServiceClient::new(channel).list_images(request).await
                 })
                 .await?;

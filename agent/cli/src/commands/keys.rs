@@ -29,7 +29,7 @@ fn in_log(receipt: Option<&Receipt>) -> String {
 }
 
 pub(super) async fn rotate(client: &Client, name: &Name, output: Output) -> Result<(), Failure> {
-    let request = RotateVdcKeyRequest { name: names::vdc(name) };
+    let request = RotateVdcKeyRequest { name: names::vdc(name), ..Default::default() };
     let done = client
         .call(&format!("rotate the key of vdc {name}"), request, |channel, request| async move {
             VdcServiceClient::new(channel).rotate_vdc_key(request).await
@@ -47,7 +47,7 @@ pub(super) async fn rotate(client: &Client, name: &Name, output: Output) -> Resu
 
 pub(super) async fn erase(client: &Client, name: &Name, output: Output) -> Result<(), Failure> {
     let uid = vdc::get(client, name).await?.uid;
-    let request = EraseVdcRequest { name: names::vdc(name), uid: uid.clone() };
+    let request = EraseVdcRequest { name: names::vdc(name), uid: uid.clone(), ..Default::default() };
     let done = client
         .call(&format!("erase vdc {name}"), request, |channel, request| async move {
             VdcServiceClient::new(channel).erase_vdc(request).await

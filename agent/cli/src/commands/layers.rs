@@ -38,6 +38,7 @@ pub(super) async fn resize(client: &Client, args: ResizeArgs, output: Output) ->
         request_id: request_id(),
         name: names::volume(&args.name),
         size_bytes: args.size.bytes(),
+        ..Default::default()
     };
     let volume = client
         .call(&format!("resize volume {}", args.name), request, |channel, request| async move {
@@ -74,6 +75,7 @@ pub(super) async fn rollback(client: &Client, args: RollbackArgs, output: Output
         request_id: request_id(),
         snapshot: names::snapshot(&args.snapshot.volume, &args.snapshot.snapshot),
         discard_later: args.discard_later,
+        ..Default::default()
     };
     let volume = client
         .call(&format!("go back to snapshot {}", args.snapshot), request, |channel, request| async move {
@@ -85,7 +87,11 @@ pub(super) async fn rollback(client: &Client, args: RollbackArgs, output: Output
 }
 
 pub(super) async fn flatten(client: &Client, args: FlattenArgs, output: Output) -> Result<(), Failure> {
-    let request = FlattenVolumeRequest { request_id: request_id(), name: names::volume(&args.name) };
+    let request = FlattenVolumeRequest {
+        request_id: request_id(),
+        name: names::volume(&args.name),
+        ..Default::default()
+    };
     let begun = client
         .call(&format!("flatten volume {}", args.name), request, |channel, request| async move {
             VolumeServiceClient::new(channel).flatten_volume(request).await

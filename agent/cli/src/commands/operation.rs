@@ -24,7 +24,8 @@ pub(super) async fn run(client: &Client, verb: OperationVerb, output: Output) ->
     match verb {
         OperationVerb::List { running, volume } => {
             let target_prefix = volume.as_ref().map(names::volume).unwrap_or_default();
-            let request = ListOperationsRequest { target_prefix, running_only: running };
+            let request =
+                ListOperationsRequest { target_prefix, running_only: running, ..Default::default() };
             let mut answer = client
                 .call("list the operations", request, |channel, request| async move {
                     OperationServiceClient::new(channel).list_operations(request).await

@@ -204,7 +204,8 @@ pub(super) async fn import(
 
 /// A volume without its content is of no use.
 async fn delete(client: &Client, name: &VdcName) {
-    let request = DeleteVolumeRequest { request_id: request_id(), name: names::volume(name) };
+    let request =
+        DeleteVolumeRequest { request_id: request_id(), name: names::volume(name), ..Default::default() };
     let deleted = client
         .call(&format!("delete volume {name}"), request, |channel, request| async move {
             VolumeServiceClient::new(channel).delete_volume(request).await

@@ -40,7 +40,7 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
         }
         VdcVerb::List => {
             let answer = client
-                .call("list the vdcs", ListVdcsRequest {}, |channel, request| async move {
+                .call("list the vdcs", ListVdcsRequest::default(), |channel, request| async move {
                     VdcServiceClient::new(channel).list_vdcs(request).await
                 })
                 .await?;
@@ -67,7 +67,8 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
             operation::follow(client, begun, wait.no_wait, &sentence, output).await
         }
         VdcVerb::Delete { name } => {
-            let request = DeleteVdcRequest { request_id: request_id(), name: names::vdc(&name) };
+            let request =
+                DeleteVdcRequest { request_id: request_id(), name: names::vdc(&name), ..Default::default() };
             let answer = client
                 .call(&format!("delete vdc {name}"), request, |channel, request| async move {
                     VdcServiceClient::new(channel).delete_vdc(request).await
@@ -135,7 +136,7 @@ async fn snapshot(client: &Client, args: VdcSnapshotArgs, output: Output) -> Res
 }
 
 async fn snapshots(client: &Client, name: &Name, output: Output) -> Result<(), Failure> {
-    let request = ListVdcSnapshotsRequest { vdc: names::vdc(name) };
+    let request = ListVdcSnapshotsRequest { vdc: names::vdc(name), ..Default::default() };
     let answer = client
         .call(&format!("list the snapshots of vdc {name}"), request, |channel, request| async move {
             VdcServiceClient::new(channel).list_vdc_snapshots(request).await

@@ -35,7 +35,8 @@ pub(super) async fn run(
         VmVerb::List { vdc } => list(client, vdc, output).await,
         VmVerb::Show { name } => show(&get(client, &name).await?, output),
         VmVerb::Start { name } => {
-            let request = StartVmRequest { request_id: request_id(), name: names::vm(&name) };
+            let request =
+                StartVmRequest { request_id: request_id(), name: names::vm(&name), ..Default::default() };
             let vm = client
                 .call(&format!("start vm {name}"), request, |channel, request| async move {
                     VmServiceClient::new(channel).start_vm(request).await
@@ -45,7 +46,8 @@ pub(super) async fn run(
         }
         VmVerb::Stop(args) => stop(client, global, &args, output).await,
         VmVerb::Reboot { name } => {
-            let request = RebootVmRequest { request_id: request_id(), name: names::vm(&name) };
+            let request =
+                RebootVmRequest { request_id: request_id(), name: names::vm(&name), ..Default::default() };
             let vm = client
                 .call(&format!("reboot vm {name}"), request, |channel, request| async move {
                     VmServiceClient::new(channel).reboot_vm(request).await
@@ -55,8 +57,13 @@ pub(super) async fn run(
         }
         VmVerb::Log(args) => log(client, &args).await,
         VmVerb::Delete { name, keep_root_volume, force } => {
-            let request =
-                DeleteVmRequest { request_id: request_id(), name: names::vm(&name), keep_root_volume, force };
+            let request = DeleteVmRequest {
+                request_id: request_id(),
+                name: names::vm(&name),
+                keep_root_volume,
+                force,
+                ..Default::default()
+            };
             let answer = client
                 .call(&format!("delete vm {name}"), request, |channel, request| async move {
                     VmServiceClient::new(channel).delete_vm(request).await
@@ -86,6 +93,7 @@ async fn create(client: &Client, args: VmArgs, start: bool, output: Output) -> R
         vm_id: name.name.to_string(),
         spec: Some(spec(args)?),
         start,
+        ..Default::default()
     };
     let doing = format!("{} vm {name}", if start { "run" } else { "create" });
     let vm = client
@@ -178,6 +186,7 @@ async fn stop(client: &Client, global: &Global, args: &StopArgs, output: Output)
         name: names::vm(name),
         force: args.force,
         timeout: Some(pbjson_types::Duration::from(patience)),
+        ..Default::default()
     };
     // The agent keeps the guest's time; this side only guards against an agent that never answers.
     let vm = client
@@ -191,7 +200,8 @@ async fn stop(client: &Client, global: &Global, args: &StopArgs, output: Output)
 }
 
 async fn list(client: &Client, vdc: Option<Name>, output: Output) -> Result<(), Failure> {
-    let request = ListVmsRequest { parent: vdc.as_ref().map(names::vdc).unwrap_or_default() };
+    let request =
+        ListVmsRequest { parent: vdc.as_ref().map(names::vdc).unwrap_or_default(), ..Default::default() };
     let answer = client
         .call("list the vms", request, |channel, request| async move {
             VmServiceClient::new(channel).list_vms(request).await

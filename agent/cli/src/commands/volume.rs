@@ -73,7 +73,11 @@ pub(super) async fn run(
             output.done(&answer, &format!("ended export {id}"))
         }
         VolumeVerb::Delete { name } => {
-            let request = DeleteVolumeRequest { request_id: request_id(), name: names::volume(&name) };
+            let request = DeleteVolumeRequest {
+                request_id: request_id(),
+                name: names::volume(&name),
+                ..Default::default()
+            };
             let answer = client
                 .call(&format!("delete volume {name}"), request, |channel, request| async move {
                     VolumeServiceClient::new(channel).delete_volume(request).await
@@ -107,7 +111,8 @@ async fn create(
 }
 
 async fn list(client: &Client, vdc: Option<Name>, output: Output) -> Result<(), Failure> {
-    let request = ListVolumesRequest { parent: vdc.as_ref().map(names::vdc).unwrap_or_default() };
+    let request =
+        ListVolumesRequest { parent: vdc.as_ref().map(names::vdc).unwrap_or_default(), ..Default::default() };
     let answer = client
         .call("list the volumes", request, |channel, request| async move {
             VolumeServiceClient::new(channel).list_volumes(request).await
@@ -140,7 +145,7 @@ pub(super) const fn class(class: PointClass) -> &'static str {
 }
 
 async fn snapshots(client: &Client, volume: &VdcName, output: Output) -> Result<(), Failure> {
-    let request = ListSnapshotsRequest { volume: names::volume(volume) };
+    let request = ListSnapshotsRequest { volume: names::volume(volume), ..Default::default() };
     let answer = client
         .call(&format!("list the snapshots of volume {volume}"), request, |channel, request| async move {
             VolumeServiceClient::new(channel).list_snapshots(request).await
@@ -184,7 +189,7 @@ fn show(volume: &Volume, output: Output) -> Result<(), Failure> {
 
 async fn exports(client: &Client, output: Output) -> Result<(), Failure> {
     let answer = client
-        .call("list the exports", ListExportsRequest {}, |channel, request| async move {
+        .call("list the exports", ListExportsRequest::default(), |channel, request| async move {
             VolumeServiceClient::new(channel).list_exports(request).await
         })
         .await?;
@@ -208,6 +213,7 @@ async fn export(client: &Client, global: &Global, args: ExportArgs, output: Outp
         writable: args.writable,
         ttl: args.ttl.map(|ttl| Duration::from(ttl.0)),
         once: args.once,
+        release_on_trim: args.release_on_trim,
     };
     let mut export = client
         .call(&format!("export volume {}", args.volume), request, |channel, request| async move {

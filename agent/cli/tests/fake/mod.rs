@@ -206,7 +206,10 @@ impl VdcService for Fake {
     }
 
     async fn list_vdcs(&self, _: Request<ListVdcsRequest>) -> Result<Response<ListVdcsResponse>, Status> {
-        Ok(Response::new(ListVdcsResponse { vdcs: vec![vdc("vdcs/ardesio"), vdc("vdcs/b")] }))
+        Ok(Response::new(ListVdcsResponse {
+            vdcs: vec![vdc("vdcs/ardesio"), vdc("vdcs/b")],
+            ..Default::default()
+        }))
     }
 
     async fn update_vdc(&self, request: Request<UpdateVdcRequest>) -> Result<Response<Vdc>, Status> {
@@ -241,7 +244,7 @@ impl VmService for Fake {
     }
 
     async fn list_vms(&self, _: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
-        Ok(Response::new(ListVmsResponse { vms: vec![] }))
+        Ok(Response::new(ListVmsResponse { vms: vec![], ..Default::default() }))
     }
 
     async fn start_vm(&self, _: Request<StartVmRequest>) -> Result<Response<Vm>, Status> {
@@ -400,7 +403,7 @@ impl OperationService for Fake {
             operation("1", "vdcs/a/volumes/web/snapshots/s"),
             operation("2", "vdcs/a/volumes/web-root/snapshots/s"),
         ];
-        Ok(Response::new(ListOperationsResponse { operations }))
+        Ok(Response::new(ListOperationsResponse { operations, ..Default::default() }))
     }
 
     async fn watch_operation(

@@ -320,9 +320,10 @@ impl ImageService for ImageApi {
         _: Request<ListImagesRequest>,
     ) -> Result<Response<ListImagesResponse>, Status> {
         match self.0.query(Query::Images(None)).await? {
-            Answer::Images(images) => {
-                Ok(Response::new(ListImagesResponse { images: images.iter().map(convert::image).collect() }))
-            }
+            Answer::Images(images) => Ok(Response::new(ListImagesResponse {
+                images: images.iter().map(convert::image).collect(),
+                ..Default::default()
+            })),
             other => Err(unexpected(&other).into()),
         }
     }

@@ -4,8 +4,8 @@ use std::{fs, pin::Pin};
 
 use pbjson_types::Timestamp;
 use serio_api::v1::{
-    Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, WatchEventsRequest,
-    node_service_server::NodeService,
+    AuditEntry, Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, VerifyAuditRequest,
+    VerifyAuditResponse, WatchAuditRequest, WatchEventsRequest, node_service_server::NodeService,
 };
 use serio_store::record::Millis;
 use tokio::sync::mpsc;
@@ -131,5 +131,21 @@ impl NodeService for NodeApi {
         let (sender, receiver) = mpsc::channel(16);
         tokio::spawn(self.clone().send_events(message.from, message.follow, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type WatchAuditStream = Pin<Box<dyn Stream<Item = Result<AuditEntry, Status>> + Send>>;
+
+    async fn watch_audit(
+        &self,
+        _: Request<WatchAuditRequest>,
+    ) -> Result<Response<Self::WatchAuditStream>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn verify_audit(
+        &self,
+        _: Request<VerifyAuditRequest>,
+    ) -> Result<Response<VerifyAuditResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 }

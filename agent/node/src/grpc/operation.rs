@@ -99,11 +99,11 @@ impl OperationService for OperationApi {
         &self,
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let ListOperationsRequest { target_prefix, running_only } = request.into_inner();
+        let ListOperationsRequest { target_prefix, running_only, .. } = request.into_inner();
         match self.0.query(Query::Operations { target_prefix, running_only }).await? {
             Answer::Operations(all) => {
                 let operations = all.iter().map(convert::operation).collect();
-                Ok(Response::new(ListOperationsResponse { operations }))
+                Ok(Response::new(ListOperationsResponse { operations, ..Default::default() }))
             }
             other => Err(unexpected(&other).into()),
         }

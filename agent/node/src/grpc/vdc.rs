@@ -71,9 +71,10 @@ impl VdcService for VdcApi {
 
     async fn list_vdcs(&self, _: Request<ListVdcsRequest>) -> Result<Response<ListVdcsResponse>, Status> {
         match self.0.query(Query::Vdcs(None)).await? {
-            Answer::Vdcs(views) => {
-                Ok(Response::new(ListVdcsResponse { vdcs: views.iter().map(convert::vdc).collect() }))
-            }
+            Answer::Vdcs(views) => Ok(Response::new(ListVdcsResponse {
+                vdcs: views.iter().map(convert::vdc).collect(),
+                ..Default::default()
+            })),
             other => Err(unexpected(&other).into()),
         }
     }
@@ -158,7 +159,7 @@ impl VdcService for VdcApi {
     ) -> Result<Response<ListVdcSnapshotsResponse>, Status> {
         let vdc = field("vdc", resource::parse_vdc(&request.get_ref().vdc))?;
         let snapshots = self.snapshots(vdc).await?.iter().map(convert::vdc_snapshot).collect();
-        Ok(Response::new(ListVdcSnapshotsResponse { snapshots }))
+        Ok(Response::new(ListVdcSnapshotsResponse { snapshots, ..Default::default() }))
     }
 
     async fn delete_vdc_snapshot(

@@ -73,6 +73,7 @@ impl VmService for VmApi {
                 let now = model::now();
                 Ok(Response::new(ListVmsResponse {
                     vms: views.iter().map(|v| convert::vm(v, now)).collect(),
+                    ..Default::default()
                 }))
             }
             other => Err(unexpected(&other).into()),

@@ -104,7 +104,7 @@ impl VolumeService for VolumeApi {
                 for view in views {
                     volumes.push(self.show(view).await);
                 }
-                Ok(Response::new(ListVolumesResponse { volumes }))
+                Ok(Response::new(ListVolumesResponse { volumes, ..Default::default() }))
             }
             other => Err(unexpected(&other).into()),
         }
@@ -146,6 +146,7 @@ impl VolumeService for VolumeApi {
         match self.0.query(Query::Snapshots(volume)).await? {
             Answer::Snapshots(views) => Ok(Response::new(ListSnapshotsResponse {
                 snapshots: views.iter().map(convert::snapshot).collect(),
+                ..Default::default()
             })),
             other => Err(unexpected(&other).into()),
         }
@@ -229,8 +230,8 @@ impl VolumeService for VolumeApi {
         };
         let volume = fields.done(volume)?;
         let ttl = convert::duration("ttl", message.ttl.as_ref(), TTL, TTL_MAX)?;
-        let (writable, once) = (message.writable, message.once);
-        let mutation = Mutation::CreateExport { volume, snapshot, writable, once, ttl };
+        let (writable, once, release) = (message.writable, message.once, message.release_on_trim);
+        let mutation = Mutation::CreateExport { volume, snapshot, writable, once, release, ttl };
         match self.0.mutate(mutation, id).await? {
             Answer::Export(view) => Ok(Response::new(self.show_export(&view).await)),
             other => Err(unexpected(&other).into()),
@@ -247,7 +248,7 @@ impl VolumeService for VolumeApi {
                 for view in &views {
                     exports.push(self.show_export(view).await);
                 }
-                Ok(Response::new(ListExportsResponse { exports }))
+                Ok(Response::new(ListExportsResponse { exports, ..Default::default() }))
             }
             other => Err(unexpected(&other).into()),
         }

@@ -67,7 +67,15 @@ pub enum Mutation {
     /// → [`Answer::Operation`].
     DeleteVdcSnapshot { name: VdcName },
     /// → [`Answer::Export`].
-    CreateExport { volume: VdcName, snapshot: Option<Name>, writable: bool, once: bool, ttl: Duration },
+    CreateExport {
+        volume: VdcName,
+        snapshot: Option<Name>,
+        writable: bool,
+        once: bool,
+        /// TRIM gives back what only the snapshot holds.
+        release: bool,
+        ttl: Duration,
+    },
     /// → [`Answer::Nothing`].
     DeleteExport { id: Name },
     /// → [`Answer::Import`], or [`Answer::Image`] if the request was done before.

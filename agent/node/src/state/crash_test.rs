@@ -61,6 +61,7 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
             snapshot: rng.random_bool(0.7).then_some(point),
             writable: false,
             once: false,
+            release: false,
             ttl: Duration::from_secs(60),
         },
         19 => Mutation::DeleteSnapshot { name: SnapshotName { volume: volume(rng), snapshot: point } },

@@ -56,7 +56,7 @@ pub enum Effect {
     /// → [`Input::Inspected`].
     Inspect { volume: Uuid },
     /// → [`Input::ExportStarted`].
-    StartExport { id: Name, volume: Uuid, snapshot: Option<Name>, writable: bool, once: bool },
+    StartExport { id: Name, volume: Uuid, snapshot: Option<Name>, writable: bool, once: bool, release: bool },
     /// → [`Input::ExportAdopted`].
     AdoptExport { id: Name },
     /// → [`Input::ExportEnded`].

@@ -279,7 +279,7 @@ impl Executor {
 
     async fn export(&self, effect: Effect) {
         match effect {
-            Effect::StartExport { id, volume, snapshot, writable, once } => {
+            Effect::StartExport { id, volume, snapshot, writable, once, release } => {
                 let plan = ExportPlan {
                     id: id.to_string(),
                     volume,
@@ -287,6 +287,7 @@ impl Executor {
                     snapshot: snapshot.map(String::from),
                     writable,
                     once,
+                    release,
                 };
                 match self.supervisor.start_export(plan).await {
                     Ok(handle) => {

@@ -26,10 +26,14 @@ impl State {
         &mut self,
         volume: &VdcName,
         snapshot: Option<Name>,
-        (writable, once): (bool, bool),
+        (writable, once, release): (bool, bool, bool),
         ttl: Duration,
         op: Op,
     ) -> Result<(), Refused> {
+        if release && snapshot.is_none() {
+            let why = "is for a snapshot: name one, or export the volume itself as writable, where TRIM is a discard";
+            return refuse(op, Error::invalid("release_on_trim", why));
+        }
         let uid = check!(op, self.exportable(volume, snapshot.as_ref(), writable));
         // The id is what clients must know to be served: random, not to be guessed.
         let id: Name = Uuid::new_v4().simple().to_string().parse().expect("hex digits are a name");
@@ -47,7 +51,7 @@ impl State {
         changes.extend(self.remember(&op, format!("exports/{id}")));
         check!(op, self.commit(changes));
         self.export_ops.insert(id.clone(), op);
-        self.out.push(Effect::StartExport { id, volume: uid, snapshot, writable, once });
+        self.out.push(Effect::StartExport { id, volume: uid, snapshot, writable, once, release });
         Ok(())
     }
 

@@ -226,8 +226,8 @@ impl State {
                 self.create_vdc_snapshot(&name, consistency, op)
             }
             Mutation::DeleteVdcSnapshot { name } => self.delete_vdc_snapshot(&name, op),
-            Mutation::CreateExport { volume, snapshot, writable, once, ttl } => {
-                self.create_export(&volume, snapshot, (writable, once), ttl, op)
+            Mutation::CreateExport { volume, snapshot, writable, once, release, ttl } => {
+                self.create_export(&volume, snapshot, (writable, once, release), ttl, op)
             }
             Mutation::DeleteExport { id } => self.delete_export(&id, op),
             Mutation::BeginImport { name, cmdline } => self.begin_import(name, &cmdline, op),

@@ -198,6 +198,7 @@ fn a_volume_has_one_user() {
         snapshot: snapshot.map(|s| s.parse().unwrap()),
         writable: false,
         once: false,
+        release: false,
         ttl: MINUTE,
     };
     assert!(matches!(sim.ask(export(None)), Err(Error::Precondition { .. })));

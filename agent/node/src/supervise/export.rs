@@ -159,7 +159,15 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
     let key = inner.key_of(plan.volume).await?;
     let mut descriptors = Descriptors::default();
     descriptors.push(rundir::listen(&files.sock)?);
-    descriptors.push_volume(&inner.volume_dir(plan.volume), plan.volume, read_only)?;
+    let dir = inner.volume_dir(plan.volume);
+    match &plan.snapshot {
+        Some(point) if plan.release => {
+            let info = jobs::inspect(inner, plan.volume).await?;
+            let layer = info.snapshots.iter().find(|s| s.name == *point).map(|s| s.layer);
+            descriptors.push_for_release(&dir, &info.chain, layer)?;
+        }
+        _ => drop(descriptors.push_volume(&dir, plan.volume, read_only)?),
+    }
     let control = rundir::listen(&files.control)?;
     let watched = spawn::spawn(&inner.settings.volumed_path, control, &files.log).await?;
     let meta = Meta {
@@ -178,7 +186,7 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         uid: 0,
         key,
         once: plan.once,
-        release: false,
+        release: plan.release,
     });
     let served = match rundir::write_meta(&files.meta, &meta) {
         Ok(()) => ask(files, &watched, body, &descriptors).await,

@@ -65,6 +65,16 @@ impl Descriptors {
         Ok(())
     }
 
+    /// Opens these layers for releases from one of them: nothing else can be written.
+    pub(super) fn push_for_release(
+        &mut self,
+        dir: &Path,
+        chain: &[u64],
+        layer: Option<u64>,
+    ) -> Result<(), FileError> {
+        chain.iter().try_for_each(|number| self.push_layer(dir, *number, layer != Some(*number)).map(drop))
+    }
+
     /// The same descriptors once more.
     pub(super) fn duplicate(&self) -> Result<Self, FileError> {
         let list = self.list.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>();

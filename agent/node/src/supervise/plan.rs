@@ -98,6 +98,8 @@ pub struct ExportPlan {
     pub writable: bool,
     /// It ends when its first user has gone.
     pub once: bool,
+    /// TRIM gives back what only the point holds.
+    pub release: bool,
 }
 
 /// How a run ended.

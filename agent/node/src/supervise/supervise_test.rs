@@ -297,6 +297,7 @@ async fn an_export_survives_and_is_found_again() {
         snapshot: None,
         writable: false,
         once: false,
+        release: false,
     };
     let bad = ExportPlan { id: "../e1".into(), ..plan.clone() };
     assert!(matches!(bench.supervisor.start_export(bad).await, Err(JobError::ExportId(_))));

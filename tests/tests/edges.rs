@@ -25,6 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("serio-devices", &["serio-virtio", "serio-volume", "serio-hv", "serio-sandbox", "serio-types"]),
     ("serio-nbd", &["serio-types"]),
     ("serio-formats", &["serio-nbd"]),
+    ("serio-bootdisk", &[]),
     (
         "serio-vmm",
         &[
@@ -39,7 +40,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "serio-volumed",
-        &["serio-control", "serio-formats", "serio-nbd", "serio-sandbox", "serio-types", "serio-volume"],
+        &[
+            "serio-bootdisk",
+            "serio-control",
+            "serio-formats",
+            "serio-nbd",
+            "serio-sandbox",
+            "serio-types",
+            "serio-volume",
+        ],
     ),
     ("serio-vdc", &["serio-types"]),
     ("serio-store", &["serio-types"]),

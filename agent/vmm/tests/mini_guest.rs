@@ -7,6 +7,8 @@
 
 #[path = "mini_guest/devices.rs"]
 mod devices;
+#[path = "mini_guest/hostile.rs"]
+mod hostile;
 #[path = "mini_guest/life.rs"]
 mod life;
 #[path = "mini_guest/net.rs"]

@@ -34,6 +34,17 @@ pub fn heap_end() -> u64 {
     HEAP_END.load(Ordering::Relaxed)
 }
 
+/// How much of the heap is used now, for [`rewind`].
+pub fn mark() -> u64 {
+    HEAP_NEXT.load(Ordering::Relaxed)
+}
+
+/// Gives back what was allocated since the mark, zeroed when it is taken again. Only where nothing of it is in use any
+/// more, by this program or by a device.
+pub fn rewind(mark: u64) {
+    HEAP_NEXT.store(mark, Ordering::Relaxed);
+}
+
 struct Bump;
 
 // SAFETY: hands out disjoint ranges of RAM that nothing else uses; null when exhausted.

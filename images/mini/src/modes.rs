@@ -6,7 +6,7 @@ use crate::boot::Boot;
 use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
-use crate::{apic, bench, blk, clock, cpu, grow, pair, println, serial, writer};
+use crate::{apic, bench, blk, cases, clock, cpu, grow, pair, println, serial, writer};
 
 /// Does what the command line asks for, then powers off.
 pub fn run(boot: Boot) -> ! {
@@ -46,6 +46,9 @@ pub fn run(boot: Boot) -> ! {
         "reset" => reset_once(&mut machine),
         _ => match machine.boot.option("mini.bench").map(alloc::string::String::from) {
             Some(choice) => bench::run(&mut machine, &choice),
+            None if test.starts_with("hostile") => {
+                cases::hostile::run(&mut machine, &test);
+            }
             None => {
                 suite::run(&mut machine, &test);
             }

@@ -42,6 +42,12 @@ impl Port {
         Err(Failure::Skipped("no virtio-serial with ports".into()))
     }
 
+    /// The port with this name, of this device.
+    pub fn on(device: Virtio, name: &str) -> Result<Self> {
+        device.negotiate(MULTIPORT)?;
+        Self::of(device, name)
+    }
+
     fn of(device: Virtio, name: &str) -> Result<Self> {
         let ports = device.config32(4);
         let wanted = u16::try_from((ports + 1) * 2).map_err(|_| format!("{ports} ports"))?;

@@ -15,16 +15,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const TYPE: [u8; 2] = [0x88, 0xb5];
 
 /// A tap that goes when the test ends.
-struct Tap(String);
+pub(crate) struct Tap(String);
 
 impl Tap {
-    fn make() -> Option<Tap> {
-        let tap = Tap(format!("mini{}", std::process::id()));
+    /// None: not possible here. Interface names are short.
+    pub(crate) fn make(prefix: &str) -> Option<Tap> {
+        let tap = Tap(format!("{prefix}{}", std::process::id()));
         let ip = |arguments: &[&str]| {
             Command::new("ip").args(arguments).output().is_ok_and(|out| out.status.success())
         };
         let made = ip(&["tuntap", "add", "dev", &tap.0, "mode", "tap"]);
         (made && ip(&["link", "set", &tap.0, "up"])).then_some(tap)
+    }
+
+    /// Its interface's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.0
     }
 }
 
@@ -53,7 +59,7 @@ fn frames_go_out_and_come_back() {
     if !kvm_usable() {
         return;
     }
-    let Some(tap) = Tap::make() else {
+    let Some(tap) = Tap::make("mini") else {
         println!("skipped: no tap can be made here (root and /dev/net/tun)");
         return;
     };

@@ -3,6 +3,7 @@
 mod acpi;
 mod blk;
 mod cpu;
+pub mod hostile;
 mod irq;
 mod memory;
 mod net;

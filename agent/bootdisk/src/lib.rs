@@ -15,7 +15,7 @@
 //! |---|---|
 //! | [`disk`] | the seam [`ReadAt`], windows of it, the budget of one search |
 //! | `partition` | where file systems may be |
-//! | `fs`, `ext4`, `journal`, `fat` | files and directories out of blocks |
+//! | [`fs`], `ext4`, `journal`, `fat` | files and directories out of blocks |
 //! | `bls`, `version` | loader entries and their order |
 //! | `grub` | the script language of grub.cfg, as much of it as decides what is booted |
 //! | [`search`] | which of all that counts |
@@ -30,7 +30,7 @@ mod bls;
 pub mod disk;
 mod ext4;
 mod fat;
-mod fs;
+pub mod fs;
 mod grub;
 mod journal;
 pub mod kernel;

@@ -165,6 +165,17 @@ pub struct Entry {
     pub cmdline: String,
 }
 
+impl Entry {
+    /// The command line as it is, and the serial port as console if it names none: what a VM here has to talk by.
+    #[must_use]
+    pub fn cmdline_with_console(&self) -> String {
+        match self.cmdline.split_ascii_whitespace().any(|word| word.starts_with("console=")) {
+            true => self.cmdline.clone(),
+            false => format!("{} console=ttyS0", self.cmdline).trim_start().to_owned(),
+        }
+    }
+}
+
 /// What was found.
 #[derive(Debug, Clone)]
 pub struct Found {

@@ -24,6 +24,7 @@
 //!   when that connection closes. `Status` may be asked on other connections meanwhile.
 #![forbid(unsafe_code)]
 
+mod bootdisk;
 pub mod channel;
 pub mod frame;
 pub mod message;

@@ -1,7 +1,7 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
-pub use crate::volumes::*;
+pub use crate::{bootdisk::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -16,7 +16,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 60, 61, 62, 63"
+                53, 54, 60, 61, 62, 63, 64, 65"
     )]
     pub body: Option<Body>,
 }
@@ -129,6 +129,12 @@ pub enum Body {
     /// → volumed: what has changed between two points?
     #[prost(message, tag = "63")]
     ListChanges(ListChanges),
+    /// → volumed: what does a volume boot with?
+    #[prost(message, tag = "64")]
+    FindKernel(FindKernel),
+    /// ← what it boots with.
+    #[prost(message, tag = "65")]
+    FoundKernel(FoundKernel),
 }
 
 /// Nothing.

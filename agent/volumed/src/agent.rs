@@ -33,6 +33,7 @@ use serio_nbd::{Event, Limits, Server, Stop};
 use serio_sandbox::{Kind, Seal, threads};
 
 use crate::{
+    bootdisk,
     copy::Progress,
     jobs::{self, JobResult},
     layers,
@@ -166,6 +167,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         | Body::RollbackVolume(_)
         | Body::ListChanges(_)
         | Body::MergeLayer(_)
+        | Body::FindKernel(_)
         | Body::Export(_) => {}
         _ => return Err(refusal(Code::Invalid, "serio-volumed does not know this request")),
     }
@@ -176,7 +178,11 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         }
         *state = State::Busy;
     }
-    let uid = if let Body::Export(ask) = &body { ask.uid } else { 0 };
+    let uid = match &body {
+        Body::Export(ask) => ask.uid,
+        Body::FindKernel(ask) => ask.uid,
+        _ => 0,
+    };
     serio_sandbox::seal(&Seal { uid, descriptors_max: DESCRIPTORS_MAX })
         .map_err(|e| jobs::failed(Code::Internal, "", &e))?;
     if let Body::Export(ask) = &body {
@@ -193,6 +199,7 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         Body::RollbackVolume(ask) => layers::rollback_volume(ask, descriptors),
         Body::MergeLayer(ask) => layers::merge_layer(ask, descriptors, &agent.progress),
         Body::ListChanges(ask) => layers::list_changes(ask, descriptors),
+        Body::FindKernel(ask) => bootdisk::find_kernel(ask, descriptors, &agent.progress),
         _ => jobs::inspect_volume(descriptors),
     };
     agent.job_done.store(true, Ordering::SeqCst);

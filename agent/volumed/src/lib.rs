@@ -9,6 +9,7 @@
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
 //! | [`layers`] | the jobs that change which layers a volume has: growing, cloning, rolling back, merging |
+//! | [`bootdisk`] | the job that finds what a volume boots with |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
 //! | [`import`] | images into volumes and back, with progress, checksum, resume |
 //! | [`export`] | a volume behind the NBD server's seam |
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod bootdisk;
 pub mod change;
 pub mod check;
 pub mod cli;

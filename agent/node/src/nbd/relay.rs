@@ -1,24 +1,28 @@
-//! Bytes between a client inside TLS and its export's Unix socket, both ways.
+//! Bytes between a client inside TLS and its export's Unix socket, both ways, on a thread of its own.
+//!
+//! ```text
+//! TCP ──► coming ──TLS──► plain ──► export      while `plain` is not empty nothing more is read from the client
+//! TCP ◄── records ◄─TLS── going ◄── export      while records wait nothing more is read from the export
+//! ```
+//! A thread that polls two sockets, not a task: it moves [`PIECE_BYTES`], which stay in the processor's cache, with one
+//! read, records of full size and one vectored write, and is woken without passing through anybody else. Nothing here blocks
+//! but the poll.
 //!
 //! It ends when either side has closed. A client that owes, that is, takes nothing of what waits for it, is dropped after
 //! [`STALL_MAX`]; one that says nothing and is owed nothing stays. After the export has closed, the client has
-//! [`LINGER_MAX`] to take the rest.
+//! [`LINGER_MAX`] to take the rest. Dropping the future of [`relay`] shuts both sockets down, and the thread ends.
 
 use std::{
-    io,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    task::{Context, Poll, ready},
+    io::{self, BufRead, Read, Write},
+    net::{Shutdown, TcpStream},
+    os::unix::net::UnixStream,
+    sync::Arc,
     time::Duration,
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional_with_sizes},
-    time::sleep,
-};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::oneshot;
+use tokio_rustls::{rustls::ServerConnection, server::TlsStream};
 
 use super::clients::Activity;
 
@@ -27,97 +31,289 @@ const STALL_MAX: Duration = Duration::from_secs(60);
 /// How long it may take to close after its export has.
 const LINGER_MAX: Duration = Duration::from_secs(5);
 /// How often these are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Towards the client. A read of 256 KiB passes in one piece.
-const TO_CLIENT_BYTES: usize = 256 * 1024;
-/// Towards the export.
-const TO_EXPORT_BYTES: usize = 64 * 1024;
-
-/// What has passed.
-#[derive(Default)]
-struct Meter {
-    from_export: AtomicU64,
-    to_client: AtomicU64,
-    export_closed: AtomicBool,
-}
+const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// What is read from either side at once: four records.
+const PIECE_BYTES: usize = 64 * 1024;
+/// Pieces that pass one after the other before the sockets are asked again.
+const PIECES_MAX: usize = 8;
+/// The thread keeps its buffers on the heap.
+const STACK_BYTES: usize = 256 * 1024;
 
 /// Copies until either side is done.
-pub(super) async fn relay<N, F>(near: N, far: F, active: Arc<Activity>) -> io::Result<()>
-where
-    N: AsyncRead + AsyncWrite + Unpin,
-    F: AsyncRead + AsyncWrite + Unpin,
-{
-    let meter = Arc::new(Meter::default());
-    let mut near =
-        Metered { inner: near, meter: Arc::clone(&meter), active: Arc::clone(&active), far: false };
-    let mut far = Metered { inner: far, meter: Arc::clone(&meter), active: Arc::clone(&active), far: true };
-    let copied = copy_bidirectional_with_sizes(&mut near, &mut far, TO_EXPORT_BYTES, TO_CLIENT_BYTES);
-    tokio::select! {
-        biased;
-        result = copied => result.map(drop),
-        error = watch(&meter, &active) => error,
+pub(super) async fn relay(
+    near: TlsStream<tokio::net::TcpStream>,
+    far: tokio::net::UnixStream,
+    active: Arc<Activity>,
+) -> io::Result<()> {
+    let (near, session) = near.into_inner();
+    // They stay non-blocking.
+    let ends = Arc::new(Ends { near: near.into_std()?, far: far.into_std()? });
+    let _hang_up = HangUp(Arc::clone(&ends));
+    let (tell, ended) = oneshot::channel();
+    std::thread::Builder::new().name("nbd-relay".to_owned()).stack_size(STACK_BYTES).spawn(move || {
+        // Nobody listens when the future was dropped.
+        let _ = tell.send(Relay::new(&ends, session, &active).run());
+    })?;
+    ended.await.unwrap_or_else(|_| Err(io::Error::other("the thread that relays it has failed")))
+}
+
+struct Ends {
+    near: TcpStream,
+    far: UnixStream,
+}
+
+/// Ends the thread when nobody waits for it any more.
+struct HangUp(Arc<Ends>);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // It fails where the other end is gone already.
+        let _ = self.0.near.shutdown(Shutdown::Both);
+        let _ = self.0.far.shutdown(Shutdown::Both);
     }
 }
 
-async fn watch(meter: &Meter, active: &Activity) -> io::Result<()> {
-    loop {
-        sleep(LOOK_EVERY).await;
-        let silent = active.silent();
-        if meter.export_closed.load(Ordering::Relaxed) && silent > LINGER_MAX {
-            return Ok(());
+/// How far one direction is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    /// More may come from here.
+    Open,
+    /// Nothing more comes; the other side has not been told.
+    Done,
+    /// It has.
+    Told,
+}
+
+struct Relay<'a> {
+    ends: &'a Ends,
+    session: ServerConnection,
+    active: &'a Activity,
+    client: Side,
+    export: Side,
+    /// What is read into; empty while nothing passes.
+    piece: Vec<u8>,
+    /// Decrypted, for the export; `passed` bytes of it have gone.
+    plain: Vec<u8>,
+    passed: usize,
+}
+
+impl<'a> Relay<'a> {
+    fn new(ends: &'a Ends, mut session: ServerConnection, active: &'a Activity) -> Self {
+        // What is not sent is bounded by not reading more.
+        session.set_buffer_limit(None);
+        let (piece, plain) = (Vec::new(), Vec::new());
+        Relay { ends, session, active, client: Side::Open, export: Side::Open, piece, plain, passed: 0 }
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        // What came together with the end of the handshake.
+        self.take_plain()?;
+        loop {
+            self.pass()?;
+            self.transmit()?;
+            if self.client == Side::Told && self.export == Side::Told {
+                return Ok(());
+            }
+            let (near, far) = self.wait()?;
+            if near.is_empty() && far.is_empty() {
+                if self.is_late()? {
+                    return Ok(());
+                }
+                continue;
+            }
+            self.active.note();
+            let over = PollFlags::HUP | PollFlags::ERR;
+            if near.intersects(PollFlags::IN | over) && self.hears_client() {
+                self.hear()?;
+            }
+            if far.intersects(PollFlags::IN | over) && self.hears_export() {
+                self.fetch()?;
+            }
         }
-        let owed = meter.from_export.load(Ordering::Relaxed) > meter.to_client.load(Ordering::Relaxed);
-        if owed && silent > STALL_MAX {
+    }
+
+    fn hears_client(&self) -> bool {
+        self.client == Side::Open && self.plain.is_empty()
+    }
+
+    fn hears_export(&self) -> bool {
+        self.export == Side::Open && !self.session.wants_write()
+    }
+
+    /// What can be done on each side; nothing when neither has moved for a while. A side from which nothing is wanted is
+    /// left out: that it has hung up would be said again and again.
+    fn wait(&self) -> io::Result<(PollFlags, PollFlags)> {
+        let mut wishes = [PollFlags::empty(); 2];
+        wishes[0].set(PollFlags::IN, self.hears_client());
+        wishes[0].set(PollFlags::OUT, self.session.wants_write());
+        wishes[1].set(PollFlags::IN, self.hears_export());
+        wishes[1].set(PollFlags::OUT, !self.plain.is_empty());
+        let all = [PollFd::new(&self.ends.near, wishes[0]), PollFd::new(&self.ends.far, wishes[1])];
+        let (mut both, mut one);
+        let fds: &mut [PollFd<'_>] = match (wishes[0].is_empty(), wishes[1].is_empty()) {
+            (false, false) => {
+                both = all;
+                &mut both
+            }
+            (near_is_out, _) => {
+                let [near, far] = all;
+                one = [if near_is_out { far } else { near }];
+                &mut one
+            }
+        };
+        match poll(fds, Some(&LOOK_EVERY)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let found = |i: usize| fds.get(i).map_or(PollFlags::empty(), PollFd::revents);
+        Ok(match (wishes[0].is_empty(), wishes[1].is_empty()) {
+            (false, false) => (found(0), found(1)),
+            (true, _) => (PollFlags::empty(), found(0)),
+            (false, true) => (found(0), PollFlags::empty()),
+        })
+    }
+
+    /// Nothing has moved for a while: true when that is the end.
+    fn is_late(&mut self) -> io::Result<bool> {
+        let silent = self.active.silent();
+        if self.export != Side::Open && silent > LINGER_MAX {
+            return Ok(true);
+        }
+        if self.session.wants_write() && silent > STALL_MAX {
             let why = format!("it has taken nothing of what it asked for, for {} s", STALL_MAX.as_secs());
             return Err(io::Error::new(io::ErrorKind::TimedOut, why));
         }
+        if self.plain.is_empty() {
+            // An idle client holds no memory.
+            (self.piece, self.plain) = (Vec::new(), Vec::new());
+        }
+        Ok(false)
     }
-}
 
-/// A side whose bytes are counted.
-struct Metered<S> {
-    inner: S,
-    meter: Arc<Meter>,
-    active: Arc<Activity>,
-    /// The export's side.
-    far: bool,
-}
+    /// Reads from the client.
+    fn hear(&mut self) -> io::Result<()> {
+        self.piece.resize(PIECE_BYTES, 0);
+        let Some(got) = now((&self.ends.near).read(&mut self.piece))? else { return Ok(()) };
+        if got == 0 {
+            // Whether it has taken leave inside TLS is of no matter: NBD has a goodbye of its own.
+            self.client = Side::Done;
+            return Ok(());
+        }
+        if self.export != Side::Open {
+            // Nobody is left to whom it could go.
+            return Ok(());
+        }
+        let piece = std::mem::take(&mut self.piece);
+        let taken = self.decrypt(piece.get(..got).unwrap_or_default());
+        self.piece = piece;
+        taken
+    }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let result = ready!(Pin::new(&mut self.inner).poll_read(cx, buf));
-        let got = (buf.filled().len() - before) as u64;
-        self.active.note();
-        if self.far {
-            self.meter.from_export.fetch_add(got, Ordering::Relaxed);
-            if got == 0 {
-                self.meter.export_closed.store(true, Ordering::Relaxed);
+    fn decrypt(&mut self, mut coming: &[u8]) -> io::Result<()> {
+        while !coming.is_empty() && self.client == Side::Open {
+            self.session.read_tls(&mut coming)?;
+            if let Err(error) = self.session.process_new_packets() {
+                // The alert that says why; whether it gets through is of no matter.
+                let _ = self.session.write_tls(&mut &self.ends.near);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            self.take_plain()?;
+        }
+        Ok(())
+    }
+
+    /// Takes what is decrypted. It cannot be more than was read, and a record.
+    fn take_plain(&mut self) -> io::Result<()> {
+        let mut reader = self.session.reader();
+        loop {
+            let Some(got) = now(reader.fill_buf())? else { return Ok(()) };
+            if got.is_empty() {
+                self.client = Side::Done;
+                return Ok(());
+            }
+            self.plain.extend_from_slice(got);
+            let len = got.len();
+            reader.consume(len);
+        }
+    }
+
+    /// Gives the export what the client has sent.
+    fn pass(&mut self) -> io::Result<()> {
+        while self.export == Side::Open
+            && let Some(rest) = self.plain.get(self.passed..).filter(|rest| !rest.is_empty())
+        {
+            match (&self.ends.far).write(rest) {
+                // It has closed, and may have said why.
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => break,
+                result => match now(result)? {
+                    Some(sent) => self.passed += sent,
+                    None => return Ok(()),
+                },
             }
         }
-        Poll::Ready(result)
+        self.plain.clear();
+        self.passed = 0;
+        if self.client == Side::Done {
+            self.client = Side::Told;
+            // It fails where the export has closed.
+            let _ = self.ends.far.shutdown(Shutdown::Write);
+        }
+        Ok(())
+    }
+
+    /// Reads from the export while it has whole pieces and the client takes them.
+    fn fetch(&mut self) -> io::Result<()> {
+        for _ in 0..PIECES_MAX {
+            let more = self.fetch_piece()?;
+            self.transmit()?;
+            if !more || self.session.wants_write() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads from the export, and encrypts; true when more may be there.
+    fn fetch_piece(&mut self) -> io::Result<bool> {
+        self.piece.resize(PIECE_BYTES, 0);
+        let got = match (&self.ends.far).read(&mut self.piece) {
+            // It has closed while something lay unread in its socket.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => 0,
+            result => match now(result)? {
+                Some(got) => got,
+                None => return Ok(false),
+            },
+        };
+        if got == 0 {
+            self.export = Side::Done;
+            self.session.send_close_notify();
+            return Ok(false);
+        }
+        self.session.writer().write_all(self.piece.get(..got).unwrap_or_default())?;
+        Ok(got == PIECE_BYTES)
+    }
+
+    /// Sends records while the client takes them.
+    fn transmit(&mut self) -> io::Result<()> {
+        while self.session.wants_write() {
+            if now(self.session.write_tls(&mut &self.ends.near))?.is_none() {
+                return Ok(());
+            }
+        }
+        if self.export == Side::Done {
+            self.export = Side::Told;
+            // It fails where the client has closed.
+            let _ = self.ends.near.shutdown(Shutdown::Write);
+        }
+        Ok(())
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(Pin::new(&mut self.inner).poll_write(cx, buf));
-        self.active.note();
-        if let (false, Ok(n)) = (self.far, &result) {
-            self.meter.to_client.fetch_add(*n as u64, Ordering::Relaxed);
-        }
-        Poll::Ready(result)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
+/// `None`: not now.
+fn now<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+        Err(error) => Err(error),
     }
 }

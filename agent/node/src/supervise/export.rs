@@ -20,7 +20,7 @@ use serio_control::{
 use super::{
     AdoptError, ExportPlan, ExportReport, Inner, JobError, TalkError,
     files::Descriptors,
-    jobs::peer,
+    jobs::{self, peer},
     launch::living,
     link,
     rundir::{self, Meta},

@@ -10,11 +10,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use serio_sandbox::Kind;
-use serio_virtio::{ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, VirtioDevice};
+use serio_virtio::{
+    ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, DeviceState, QueueError, RestoreError,
+    SuspendError, VirtioDevice,
+};
 use vm_memory::{Bytes, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::worker::{Poller, STOP, Worker, join_all};
+use crate::worker::{Poller, STOP, Worker, finish_all, join_all};
 
 const RX: u16 = 0;
 const TX: u16 = 1;
@@ -38,14 +41,25 @@ pub struct ConsoleEnds {
 /// A console port.
 pub struct Console {
     ends: Arc<ConsoleEnds>,
-    workers: Vec<Worker>,
+    /// Bytes of the next chain that are out already: it was half-way when the device was suspended.
+    sent: usize,
+    workers: Vec<Worker<Left>>,
 }
+
+/// What the thread leaves: both rings, and how far it was in the next chain to go out.
+struct Left {
+    rings: [ActiveQueue; 2],
+    sent: usize,
+}
+
+/// The layout of the saved state: `sent`, eight bytes.
+const STATE_VERSION: u32 = 1;
 
 impl Console {
     /// A port over `ends`, which the console of the next boot may share.
     #[must_use]
     pub fn new(ends: Arc<ConsoleEnds>) -> Self {
-        Self { ends, workers: Vec::new() }
+        Self { ends, sent: 0, workers: Vec::new() }
     }
 }
 
@@ -83,7 +97,7 @@ impl VirtioDevice for Console {
             tx,
             chain: Chain::default(),
             outgoing: None,
-            sent: 0,
+            sent: std::mem::take(&mut self.sent),
         };
         let failure = activation.failure;
         self.workers.push(Worker::spawn(Kind::Ports, "console".to_owned(), poller, move |poller| {
@@ -94,6 +108,27 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         join_all(&mut self.workers);
+        self.sent = 0;
+    }
+
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        let mut rings = Vec::new();
+        for left in finish_all(&mut self.workers)? {
+            self.sent = left.sent;
+            rings.extend(left.rings);
+        }
+        Ok(rings)
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::new(STATE_VERSION, (self.sent as u64).to_le_bytes())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        // A number beyond the chain only means that nothing of it is left to send.
+        let sent = state.fixed(STATE_VERSION)?.map_or(0, u64::from_le_bytes);
+        self.sent = usize::try_from(sent).unwrap_or(usize::MAX);
+        Ok(())
     }
 }
 
@@ -166,7 +201,7 @@ impl From<QueueError> for Broken {
 }
 
 impl Port {
-    fn run(mut self, poller: &Poller, failure: &DeviceFailure) {
+    fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Left {
         let mut stop = false;
         while !stop {
             if !failure.is_marked() && self.work(poller).is_err() {
@@ -181,9 +216,14 @@ impl Port {
             });
             if waited.is_err() {
                 failure.mark();
-                return;
+                break;
             }
         }
+        if self.outgoing.take().is_some() {
+            // It goes on with this chain, wherever that is.
+            self.tx.queue.put_back(1);
+        }
+        Left { rings: [self.rx, self.tx], sent: self.sent }
     }
 
     fn work(&mut self, poller: &Poller) -> Result<(), Broken> {

@@ -4,10 +4,12 @@
 //! One thread, asleep until a kick.
 
 use serio_sandbox::Kind;
-use serio_virtio::{ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, VirtioDevice};
+use serio_virtio::{
+    ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, SuspendError, VirtioDevice,
+};
 use vm_memory::Bytes;
 
-use crate::worker::{Poller, STOP, Worker, join_all};
+use crate::worker::{Poller, STOP, Worker, finish_all, join_all};
 
 /// Bytes that one request gets at most.
 pub const REQUEST_BYTES_MAX: usize = 4096;
@@ -17,7 +19,7 @@ const KICK: u64 = 0;
 /// The entropy device.
 #[derive(Default)]
 pub struct Rng {
-    workers: Vec<Worker>,
+    workers: Vec<Worker<ActiveQueue>>,
 }
 
 impl Rng {
@@ -62,6 +64,10 @@ impl VirtioDevice for Rng {
     fn reset(&mut self) {
         join_all(&mut self.workers);
     }
+
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        finish_all(&mut self.workers)
+    }
 }
 
 impl Drop for Rng {
@@ -70,7 +76,8 @@ impl Drop for Rng {
     }
 }
 
-fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) {
+/// Each request is answered as it is taken: there is nothing to finish.
+fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) -> ActiveQueue {
     let mut chain = Chain::default();
     let mut bytes = vec![0; REQUEST_BYTES_MAX];
     let mut stop = false;
@@ -80,9 +87,10 @@ fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) {
         }
         if poller.wait(|token, _| stop |= token == STOP).is_err() {
             failure.mark();
-            return;
+            break;
         }
     }
+    ring
 }
 
 fn serve(ring: &mut ActiveQueue, chain: &mut Chain, bytes: &mut [u8]) -> Result<(), QueueError> {

@@ -59,6 +59,7 @@ fn a_device_without_its_queue_does_not_start() {
 
 struct Port {
     console: Console,
+    ends: Arc<ConsoleEnds>,
     rig: Rig,
     rx: DriverQueue,
     tx: DriverQueue,
@@ -69,9 +70,10 @@ fn port(input: OwnedFd, output: OwnedFd) -> Port {
     let memory = memory(8 << 20);
     let (rx, tx) = (DriverQueue::new(&memory, 0x1000, 8), DriverQueue::new(&memory, 0x1_0000, 8));
     let (rig, activation) = Rig::activation(&memory, vec![rx.queue(false), tx.queue(false)], 0);
-    let mut console = Console::new(Arc::new(ConsoleEnds { input, output }));
+    let ends = Arc::new(ConsoleEnds { input, output });
+    let mut console = Console::new(ends.clone());
     console.activate(activation).unwrap();
-    Port { console, rig, rx, tx, memory }
+    Port { console, ends, rig, rx, tx, memory }
 }
 
 impl Port {
@@ -163,4 +165,60 @@ fn a_file_is_an_end_too() {
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
     assert_eq!(text, "to a file");
+}
+
+/// Half a chain is out when it stops; another console sends the rest, and no byte twice.
+#[test]
+fn a_console_suspended_half_way_goes_on_as_another_one() {
+    let (input, _keyboard) = std::io::pipe().unwrap();
+    let (mut screen, output) = std::io::pipe().unwrap();
+    let mut port = port(input.into(), output.into());
+    let long: Vec<u8> = (0..300_000u32).map(|at| u8::try_from(at % 253).unwrap()).collect();
+    port.memory.write_slice(&long, GuestAddress(DATA)).unwrap();
+    port.tx.offer(&[Buffer::readable(DATA, 100_000), Buffer::readable(DATA + 100_000, 200_000)]).unwrap();
+    port.rig.kicks[1].write(1).unwrap();
+    let mut got = Vec::new();
+    let mut states = std::collections::BTreeSet::new();
+    while got.len() < long.len() {
+        let mut piece = vec![0; 20_000.min(long.len() - got.len())];
+        screen.read_exact(&mut piece).unwrap();
+        got.extend(piece);
+        let queues = port.console.suspend().unwrap();
+        assert_eq!(queues.len(), 2);
+        let state = port.console.save();
+        states.insert(state.bytes.clone());
+        let mut next = Console::new(port.ends.clone());
+        next.restore(&state).unwrap();
+        port.console = next;
+        port.console.activate(port.rig.again(queues, 0)).unwrap();
+    }
+    assert!(got == long && states.len() > 3, "{} states", states.len());
+    while port.tx.used().is_none() {
+        port.rig.wait();
+    }
+    assert!(port.console.restore(&serio_virtio::DeviceState::new(9, [])).is_err());
+    assert!(!port.rig.needs_reset());
+}
+
+#[test]
+fn randomness_goes_on_where_it_stopped() {
+    let memory = memory(1 << 20);
+    let mut driver = DriverQueue::new(&memory, 0x1000, 16);
+    let (rig, activation) = Rig::activation(&memory, vec![driver.queue(false)], 0);
+    let mut rng = Rng::new();
+    rng.activate(activation).unwrap();
+    for _ in 0..50 {
+        for _ in 0..3 {
+            driver.offer(&[Buffer::writable(0x8000, 64)]).unwrap();
+        }
+        let queues = rng.suspend().unwrap();
+        rng = Rng::new();
+        rng.activate(rig.again(queues, 0)).unwrap();
+        for _ in 0..3 {
+            while driver.used().is_none() {
+                rig.wait();
+            }
+        }
+    }
+    assert!(rng.restore(&serio_virtio::DeviceState::new(1, [])).is_err(), "it has no state");
 }

@@ -7,6 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::{ConfigInterrupt, DeviceFailure, QueueInterrupt};
 use crate::queue::VirtQueue;
+use crate::state::{DeviceState, RestoreError, SuspendError};
 
 /// A virtio device without its transport.
 ///
@@ -34,6 +35,23 @@ pub trait VirtioDevice: Send {
     /// Stop: returns when no thread touches the queues and no I/O into guest memory is under way any more.
     /// Also called on a device that is not active.
     fn reset(&mut self);
+
+    /// Stop as [`VirtioDevice::reset`] does, but so that the driver notices nothing: all I/O under way is finished and
+    /// answered, and the queues come back as they stand, with their interrupts delivered. A later
+    /// [`VirtioDevice::activate`] with these queues goes on where it stopped; it may be on another device of the same
+    /// kind, in another process. A chain that was taken and not begun is put back ([`VirtQueue::put_back`]); what was
+    /// half done is part of [`VirtioDevice::save`]. A device that is not active has no queues to give.
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError>;
+
+    /// What this device remembers beyond its registers and queues. Asked while it is suspended or not active.
+    fn save(&self) -> DeviceState {
+        DeviceState::default()
+    }
+
+    /// Takes over what [`VirtioDevice::save`] gave, here or in an earlier version of this program. Before `activate`.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        state.refuse_unless_empty()
+    }
 }
 
 /// What an active device owns.

@@ -13,6 +13,8 @@
 //! - Guest-driven registers never fail the process: what makes no sense is ignored or sets
 //!   `DEVICE_NEEDS_RESET`.
 //! - The kernel is reached only through [`Platform`], so all of this is tested without KVM.
+//! - A device can be suspended and resumed, in this process or in another one: [`VirtioDevice::suspend`],
+//!   [`PciBus::save`]. Nothing that the driver asked for is lost or done twice by it.
 //! - INTx is not offered: a driver must use MSI-X, or poll the ISR register.
 #![forbid(unsafe_code)]
 
@@ -22,6 +24,7 @@ mod msix;
 mod pci;
 mod platform;
 mod queue;
+mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
@@ -32,3 +35,4 @@ pub use pci::host_bridge::HostBridge;
 pub use pci::transport::{VirtioPci, VirtioPciError};
 pub use platform::{MsiMessage, MsiRoute, Platform};
 pub use queue::{Chain, QueueError, SEGMENTS_MAX, Segment, VirtQueue};
+pub use state::{BusRestoreError, BusSuspendError, DeviceState, FunctionState, RestoreError, SuspendError};

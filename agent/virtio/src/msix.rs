@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::platform::{MsiMessage, MsiRoute, Platform};
+use crate::state::VectorState;
 
 /// Bytes of one table entry.
 pub(crate) const ENTRY_BYTES: u64 = 16;
@@ -115,6 +116,33 @@ impl Msix {
         if vector.pending {
             line.route.trigger()?;
             vector.pending = false;
+        }
+        Ok(())
+    }
+
+    /// The table and the pending bits.
+    pub(crate) fn save(&self) -> Vec<VectorState> {
+        let one = |vector: &Mutex<Vector>| {
+            let vector = lock(vector);
+            VectorState {
+                address: vector.message.address,
+                data: vector.message.data,
+                masked: vector.masked,
+                pending: vector.pending,
+            }
+        };
+        self.vectors.iter().map(one).collect()
+    }
+
+    /// The table and the pending bits as they were. What is live and pending is delivered at once, so set the control
+    /// register afterwards.
+    pub(crate) fn restore(&self, states: &[VectorState]) -> io::Result<()> {
+        for (vector, state) in self.vectors.iter().zip(states) {
+            let mut vector = lock(vector);
+            vector.message = MsiMessage { address: state.address, data: state.data };
+            vector.masked = state.masked;
+            vector.pending = state.pending;
+            self.settle(&mut vector)?;
         }
         Ok(())
     }

@@ -209,6 +209,17 @@ impl VirtQueue {
         self.queue.add_used(&*self.memory, head, written).map_err(QueueError::Ring)
     }
 
+    /// Puts the last `count` chains that were taken back, as if they had not been: for those that nothing was done
+    /// with. Only while no later one was given back, so that their slots in the ring are still theirs.
+    pub fn put_back(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    /// How far the device has come: the next index in the available ring, and in the used ring.
+    pub(crate) fn positions(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
     /// Asks the driver to kick again. `Ok(true)`: chains arrived meanwhile, so look again before sleeping.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         self.queue.enable_notification(&*self.memory).map_err(QueueError::Ring)

@@ -289,6 +289,18 @@ impl Rig {
         (Self { memory: memory.clone(), platform, bell, kicks, shared }, activation)
     }
 
+    /// Another activation with queues that a suspended device gave back, kicked as a transport does.
+    pub fn again(&self, queues: Vec<ActiveQueue>, features: u64) -> Activation {
+        self.kicks.iter().for_each(|kick| kick.write(1).unwrap());
+        Activation {
+            memory: self.memory.clone(),
+            queues,
+            config_interrupt: ConfigInterrupt { shared: self.shared.clone() },
+            features,
+            failure: DeviceFailure { shared: self.shared.clone() },
+        }
+    }
+
     /// Whether the device set DEVICE_NEEDS_RESET.
     pub fn needs_reset(&self) -> bool {
         self.shared.status.load(Ordering::Acquire) & crate::interrupt::STATUS_NEEDS_RESET != 0

@@ -75,6 +75,15 @@ impl Disk {
         }
     }
 
+    fn wait_first(&mut self, heads: &mut std::collections::BTreeSet<u16>) {
+        let (head, _) = self.wait();
+        assert!(heads.remove(&head));
+    }
+
+    fn status(&self, header: u64) -> u8 {
+        self.memory.read_obj(GuestAddress(header + 64)).unwrap()
+    }
+
     fn contents(&self) -> Vec<u8> {
         std::fs::read(self.file.path()).unwrap()
     }
@@ -203,6 +212,57 @@ fn a_reset_with_requests_under_way_ends_and_the_disk_works_again() {
         disk.blk.activate(activation).unwrap();
         assert_eq!(disk.run(0, 9, &[Buffer::writable(DATA, 512)]), (0, 513));
     }
+}
+
+/// Each request is answered once, by the disk that took it or, if none had, by the next.
+#[test]
+fn a_disk_suspended_with_requests_under_way_goes_on_as_another_one() {
+    let mut disk = Disk::new(Access::ReadWrite, FLUSH);
+    let volume = disk.blk.volume.clone();
+    for round in 0..40u64 {
+        let slots: Vec<u64> = (0..5).map(|slot| HEADER + slot * 0x100).collect();
+        let mut heads = std::collections::BTreeSet::new();
+        for (slot, at) in (0u64..).zip(&slots) {
+            disk.header(*at, if slot == 4 { 4 } else { u32::from(slot % 2 == 1) }, slot);
+            disk.memory.write_obj(0xeeu8, GuestAddress(at + 64)).unwrap();
+            let data = DATA + slot * 512;
+            let data = if slot % 2 == 1 { Buffer::readable(data, 512) } else { Buffer::writable(data, 512) };
+            let status = Buffer::writable(at + 64, 1);
+            heads.insert(disk.driver.offer(&[Buffer::readable(*at, 16), data, status]).unwrap());
+        }
+        disk.kick();
+        if round % 2 == 0 {
+            // Some are under way for sure.
+            disk.wait_first(&mut heads);
+        }
+        let queues = disk.blk.suspend().unwrap();
+        assert_eq!(queues.len(), 1);
+        assert!(disk.blk.suspend().unwrap().is_empty(), "it has given them away");
+        let answered = |disk: &Disk| slots.iter().filter(|at| disk.status(**at) != 0xee).count();
+        let before = answered(&disk);
+        let mut next = Blk::new(volume.clone(), &BlkConfig { serial: "disk-0".to_owned(), queues: 1 });
+        next.restore(&disk.blk.save()).unwrap();
+        assert_eq!(answered(&disk), before, "nobody is at work between the two");
+        disk.blk = next;
+        disk.blk.activate(disk.rig.again(queues, FLUSH)).unwrap();
+        while !heads.is_empty() {
+            let (head, _) = disk.wait();
+            assert!(heads.remove(&head), "once only");
+        }
+        assert!(slots.iter().all(|at| disk.status(*at) == 0));
+    }
+    assert!(!disk.rig.needs_reset());
+}
+
+#[test]
+fn a_disk_remembers_the_size_that_its_driver_knows() {
+    let mut disk = Disk::new(Access::ReadWrite, FLUSH);
+    disk.blk.read_config(0, &mut [0; 8]);
+    assert_eq!(disk.blk.save(), DeviceState::new(1, (DISK_BYTES as u64).to_le_bytes()));
+    for (version, bytes) in [(1, vec![0; 7]), (2, vec![0; 8]), (0, vec![1])] {
+        assert!(disk.blk.restore(&DeviceState { version, bytes }).is_err());
+    }
+    disk.blk.restore(&DeviceState::default()).unwrap();
 }
 
 #[test]

@@ -21,12 +21,15 @@ mod blk_test;
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serio_virtio::{ActivateError, Activation, ConfigInterrupt, VirtioDevice};
+use serio_virtio::{
+    ActivateError, Activation, ActiveQueue, ConfigInterrupt, DeviceState, RestoreError, SuspendError,
+    VirtioDevice,
+};
 use serio_volume::Volume;
 
 use self::config::{F_FLUSH, features, render};
 use self::worker::QueueWorker;
-use crate::worker::{Worker, join_all};
+use crate::worker::{Worker, finish_all, join_all};
 
 /// Descriptors of a queue: also how many requests can be under way in it.
 pub const QUEUE_SIZE: u16 = 256;
@@ -34,6 +37,9 @@ pub const QUEUE_SIZE: u16 = 256;
 pub const QUEUES_MAX: u16 = 16;
 /// Bytes of the serial number that a guest sees (`VIRTIO_BLK_ID_BYTES`).
 pub const SERIAL_BYTES: usize = 20;
+
+/// The layout of the saved state: the size that the driver was last told, eight bytes.
+const STATE_VERSION: u32 = 1;
 
 /// How a disk appears to the guest.
 #[derive(Clone, Debug)]
@@ -75,7 +81,7 @@ pub struct Blk {
     told_bytes: Cell<u64>,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<ActiveQueue>>,
 }
 
 impl Blk {
@@ -166,6 +172,22 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         *self.bell.lock() = None;
         join_all(&mut self.workers);
+    }
+
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        *self.bell.lock() = None;
+        finish_all(&mut self.workers)
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::new(STATE_VERSION, self.told_bytes.get().to_le_bytes())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        if let Some(bytes) = state.fixed(STATE_VERSION)? {
+            self.told_bytes.set(u64::from_le_bytes(bytes));
+        }
+        Ok(())
     }
 }
 

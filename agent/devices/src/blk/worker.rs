@@ -9,7 +9,8 @@
 //! - A slot is a request under way; its number is the tag. There are as many slots as descriptors, so only a
 //!   driver that offers one head twice can fill them: then the ring waits.
 //! - A broken ring sets DEVICE_NEEDS_RESET. The ring is not touched again; requests under way still end in peace.
-//! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory.
+//! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory. Told to finish, it
+//!   takes no new requests and answers those under way.
 
 use serio_hv::GuestMemory;
 use serio_sandbox::Kind;
@@ -86,7 +87,7 @@ impl QueueWorker {
         io: IoQueue,
         rules: Rules,
         failure: DeviceFailure,
-    ) -> Result<Worker, ActivateError> {
+    ) -> Result<Worker<ActiveQueue>, ActivateError> {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
         poller
@@ -114,7 +115,7 @@ impl QueueWorker {
         Worker::spawn(Kind::Blk, name, poller, move |poller| worker.run(&poller))
     }
 
-    fn run(mut self, poller: &Poller) {
+    fn run(mut self, poller: &Poller) -> ActiveQueue {
         // The driver may have offered requests before it kicked.
         let mut stop = false;
         while !stop {
@@ -135,7 +136,29 @@ impl QueueWorker {
                 break;
             }
         }
+        if poller.finishing() && !self.broken && self.finish(poller).is_err() {
+            self.failure.mark();
+        }
+        // Nothing is left to do after a clean finish.
         self.settle(poller);
+        self.ring
+    }
+
+    /// Answers what is under way. Takes nothing off the ring any more.
+    fn finish(&mut self, poller: &Poller) -> Result<(), Broken> {
+        self.io.kick();
+        loop {
+            self.reap()?;
+            // As in `settle`, which then waits in its own way.
+            if self.io.in_use() == 0 || poller.wait(|_, _| {}).is_err() {
+                break;
+            }
+        }
+        self.requests.answered = 0;
+        if self.ring.queue.interrupt_wanted()? {
+            self.ring.interrupt.trigger();
+        }
+        Ok(())
     }
 
     /// Does all that can be done now, and asks for kicks before it returns.

@@ -18,10 +18,10 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use serio_hv::{Tap, TapOffloads};
-use serio_virtio::{ActivateError, Activation, VirtioDevice};
+use serio_virtio::{ActivateError, Activation, ActiveQueue, SuspendError, VirtioDevice};
 
 use self::worker::NetWorker;
-use crate::worker::{Worker, join_all};
+use crate::worker::{Worker, finish_all, join_all};
 
 const F_CSUM: u32 = 0;
 const F_GUEST_CSUM: u32 = 1;
@@ -67,7 +67,7 @@ pub struct NetConfig {
 pub struct Net {
     link: Arc<dyn Link>,
     config: NetConfig,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<[ActiveQueue; 2]>>,
 }
 
 impl Net {
@@ -141,6 +141,10 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         join_all(&mut self.workers);
+    }
+
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        Ok(finish_all(&mut self.workers)?.into_iter().flatten().collect())
     }
 }
 

@@ -256,6 +256,48 @@ fn a_reset_in_traffic_ends_and_the_cable_serves_the_next_card() {
 }
 
 /// A whole round through the kernel: the guest asks who has the tap's own address, the kernel answers.
+/// Posted buffers and a packet that the cable did not take go to the next card.
+#[test]
+fn a_card_suspended_in_traffic_goes_on_as_another_one() {
+    let (link, peer) = cable();
+    let features = bit(F_MRG_RXBUF);
+    let mut card = Card::new(link.clone(), features, false);
+    for slot in 0..6u64 {
+        card.post(&[Buffer::writable(RX_DATA + slot * 0x1000, 2048)]);
+    }
+    let mut seen = 0u8;
+    let mut sent = 0u8;
+    for round in 0..40u8 {
+        // It may be read before, or after, by either card.
+        send(peer.as_raw_fd(), &packet(100, round), MsgFlags::empty()).unwrap();
+        let at = TX_DATA + u64::from(sent) * 0x1000;
+        card.memory.write_slice(&packet(100, sent), GuestAddress(at)).unwrap();
+        sent += u8::from(card.tx.offer(&[Buffer::readable(at, 112)]).is_some());
+        let queues = card.net.suspend().unwrap();
+        assert_eq!(queues.len(), 2);
+        card.net = Net::new(link.clone(), NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+        card.net.activate(card.rig.again(queues, features)).unwrap();
+        card.received();
+        let slot = u64::from(round) % 6;
+        assert_eq!(card.read(RX_DATA + slot * 0x1000 + 12, 100), packet(100, round)[12..], "in order");
+        card.post(&[Buffer::writable(RX_DATA + slot * 0x1000, 2048)]);
+        // The peer reads only now and then, so that the cable is full at times.
+        while round % 8 == 7 && seen < sent {
+            let mut bytes = [0; 200];
+            match recv(peer.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                Ok(len) => {
+                    assert_eq!(bytes[12..len], packet(100, seen)[12..], "each once, in order");
+                    seen += 1;
+                    card.tx.used();
+                }
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+        while card.tx.used().is_some() {}
+    }
+    assert!(!card.rig.needs_reset() && seen > 20);
+}
+
 #[test]
 fn a_real_tap_answers_arp() {
     if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {

@@ -75,6 +75,15 @@ impl Posts {
         Ok(())
     }
 
+    /// Forgets all of them, and says how many: none of them holds anything yet.
+    pub(super) fn give_up(&mut self) -> u16 {
+        let count = u16::try_from(self.chains.len()).unwrap_or(u16::MAX);
+        self.chains.clear();
+        self.segments.clear();
+        self.bytes = 0;
+        count
+    }
+
     /// Whether there is room for the largest packet. A driver whose whole ring could not hold it gets what
     /// fits: else it would wait for ever.
     pub(super) fn ready(&self, ring_size: u16) -> bool {

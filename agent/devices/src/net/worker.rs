@@ -65,7 +65,7 @@ impl NetWorker {
         tx: ActiveQueue,
         rules: Rules,
         failure: DeviceFailure,
-    ) -> Result<Worker, ActivateError> {
+    ) -> Result<Worker<[ActiveQueue; 2]>, ActivateError> {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&rx.kick, RX_KICK).map_err(ActivateError::io("watch a queue"))?;
         poller.add_event(&tx.kick, TX_KICK).map_err(ActivateError::io("watch a queue"))?;
@@ -84,7 +84,7 @@ impl NetWorker {
         Worker::spawn(Kind::Net, "net".to_owned(), poller, move |poller| worker.run(&poller, &failure))
     }
 
-    fn run(mut self, poller: &Poller, failure: &DeviceFailure) {
+    fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> [ActiveQueue; 2] {
         let mut stop = false;
         while !stop {
             if !failure.is_marked() && self.work().is_err() {
@@ -101,9 +101,13 @@ impl NetWorker {
             });
             if waited.is_err() {
                 failure.mark();
-                return;
+                break;
             }
         }
+        // For the next one: buffers that hold no packet, and the packet that the tap did not take.
+        self.rx.queue.put_back(self.posts.give_up());
+        self.tx.queue.put_back(u16::from(self.outgoing_waits));
+        [self.rx, self.tx]
     }
 
     /// Both directions in turns, until neither can go on.

@@ -76,6 +76,16 @@ impl Control {
         }
     }
 
+    /// As bits, for a saved state: add, name, open.
+    pub(super) fn bits(self) -> u8 {
+        u8::from(self.add) | u8::from(self.name) << 1 | u8::from(self.open) << 2
+    }
+
+    /// From [`Control::bits`].
+    pub(super) fn of_bits(bits: u8) -> Self {
+        Control { add: bits & 1 != 0, name: bits & 2 != 0, open: bits & 4 != 0 }
+    }
+
     /// Whether there is something to say.
     pub(super) fn has_some(self) -> bool {
         self.add || self.name || self.open

@@ -22,11 +22,14 @@ mod worker;
 #[cfg(test)]
 mod ports_test;
 
-use serio_virtio::{ActivateError, Activation, VirtioDevice};
+use serio_virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceState, RestoreError, SuspendError, VirtioDevice,
+};
 
+use self::control::Control;
 pub use self::host::{BUFFER_BYTES_MAX, DeviceEnd, HostPort, PortError, Session};
-use self::worker::PortWorker;
-use crate::worker::{Worker, join_all};
+use self::worker::{Carry, Left, PortWorker};
+use crate::worker::{Worker, finish_all, join_all};
 
 /// The name by which a guest's QEMU guest agent looks for its port.
 pub const GUEST_AGENT: &str = "org.qemu.guest_agent.0";
@@ -46,14 +49,21 @@ const CONFIG_PORTS: usize = 4;
 pub struct Ports {
     name: &'static str,
     host: HostPort,
-    workers: Vec<Worker>,
+    /// What a suspended worker was about to say and to carry.
+    carry: Carry,
+    workers: Vec<Worker<Left>>,
 }
+
+/// The layout of the saved state: flags (bit 0 the port is open; what is still to be said: bit 1 add, bit 2 name,
+/// bit 3 open), then how many bytes of the next chain have arrived at the host, eight bytes.
+const STATE_VERSION: u32 = 1;
+const STATE_BYTES: usize = 9;
 
 impl Ports {
     /// A port that the guest finds by `name`. `host` stays the same over resets.
     #[must_use]
     pub fn new(name: &'static str, host: HostPort) -> Self {
-        Self { name, host, workers: Vec::new() }
+        Self { name, host, carry: Carry::default(), workers: Vec::new() }
     }
 }
 
@@ -96,13 +106,40 @@ impl VirtioDevice for Ports {
             tx: activation.take_queue(TX)?,
         };
         let device = self.host.device();
-        self.workers.push(PortWorker::start(self.name, queues, device, activation.failure)?);
+        let carry = std::mem::take(&mut self.carry);
+        self.workers.push(PortWorker::start(self.name, queues, device, carry, activation.failure)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         join_all(&mut self.workers);
+        self.carry = Carry::default();
         self.host.device().set_open(false);
+    }
+
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        let mut queues = Vec::new();
+        for left in finish_all(&mut self.workers)? {
+            self.carry = left.carry;
+            queues.extend(left.queues);
+        }
+        Ok(queues)
+    }
+
+    fn save(&self) -> DeviceState {
+        let mut bytes = [0; STATE_BYTES];
+        let flags = u8::from(self.host.is_open()) | self.carry.control.bits() << 1;
+        for (byte, value) in bytes.iter_mut().zip([flags].into_iter().chain(self.carry.sent.to_le_bytes())) {
+            *byte = value;
+        }
+        DeviceState::new(STATE_VERSION, bytes)
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let Some([flags, sent @ ..]) = state.fixed::<STATE_BYTES>(STATE_VERSION)? else { return Ok(()) };
+        self.carry = Carry { control: Control::of_bits(flags >> 1), sent: u64::from_le_bytes(sent) };
+        self.host.device().set_open(flags & 1 == 1);
+        Ok(())
     }
 }
 

@@ -184,6 +184,47 @@ fn what_a_closed_port_was_to_get_is_gone() {
     assert_eq!(guest.receive(100), b"for the second", "it outlives the session");
 }
 
+/// The handshake, the open port and a chain that is half-way survive.
+#[test]
+fn a_port_suspended_goes_on_as_another_one() {
+    let mut guest = Guest::new();
+    let next = |guest: &mut Guest| {
+        let queues = guest.ports.suspend().unwrap();
+        assert_eq!(queues.len(), 4);
+        let mut ports = Ports::new(GUEST_AGENT, guest.host.clone());
+        ports.restore(&guest.ports.save()).unwrap();
+        // The old one's end must not close the port of the new one.
+        let old = std::mem::replace(&mut guest.ports, ports);
+        std::mem::forget(old);
+        guest.ports.activate(guest.rig.again(queues, 1 << F_MULTIPORT)).unwrap();
+    };
+    guest.tell(u32::MAX, 0, 1);
+    next(&mut guest);
+    assert_eq!(guest.told(), [1, 0, 0, 0, 1, 0, 1, 0]);
+    guest.tell(1, 3, 1);
+    next(&mut guest);
+    assert_eq!(guest.told()[4], 7);
+    next(&mut guest);
+    assert_eq!(guest.told()[4], 6);
+    guest.tell(1, 6, 1);
+    next(&mut guest);
+    assert!(guest.host.is_open());
+    let session = guest.host.session(soon()).unwrap();
+    let long: Vec<u8> = (0..200_000u32).map(|at| u8::try_from(at % 253).unwrap()).collect();
+    guest.send(&long);
+    let mut got = Vec::new();
+    while got.len() < long.len() {
+        session.receive(&mut got, 10_000, soon()).unwrap();
+        next(&mut guest);
+    }
+    assert!(got == long, "no byte lost, none twice");
+    guest.used(TX);
+    for (version, bytes) in [(1, vec![0; 8]), (2, vec![0; 9])] {
+        assert!(guest.ports.restore(&DeviceState { version, bytes }).is_err());
+    }
+    assert!(!guest.rig.needs_reset());
+}
+
 #[test]
 fn nobody_waits_for_ever() {
     let mut guest = Guest::new();

@@ -24,14 +24,29 @@ pub(super) struct Queues {
     pub(super) tx: ActiveQueue,
 }
 
+/// What outlives a suspension.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Carry {
+    /// What is still to be said to the driver.
+    pub(super) control: Control,
+    /// How many bytes of the chain on its way to the host have arrived.
+    pub(super) sent: u64,
+}
+
+/// What a worker leaves.
+pub(super) struct Left {
+    pub(super) queues: [ActiveQueue; 4],
+    pub(super) carry: Carry,
+}
+
 pub(super) struct PortWorker {
     name: &'static str,
     queues: Queues,
     host: DeviceEnd,
-    control: Control,
+    carry: Carry,
     chain: Chain,
-    /// The chain on its way to the host, and how many of its bytes have arrived.
-    outgoing: Option<(Chain, u64)>,
+    /// The chain on its way to the host.
+    outgoing: Option<Chain>,
     piece: Vec<u8>,
 }
 
@@ -56,8 +71,9 @@ impl PortWorker {
         name: &'static str,
         queues: Queues,
         host: DeviceEnd,
+        carry: Carry,
         failure: DeviceFailure,
-    ) -> Result<Worker, ActivateError> {
+    ) -> Result<Worker<Left>, ActivateError> {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         for queue in [&queues.control_in, &queues.control_out, &queues.rx, &queues.tx] {
             poller.add_event(&queue.kick, ANY).map_err(ActivateError::io("watch a queue"))?;
@@ -67,7 +83,7 @@ impl PortWorker {
             name,
             queues,
             host,
-            control: Control::default(),
+            carry,
             chain: Chain::default(),
             outgoing: None,
             piece: vec![0; PIECE_BYTES],
@@ -75,7 +91,7 @@ impl PortWorker {
         Worker::spawn(Kind::Ports, "ports".to_owned(), poller, move |poller| worker.run(&poller, &failure))
     }
 
-    fn run(mut self, poller: &Poller, failure: &DeviceFailure) {
+    fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Left {
         let mut stop = false;
         while !stop {
             if !failure.is_marked() && self.turn().is_err() {
@@ -84,9 +100,13 @@ impl PortWorker {
             }
             if poller.wait(|token, _| stop |= token == STOP).is_err() {
                 failure.mark();
-                return;
+                break;
             }
         }
+        let Queues { control_in, control_out, rx, mut tx } = self.queues;
+        // What the host has had of it stands in `carry`.
+        tx.queue.put_back(u16::from(self.outgoing.is_some()));
+        Left { queues: [control_in, control_out, rx, tx], carry: self.carry }
     }
 
     /// Does all that can be done now, and asks for the kicks that it waits for.
@@ -105,7 +125,7 @@ impl PortWorker {
             while queue.queue.pop(&mut self.chain)? {
                 let mut message = [0; MESSAGE_BYTES];
                 if self.chain.take_header(queue.queue.memory(), &mut message).is_some() {
-                    match self.control.hear(message) {
+                    match self.carry.control.hear(message) {
                         Heard::Nothing => {}
                         Heard::Opened => self.host.set_open(true),
                         Heard::Closed => self.host.set_open(false),
@@ -124,14 +144,14 @@ impl PortWorker {
     fn say(&mut self) -> Result<(), Broken> {
         let queue = &mut self.queues.control_in;
         let mut used = false;
-        while self.control.has_some() {
+        while self.carry.control.has_some() {
             if !queue.queue.pop(&mut self.chain)? {
                 if queue.queue.enable_kicks()? {
                     continue;
                 }
                 break;
             }
-            let Some(message) = self.control.next(self.name) else { break };
+            let Some(message) = self.carry.control.next(self.name) else { break };
             let written = write_chain(queue.queue.memory(), &self.chain, &message)?;
             queue.queue.push_used(self.chain.head(), written)?;
             used = true;
@@ -164,8 +184,8 @@ impl PortWorker {
     fn carry_out(&mut self) -> Result<(), Broken> {
         let mut used = false;
         loop {
-            let (mut chain, mut sent) = match self.outgoing.take() {
-                Some(outgoing) => outgoing,
+            let mut chain = match self.outgoing.take() {
+                Some(chain) => chain,
                 None => {
                     let mut chain = std::mem::take(&mut self.chain);
                     if !self.queues.tx.queue.pop(&mut chain)? {
@@ -175,27 +195,28 @@ impl PortWorker {
                         }
                         break;
                     }
-                    (chain, 0)
+                    chain
                 }
             };
-            if self.send(&mut chain, &mut sent)? {
+            if self.send(&mut chain)? {
+                self.carry.sent = 0;
                 self.queues.tx.queue.push_used(chain.head(), 0)?;
                 used = true;
                 self.chain = chain;
             } else {
                 // The host's end rings when it has room.
-                self.outgoing = Some((chain, sent));
+                self.outgoing = Some(chain);
                 break;
             }
         }
         signal(&mut self.queues.tx, used)
     }
 
-    /// Carries one chain on from byte `sent`. `true`: all of it has gone, or nobody wants it.
-    fn send(&mut self, chain: &mut Chain, sent: &mut u64) -> Result<bool, Broken> {
+    /// Carries one chain on from byte `carry.sent`. `true`: all of it has gone, or nobody wants it.
+    fn send(&mut self, chain: &mut Chain) -> Result<bool, Broken> {
         loop {
             let Some(room) = self.host.room() else { return Ok(true) };
-            let Some((address, len)) = at(chain, *sent)? else { return Ok(true) };
+            let Some((address, len)) = at(chain, self.carry.sent)? else { return Ok(true) };
             if room == 0 {
                 return Ok(false);
             }
@@ -203,7 +224,7 @@ impl PortWorker {
             let piece = self.piece.get_mut(..count).ok_or(Broken)?;
             self.queues.tx.queue.memory().read_slice(piece, address)?;
             self.host.offer(piece);
-            *sent = sent.saturating_add(count as u64);
+            self.carry.sent = self.carry.sent.saturating_add(count as u64);
         }
     }
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::host_bridge::HostBridge;
+use crate::state::{BusRestoreError, BusSuspendError, FunctionState, RestoreError, SuspendError};
 
 /// Device numbers of a bus.
 const DEVICES: usize = 32;
@@ -34,6 +35,14 @@ pub trait PciFunction: Send {
     fn bar_write(&mut self, offset: u64, data: &[u8]);
     /// The machine was reset: as after power-on.
     fn reset(&mut self);
+    /// Stops so that [`PciFunction::resume`] goes on where it was. Twice is once.
+    fn suspend(&mut self) -> Result<(), SuspendError>;
+    /// Goes on, if it is suspended.
+    fn resume(&mut self);
+    /// All it remembers. Asked while it is suspended.
+    fn save(&self) -> FunctionState;
+    /// Takes over what was saved, after power-on; it is suspended then.
+    fn restore(&mut self, state: &FunctionState) -> Result<(), RestoreError>;
 }
 
 /// A function could not be put on the bus.
@@ -108,11 +117,7 @@ impl PciBus {
         if let Some((slot, register)) = self.at(offset, data.len()) {
             self.with(slot, |function| {
                 function.config_write(register, data);
-                // Still under the function's lock, so that the table never falls behind.
-                let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
-                if let Some(entry) = decoded.get_mut(slot) {
-                    *entry = function.decoded();
-                }
+                self.note(slot, function);
             });
         }
     }
@@ -132,11 +137,60 @@ impl PciBus {
         for slot in 0..self.functions.len() {
             self.with(slot, |function| {
                 function.reset();
-                let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
-                if let Some(entry) = decoded.get_mut(slot) {
-                    *entry = None;
-                }
+                self.note(slot, function);
             });
+        }
+    }
+
+    /// Stops all devices when what was asked of them is done. No vcpu may run. After an error some are stopped, some not:
+    /// [`PciBus::resume`] sets all in motion that can be.
+    pub fn suspend(&self) -> Result<(), BusSuspendError> {
+        self.each(|slot, function| function.suspend().map_err(|source| BusSuspendError { slot, source }))
+    }
+
+    /// Lets suspended devices go on.
+    pub fn resume(&self) {
+        let _: Result<(), std::convert::Infallible> = self.each(|_, function| {
+            function.resume();
+            Ok(())
+        });
+    }
+
+    /// All functions' state in the order of their numbers. Only while suspended.
+    pub fn save(&self) -> Vec<FunctionState> {
+        let mut states = Vec::with_capacity(self.functions.len());
+        let _: Result<(), std::convert::Infallible> = self.each(|_, function| {
+            states.push(function.save());
+            Ok(())
+        });
+        states
+    }
+
+    /// Gives all functions of a new bus what was saved. They are suspended then; after an error the bus is of no use.
+    pub fn restore(&self, states: &[FunctionState]) -> Result<(), BusRestoreError> {
+        let (saved, made) = (states.len(), self.functions.len());
+        if saved != made {
+            return Err(BusRestoreError::Count { saved, made });
+        }
+        let mut states = states.iter();
+        self.each(|slot, function| {
+            let Some(state) = states.next() else { return Ok(()) };
+            function.restore(state).map_err(|source| BusRestoreError::Function { slot, source })?;
+            self.note(slot, function);
+            Ok(())
+        })
+    }
+
+    fn each<E>(&self, mut act: impl FnMut(usize, &mut dyn PciFunction) -> Result<(), E>) -> Result<(), E> {
+        (0..self.functions.len())
+            .try_for_each(|slot| self.lock(slot).map_or(Ok(()), |mut function| act(slot, &mut **function)))
+    }
+
+    /// Still under the function's lock, so that the table never falls behind.
+    fn note(&self, slot: usize, function: &dyn PciFunction) {
+        let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = decoded.get_mut(slot) {
+            *entry = function.decoded();
         }
     }
 

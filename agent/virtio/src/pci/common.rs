@@ -17,6 +17,7 @@ use serio_hv::GuestMemory;
 use virtio_queue::{Queue, QueueT};
 
 use crate::interrupt::{NO_VECTOR, STATUS_DRIVER_OK, STATUS_NEEDS_RESET, Shared};
+use crate::state::{QueueState, RestoreError, VirtioState};
 
 pub(crate) const STATUS_DRIVER: u8 = 2;
 pub(crate) const STATUS_FEATURES_OK: u8 = 8;
@@ -57,7 +58,7 @@ impl QueueRegisters {
         Self { max, size: max, enabled: false, descriptors: 0, driver: 0, device: 0 }
     }
 
-    /// The queue, if its rings are aligned and lie in guest memory.
+    /// The queue, if its rings are aligned and lie in guest memory. Its positions are 0.
     pub(crate) fn build(&self, memory: &GuestMemory, event_idx: bool) -> Option<Queue> {
         let mut queue = Queue::new(self.max).ok()?;
         queue.try_set_size(self.size).ok()?;
@@ -100,6 +101,73 @@ impl Common {
         for queue in &mut self.queues {
             *queue = QueueRegisters::new(queue.max);
         }
+    }
+
+    /// The registers of this structure. Positions are the caller's to add.
+    pub(crate) fn save(&self, shared: &Shared) -> VirtioState {
+        let vector = |index: usize| {
+            shared.queue_vectors.get(index).map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
+        };
+        let queue = |(index, queue): (usize, &QueueRegisters)| QueueState {
+            max: queue.max.into(),
+            size: queue.size.into(),
+            enabled: queue.enabled,
+            descriptors: queue.descriptors,
+            driver: queue.driver,
+            device: queue.device,
+            vector: vector(index).into(),
+            position: None,
+        };
+        VirtioState {
+            driver_features: self.driver_features,
+            device_feature_select: self.device_feature_select,
+            driver_feature_select: self.driver_feature_select,
+            queue_select: self.queue_select.into(),
+            status: shared.status.load(Ordering::Acquire).into(),
+            generation: shared.generation.load(Ordering::Acquire).into(),
+            config_vector: shared.config_vector.load(Ordering::Acquire).into(),
+            isr: shared.isr.load(Ordering::Acquire).into(),
+            queues: self.queues.iter().enumerate().map(queue).collect(),
+            ..VirtioState::default()
+        }
+    }
+
+    /// The registers as they were, if the device is still the same.
+    pub(crate) fn restore(&mut self, shared: &Shared, state: &VirtioState) -> Result<(), RestoreError> {
+        let lacking = state.driver_features & !self.offered;
+        if lacking != 0 {
+            let (saved, made) = (format!("{:#x}", state.driver_features), format!("{:#x}", self.offered));
+            return Err(RestoreError::Differs { what: "features", saved, made });
+        }
+        let maxima: Vec<u32> = state.queues.iter().map(|queue| queue.max).collect();
+        let made: Vec<u32> = self.queues.iter().map(|queue| queue.max.into()).collect();
+        if maxima != made {
+            let (saved, made) = (format!("{maxima:?}"), format!("{made:?}"));
+            return Err(RestoreError::Differs { what: "queues", saved, made });
+        }
+        self.driver_features = state.driver_features;
+        self.device_feature_select = state.device_feature_select;
+        self.driver_feature_select = state.driver_feature_select;
+        self.queue_select = narrow("queue_select", state.queue_select)?;
+        shared.config_vector.store(saved_vector(shared, state.config_vector)?, Ordering::Release);
+        for ((registers, state), vector) in
+            self.queues.iter_mut().zip(&state.queues).zip(&shared.queue_vectors)
+        {
+            let size: u16 = narrow("queue_size", state.size)?;
+            if !size.is_power_of_two() || size > registers.max {
+                return Err(RestoreError::Malformed { what: format!("a queue size of {size}") });
+            }
+            registers.size = size;
+            registers.enabled = state.enabled;
+            registers.descriptors = state.descriptors;
+            registers.driver = state.driver;
+            registers.device = state.device;
+            vector.store(saved_vector(shared, state.vector)?, Ordering::Release);
+        }
+        shared.isr.store(narrow("ISR", state.isr)?, Ordering::Release);
+        shared.generation.store(narrow("config_generation", state.generation)?, Ordering::Release);
+        shared.status.store(narrow("device_status", state.status)?, Ordering::Release);
+        Ok(())
     }
 
     pub(crate) fn features(&self) -> u64 {
@@ -246,6 +314,14 @@ pub(crate) fn next_status(old: u8, written: u8, features_acceptable: bool) -> u8
         added &= !STATUS_DRIVER_OK;
     }
     old | added
+}
+
+fn narrow<T: TryFrom<u32>>(what: &str, value: u32) -> Result<T, RestoreError> {
+    T::try_from(value).map_err(|_| RestoreError::Malformed { what: format!("{what} {value:#x}") })
+}
+
+fn saved_vector(shared: &Shared, vector: u32) -> Result<u16, RestoreError> {
+    Ok(checked_vector(shared, narrow("a vector", vector)?))
 }
 
 fn checked_vector(shared: &Shared, vector: u16) -> u16 {

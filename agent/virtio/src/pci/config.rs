@@ -108,6 +108,11 @@ impl ConfigSpace {
         }
     }
 
+    /// All bytes, for a saved state.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(crate) fn u16_at(&self, at: usize) -> u16 {
         let mut bytes = [0; 2];
         self.read(u16::try_from(at).unwrap_or(u16::MAX), &mut bytes);

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::bus::PciFunction;
 use super::config::{ConfigSpace, Identity};
+use crate::state::{FunctionState, RestoreError, SuspendError};
 
 /// A function without a BAR.
 pub struct HostBridge {
@@ -57,4 +58,23 @@ impl PciFunction for HostBridge {
     fn bar_write(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn reset(&mut self) {}
+
+    fn suspend(&mut self) -> Result<(), SuspendError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+
+    fn save(&self) -> FunctionState {
+        FunctionState { config: self.config.bytes().to_vec(), virtio: None }
+    }
+
+    fn restore(&mut self, state: &FunctionState) -> Result<(), RestoreError> {
+        match &state.virtio {
+            None => Ok(()),
+            Some(_) => {
+                Err(RestoreError::Malformed { what: "a host bridge with virtio registers".to_owned() })
+            }
+        }
+    }
 }

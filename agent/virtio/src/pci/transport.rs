@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serio_hv::GuestMemory;
+use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::bus::PciFunction;
@@ -28,6 +29,10 @@ use crate::interrupt::{ConfigInterrupt, DeviceFailure, QueueInterrupt, Shared};
 use crate::msix::Msix;
 use crate::platform::Platform;
 use crate::queue::VirtQueue;
+use crate::state::{FunctionState, RestoreError, SuspendError};
+
+#[path = "suspend.rs"]
+mod suspend;
 
 const VENDOR: u16 = 0x1af4;
 /// Modern devices: this plus the device type (§4.1.2.1).
@@ -81,6 +86,10 @@ pub struct VirtioPci {
     kicks: Vec<(u16, EventFd)>,
     /// Where the kernel watches the doorbells now.
     watched: Option<u64>,
+    /// The queues, while the device is suspended.
+    suspended: Option<Vec<ActiveQueue>>,
+    /// It was restored and has not run yet: interrupts that were on their way when it was saved may be lost.
+    restored: bool,
     /// Why the last activation failed, for whoever debugs the VM.
     last_error: Option<ActivateError>,
 }
@@ -126,6 +135,8 @@ impl VirtioPci {
             shared,
             kicks: Vec::new(),
             watched: None,
+            suspended: None,
+            restored: false,
             last_error: None,
         })
     }
@@ -143,16 +154,29 @@ impl VirtioPci {
     }
 
     fn try_activate(&mut self) -> Result<(), ActivateError> {
+        let queues = self.make_queues(|_| Some((0, 0)))?;
+        // Before the device runs: no kick may go unheard.
+        self.follow_bar().map_err(ActivateError::io("watch the device's doorbells"))?;
+        self.hand_over(queues)
+    }
+
+    /// The enabled queues, as far as `position` knows where to begin in them, and their doorbells.
+    fn make_queues(
+        &mut self,
+        position: impl Fn(u16) -> Option<(u16, u16)>,
+    ) -> Result<Vec<ActiveQueue>, ActivateError> {
         let features = self.common.features();
         let mut queues = Vec::with_capacity(self.common.queues.len());
         let mut kicks = Vec::with_capacity(self.common.queues.len());
         for (index, registers) in (0u16..).zip(&self.common.queues) {
-            if !registers.enabled {
+            let Some((next_avail, next_used)) = position(index).filter(|_| registers.enabled) else {
                 continue;
-            }
-            let queue = registers
+            };
+            let mut queue = registers
                 .build(&self.memory, features & F_EVENT_IDX != 0)
                 .ok_or(ActivateError::QueueNotEnabled { index })?;
+            queue.set_next_avail(next_avail);
+            queue.set_next_used(next_used);
             let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
                 .map_err(ActivateError::io("make a queue's eventfd"))?;
             kicks.push((index, kick.try_clone().map_err(ActivateError::io("share a queue's eventfd"))?));
@@ -164,13 +188,15 @@ impl VirtioPci {
             });
         }
         self.kicks = kicks;
-        // Before the device runs: no kick may go unheard.
-        self.follow_bar().map_err(ActivateError::io("watch the device's doorbells"))?;
+        Ok(queues)
+    }
+
+    fn hand_over(&mut self, queues: Vec<ActiveQueue>) -> Result<(), ActivateError> {
         self.device.activate(Activation {
             memory: self.memory.clone(),
             queues,
             config_interrupt: ConfigInterrupt { shared: self.shared.clone() },
-            features,
+            features: self.common.features(),
             failure: DeviceFailure { shared: self.shared.clone() },
         })
     }
@@ -178,6 +204,8 @@ impl VirtioPci {
     /// Stops the device; its registers are then as after a reset (virtio 1.2 §2.4).
     fn reset_device(&mut self) {
         self.device.reset();
+        self.suspended = None;
+        self.restored = false;
         self.unwatch();
         self.kicks.clear();
         self.common.reset();
@@ -349,6 +377,22 @@ impl PciFunction for VirtioPci {
         self.config.put(BAR0, &self.bar_home.to_le_bytes());
         // Enable and mask; the rest of this byte belongs to the table's size, which is below 256.
         self.config.put(self.msix_capability.saturating_add(3), &[0]);
+    }
+
+    fn suspend(&mut self) -> Result<(), SuspendError> {
+        self.suspend_device()
+    }
+
+    fn resume(&mut self) {
+        self.resume_device();
+    }
+
+    fn save(&self) -> FunctionState {
+        self.save_function()
+    }
+
+    fn restore(&mut self, state: &FunctionState) -> Result<(), RestoreError> {
+        self.restore_function(state)
     }
 }
 

@@ -8,7 +8,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::pci::bus::PciBus;
 use crate::pci::common::{F_VERSION_1, next_status};
-use crate::testing::{DriverQueue, FakePlatform, memory};
+use crate::state::DeviceState;
+use crate::testing::{Buffer, DriverQueue, FakePlatform, memory};
 
 const ECAM_DEVICE: u64 = 1 << 15;
 const HOME: u64 = 0xc000_0000;
@@ -18,6 +19,7 @@ struct Seen {
     active: Option<Activation>,
     resets: u32,
     refuse: bool,
+    remembered: [u8; 2],
 }
 
 struct Probe(Arc<Mutex<Seen>>);
@@ -50,6 +52,17 @@ impl VirtioDevice for Probe {
         let mut seen = self.0.lock().unwrap();
         seen.active = None;
         seen.resets += 1;
+    }
+    fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
+        let active = self.0.lock().unwrap().active.take();
+        Ok(active.map(|activation| activation.queues).unwrap_or_default())
+    }
+    fn save(&self) -> DeviceState {
+        DeviceState::new(1, self.0.lock().unwrap().remembered)
+    }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        self.0.lock().unwrap().remembered = state.fixed(1)?.unwrap_or_default();
+        Ok(())
     }
 }
 
@@ -446,3 +459,6 @@ proptest! {
         bench.memory.read_slice(&mut byte, GuestAddress(0)).unwrap();
     }
 }
+
+#[path = "suspend_test.rs"]
+mod suspend_test;

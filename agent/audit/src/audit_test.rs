@@ -147,6 +147,35 @@ fn long_values_are_cut_rather_than_refused() {
     check(&files_of(dir.path()).unwrap()).unwrap();
 }
 
+#[test]
+fn a_reader_follows_over_files() {
+    let limits = Limits { file_bytes_max: 700, files_max: 4 };
+    let dir = tempfile::tempdir().unwrap();
+    let log = AuditLog::open(dir.path(), limits).unwrap();
+    let mut reader = Reader::new(dir.path(), 0);
+    let mut late = Reader::new(dir.path(), 7);
+    let mut seen = Vec::new();
+    for i in 0..30 {
+        log.append(&action(&format!("vdcs/v{i}"))).unwrap();
+        if i % 3 == 0 {
+            while let Some((entry, hash)) = reader.next_entry().unwrap() {
+                assert_eq!(hash.len(), 64);
+                seen.push(entry.n);
+            }
+        }
+    }
+    while let Some((entry, _)) = reader.next_entry().unwrap() {
+        seen.push(entry.n);
+    }
+    assert_eq!(seen, (1..=log.last().0).collect::<Vec<_>>());
+    // What was wanted is gone already: from the oldest that is kept.
+    let first = late.next_entry().unwrap().unwrap().0.n;
+    assert!(first >= 7, "{first}");
+    let mut end = Reader::new(dir.path(), log.last().0);
+    assert_eq!(end.next_entry().unwrap().unwrap().0.n, log.last().0);
+    assert!(end.next_entry().unwrap().is_none());
+}
+
 proptest! {
     #[test]
     fn lines_of_any_bytes_are_refused_or_read(line in prop::collection::vec(any::<u8>(), 0..200)) {

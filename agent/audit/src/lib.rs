@@ -22,6 +22,7 @@
 
 mod chain;
 mod log;
+mod reader;
 
 use std::{collections::BTreeMap, io, path::PathBuf};
 
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 pub use chain::{Chain, Verified, files_of, verify};
 pub use log::{AuditLog, Limits};
+pub use reader::Reader;
 
 /// The longest line; a longer one is no line of ours.
 pub const LINE_BYTES_MAX: u64 = 64 << 10;

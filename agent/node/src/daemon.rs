@@ -21,10 +21,10 @@ use tokio::{net::TcpListener, sync::mpsc, sync::watch};
 use uuid::Uuid;
 
 use crate::{
-    audit::{Action, AuditLog},
+    audit::{Caller, Trail},
     capacity::{Reporter, ReporterSettings},
     config::Config,
-    grpc::{self, Context, NodeInfo, server},
+    grpc::{self, Context, NodeInfo, certificates::Certificates, server},
     keys::Keys,
     nbd,
     scrub::{Checks, ScrubSettings},
@@ -130,7 +130,7 @@ struct Core {
     supervisor: Supervisor,
     node_uid: Uuid,
     keys: Keys,
-    audit: Arc<AuditLog>,
+    audit: Trail,
     /// Vdcs whose key is to be destroyed, if it is still there.
     erased: Vec<Uuid>,
 }
@@ -140,7 +140,7 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
     let node_uid = model.node;
     let keys = Keys::new(&config.state_dir, &config.keys.source, &config.keys.previous)
         .context("the section [keys] of the configuration cannot be used")?;
-    let audit = Arc::new(AuditLog::open(&config.state_dir.join("audit.log"))?);
+    let audit = Trail::open(&config.state_dir)?;
     let mut erased = keys.half_erased()?;
     let marked = model.vdcs.values().filter(|vdc| vdc.encryption == Encryption::Erased);
     erased.extend(marked.map(|vdc| vdc.uid));
@@ -173,10 +173,13 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
 async fn finish_erasures(core: &Core) -> anyhow::Result<()> {
     for vdc in &core.erased {
         let Some(destroyed) = core.keys.destroy(*vdc).await? else { continue };
-        let time_ms = now().0.try_into().unwrap_or(0);
-        let (on, what) = (format!("vdc {vdc}"), "VdcErased");
-        let detail = [("key_id", &*destroyed.key_id), ("destroyed_blake3", &*destroyed.blake3)];
-        core.audit.append(&Action { time_ms, who: "seriod, finishing", what, on: &on, detail: &detail })?;
+        let detail = vec![
+            ("uid", vdc.to_string()),
+            ("key_id", destroyed.key_id),
+            ("destroyed_blake3", destroyed.blake3),
+        ];
+        let caller = Caller::own("VdcErased");
+        core.audit.note(&caller, &format!("vdc {vdc}"), detail).await?;
     }
     Ok(())
 }
@@ -277,7 +280,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     fs::create_dir_all(&config.run_dir)
         .with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
     // Before the VMs are touched: a configuration that cannot serve fails early.
-    let tls = config.grpc.listen.0.map(|_| server::tls(&config.grpc.tls_dir)).transpose()?;
+    let tls = config.grpc.listen.0.map(|_| Certificates::load(&config.grpc.tls_dir)).transpose()?;
     let core = start_core(&config)?;
     finish_erasures(&core).await.context("the key of an erased vdc could not be destroyed")?;
     let reporter = reporter(&config, &core, node_name.as_str());
@@ -307,27 +310,30 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
         nbd,
     });
     let Core { client, handles, supervisor, keys, audit, .. } = core;
+    let trail = audit.clone();
     let context = Context { state: client, handles, supervisor, reporter, node, keys, audit };
     let routes = grpc::routes(&context).await?;
-    Box::pin(serve(&config, tls, routes)).await
+    Box::pin(serve(&config, tls, routes, trail)).await
 }
 
 async fn serve(
     config: &Config,
-    tls: Option<tonic::transport::ServerTlsConfig>,
+    tls: Option<Certificates>,
     routes: tonic::service::Routes,
+    trail: Trail,
 ) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     let wait = |mut stopped: watch::Receiver<bool>| async move { drop(stopped.wait_for(|stop| *stop).await) };
     let socket = config.socket();
-    let unix = server::serve_unix(server::bind_unix(&socket)?, routes.clone(), wait(stopped.clone()));
+    let unix =
+        server::serve_unix(server::bind_unix(&socket)?, routes.clone(), trail.clone(), wait(stopped.clone()));
     let tcp = match (config.grpc.listen.0, tls) {
         (Some(address), Some(tls)) => {
             let listener = TcpListener::bind(address)
                 .await
                 .with_context(|| format!("cannot listen on {address} (grpc.listen)"))?;
             tracing::info!("serving gRPC on {} with mutual TLS", listener.local_addr()?);
-            Some(server::serve_tcp(listener, tls, &config.grpc.tls_dir, routes, wait(stopped)))
+            Some(server::serve_tcp(listener, tls, routes, trail, wait(stopped)))
         }
         _ => None,
     };

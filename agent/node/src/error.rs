@@ -79,6 +79,14 @@ pub enum Error {
         /// What is.
         found: u64,
     },
+    /// Events from that number on are not kept.
+    #[error("events from {from} on are not there, {kept}: read the resources anew, then watch from 0")]
+    Gone {
+        /// The number that was wanted.
+        from: u64,
+        /// What is there.
+        kept: String,
+    },
     /// It took too long.
     #[error("{resource} {what}")]
     Deadline {
@@ -231,6 +239,7 @@ impl Error {
             Self::Refused(_) | Self::Full { .. } => Code::ResourceExhausted,
             Self::Precondition { .. } => Code::FailedPrecondition,
             Self::Busy { .. } | Self::Generation { .. } => Code::Aborted,
+            Self::Gone { .. } => Code::OutOfRange,
             Self::Deadline { .. } => Code::DeadlineExceeded,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Store(error) if error.is_full() => Code::ResourceExhausted,
@@ -240,6 +249,20 @@ impl Error {
     }
 
     /// For programs: a word that stays.
+    /// The name of its gRPC code, as the standard writes it: `NOT_FOUND`.
+    #[must_use]
+    pub fn word(&self) -> String {
+        let camel = format!("{:?}", self.code());
+        let mut word = String::new();
+        for (at, letter) in camel.chars().enumerate() {
+            if letter.is_ascii_uppercase() && at > 0 {
+                word.push('_');
+            }
+            word.push(letter.to_ascii_uppercase());
+        }
+        word
+    }
+
     fn reason(&self) -> &'static str {
         match self {
             Self::Invalid(_) => "INVALID",
@@ -248,6 +271,7 @@ impl Error {
             Self::Refused(_) => "DOES_NOT_FIT",
             Self::Precondition { .. } => "STATE",
             Self::Busy { .. } => "OPERATION_IN_PROGRESS",
+            Self::Gone { .. } => "EVENTS_GONE",
             Self::Generation { .. } => "GENERATION",
             Self::Deadline { .. } => "TOOK_TOO_LONG",
             Self::Forbidden(_) => "FORBIDDEN",

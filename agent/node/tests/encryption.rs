@@ -15,13 +15,13 @@ use std::{
 use common::{Seriod, import_image, mini_guest};
 use serio_api::v1::{
     CloneVolumeRequest, CreateExportRequest, CreateSnapshotRequest, CreateVdcRequest, CreateVmRequest,
-    CreateVolumeRequest, DeleteExportRequest, DeleteSnapshotRequest, DeleteVolumeRequest, Encryption,
-    EraseVdcRequest, GetVdcRequest, OperationState, Quota, ResizeVolumeRequest, RollbackVolumeRequest,
-    RotateVdcKeyRequest, StartVmRequest, StopVmRequest, Vdc, VmSpec, Volume, WatchOperationRequest,
-    operation_service_client::OperationServiceClient, vdc_service_client::VdcServiceClient,
-    vm_service_client::VmServiceClient, volume_service_client::VolumeServiceClient,
+    CreateVolumeRequest, DeleteExportRequest, DeleteSnapshotRequest, DeleteVdcRequest, DeleteVolumeRequest,
+    Encryption, EraseVdcRequest, GetVdcRequest, OperationState, Quota, ResizeVolumeRequest,
+    RollbackVolumeRequest, RotateVdcKeyRequest, StartVmRequest, StopVmRequest, Vdc, VmSpec, Volume,
+    WatchOperationRequest, operation_service_client::OperationServiceClient,
+    vdc_service_client::VdcServiceClient, vm_service_client::VmServiceClient,
+    volume_service_client::VolumeServiceClient,
 };
-use serio_node::audit;
 use tonic::{Code, Status, transport::Channel};
 
 const MIB: u64 = 1 << 20;
@@ -277,11 +277,15 @@ async fn the_wrapping_key_is_rotated_and_a_vdc_is_erased() {
     let wrapped = fs::read(&key_file).unwrap();
     let other = EraseVdcRequest { name: VDC.into(), uid: volume.uid.clone(), ..Default::default() };
     assert_eq!(node.vdcs().erase_vdc(other).await.unwrap_err().code(), Code::InvalidArgument);
-    let erase = EraseVdcRequest { name: VDC.into(), uid: uid.clone(), ..Default::default() };
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let erase = EraseVdcRequest { name: VDC.into(), uid: uid.clone(), request_id };
     let erased = node.vdcs().erase_vdc(erase.clone()).await.unwrap().into_inner();
     assert_eq!(erased.vdc.map(|vdc| vdc.encryption()), Some(Encryption::Erased));
     assert!(!key_file.exists());
-    let again = node.vdcs().erase_vdc(erase).await.unwrap_err();
+    let repeated = node.vdcs().erase_vdc(erase.clone()).await.unwrap().into_inner();
+    assert_eq!((&repeated.receipt, &repeated.destroyed_blake3), (&erased.receipt, &erased.destroyed_blake3));
+    let again = EraseVdcRequest { request_id: String::new(), ..erase };
+    let again = node.vdcs().erase_vdc(again).await.unwrap_err();
     assert!(again.message().contains("erased before"), "{again:?}");
     let error = node.io("data", "", &["read 0 64k"]).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition);
@@ -296,14 +300,22 @@ async fn the_wrapping_key_is_rotated_and_a_vdc_is_erased() {
     // The receipt is in the log, and the log is whole.
     let receipt = erased.receipt.unwrap();
     let mut lines = Vec::new();
-    let verified = audit::verify(&node.state().join("audit.log"), |entry| lines.push(entry)).unwrap();
+    let files = serio_audit::files_of(&node.state()).unwrap();
+    serio_audit::verify(&files, |entry, _| lines.push(entry)).unwrap();
     let line = &lines[usize::try_from(receipt.number).unwrap() - 1];
     assert_eq!((line.what.as_str(), line.who.as_str()), ("VdcErased", "uid 0"));
     assert_eq!(line.detail["destroyed_blake3"], erased.destroyed_blake3);
     assert_eq!(lines[usize::try_from(receipt.number).unwrap()].prev, receipt.hash);
-    let what: Vec<_> = lines.iter().map(|entry| entry.what.as_str()).collect();
-    assert_eq!(what, ["RotateVdcKey", "EraseVdc", "VdcErased", "EraseVdc", "VdcErased"]);
-    assert_eq!(verified.lines, 5);
+    let results = lines.iter().filter_map(|entry| Some((entry.what.as_str(), entry.result.as_deref()?)));
+    let erasures: Vec<_> = results.filter(|(what, _)| *what == "EraseVdc").collect();
+    assert_eq!(erasures.iter().filter(|(_, result)| *result == "OK").count(), 2, "{erasures:?}");
+    assert!(erasures.iter().any(|(_, result)| result.contains("erased before")), "{erasures:?}");
+    let own = |what: &str| lines.iter().filter(|entry| entry.what == what).count();
+    assert_eq!((own("VdcKeyRotated"), own("VdcErased")), (1, 2), "the second erasure is the next start's");
+
+    let delete = DeleteVdcRequest { name: VDC.into(), ..Default::default() };
+    let left = node.vdcs().delete_vdc(delete.clone()).await.unwrap_err();
+    assert_eq!(left.code(), Code::FailedPrecondition);
 
     let delete = DeleteVolumeRequest { name: named("data"), ..Default::default() };
     node.volumes().delete_volume(delete).await.unwrap();

@@ -114,6 +114,35 @@ async fn certificates_and_roles() {
     assert!(connect_tls(&seriod, &theirs, Some(ours.issue("control-plane"))).await.is_err());
 }
 
+#[tokio::test]
+async fn new_certificates_serve_at_the_next_handshake_and_bad_ones_never() {
+    let (old, new) = (authority(), authority());
+    let mut seriod = Seriod::new("[grpc]\nlisten = \"127.0.0.1:0\"\ntls_dir = \"TLS\"\n");
+    let tls_dir = seriod.dir.path().join("tls");
+    old.write_server(&tls_dir);
+    let config = seriod.dir.path().join("seriod.toml");
+    let text = fs::read_to_string(&config).unwrap().replace("TLS", tls_dir.to_str().unwrap());
+    fs::write(&config, text).unwrap();
+    seriod.start();
+    let get = async |channel| NodeServiceClient::new(channel).get_node(GetNodeRequest {}).await;
+    let before = connect_tls(&seriod, &old, Some(old.issue("auditor"))).await.unwrap();
+    get(before.clone()).await.unwrap();
+
+    // Nonsense, and a certificate whose key has not come yet: the old ones serve on.
+    let certificate = fs::read(tls_dir.join("server-cert.pem")).unwrap();
+    for bad in ["no certificate".to_owned(), old.issue("peer-agent").0] {
+        fs::write(tls_dir.join("server-cert.pem"), bad).unwrap();
+        get(connect_tls(&seriod, &old, Some(old.issue("auditor"))).await.unwrap()).await.unwrap();
+    }
+    fs::write(tls_dir.join("server-cert.pem"), certificate).unwrap();
+    get(connect_tls(&seriod, &old, Some(old.issue("auditor"))).await.unwrap()).await.unwrap();
+
+    new.write_server(&tls_dir);
+    get(connect_tls(&seriod, &new, Some(new.issue("auditor"))).await.unwrap()).await.unwrap();
+    assert!(connect_tls(&seriod, &old, Some(old.issue("auditor"))).await.is_err(), "not trusted any more");
+    get(before).await.unwrap();
+}
+
 /// The field that a refusal names.
 fn field(status: &Status) -> String {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
@@ -289,7 +318,7 @@ fn a_wrong_configuration_says_what_is_wrong() {
     let seriod = Seriod::new("[grpc]\nlisten = \"127.0.0.1:0\"\ntls_dir = \"/nowhere\"\n");
     let output = seriod.command().output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && said.contains("/nowhere/server-cert.pem"), "{said}");
+    assert!(!output.status.success() && said.contains("/nowhere/ca-cert.pem"), "{said}");
     let seriod = Seriod::new("nod_name = \"x\"\n");
     let output = seriod.command().output().unwrap();
     assert!(String::from_utf8(output.stderr).unwrap().contains("nod_name"));

@@ -2,6 +2,7 @@
 //!
 //! One file per large noun. Every verb carries an example: `--help` is the manual that people read.
 
+mod audit;
 mod layers;
 mod operation;
 mod parse;
@@ -14,13 +15,14 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serio_types::{ByteSize, Name};
 
+pub use audit::{AuditArgs, AuditVerb, EventsArgs, VerifyArgs};
 pub use layers::{
     ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
 };
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use transfer::{DownloadArgs, UploadArgs};
-pub use vm::{ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
+pub use vm::{Boot, ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 
 const CONNECTION: &str = "Connection";
@@ -123,6 +125,8 @@ pub enum Noun {
     Capacity,
     /// What happened on the node
     Events(EventsArgs),
+    /// Who asked for which change on the node, and how it ended
+    Audit(AuditArgs),
     /// A small certificate authority, for those who have none
     #[command(subcommand)]
     Pki(PkiVerb),
@@ -402,23 +406,6 @@ pub struct ImportArgs {
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub cmdline: String,
-}
-
-/// `events`.
-#[derive(Debug, Args)]
-#[command(after_help = "With --follow, -o json prints one object a line.
-
-Examples:
-  serio events
-  serio events --follow
-  serio events --from 120 -o json")]
-pub struct EventsArgs {
-    /// Go on with what happens; ctrl-C ends
-    #[arg(short, long)]
-    pub follow: bool,
-    /// The first number wanted; all that are kept if left out
-    #[arg(long, value_name = "NUMBER", default_value_t = 0, hide_default_value = true)]
-    pub from: u64,
 }
 
 /// The verbs of `pki`.

@@ -1,5 +1,6 @@
 //! One file per noun; here they are told apart.
 
+mod audit;
 mod capacity;
 mod check;
 mod completion;
@@ -41,6 +42,12 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Vm(crate::args::VmVerb::Console(args)) => return console::run(&global, args, matches).await,
         _ => {}
     }
+    if let Noun::Audit(crate::args::AuditArgs { verb: Some(crate::args::AuditVerb::Verify(args)), .. }) =
+        &noun
+        && !args.paths.is_empty()
+    {
+        return audit::verify_files(args, output);
+    }
     let client = Client::connect(&global).await?;
     match noun {
         Noun::Node(verb) => node::run(&client, verb, output).await,
@@ -51,6 +58,7 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Operation(verb) => operation::run(&client, verb, output).await,
         Noun::Capacity => capacity::run(&client, output).await,
         Noun::Events(args) => events::run(&client, args, output).await,
+        Noun::Audit(args) => audit::run(&client, args, output).await,
         Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } | Noun::Man { .. } => Ok(()),
     }
 }

@@ -1,11 +1,6 @@
-//! Who may call what. On the Unix socket: root, seriod's own user, the group `serio`. On TCP: the role that the client's
-//! certificate carries as its subject's OU; a certificate of another CA does not come so far.
-//!
-//! | role | may |
-//! |---|---|
-//! | `control-plane` | everything |
-//! | `auditor`, `peer-agent` | read: Get, List, Watch, ReadLog |
-//! | other | only ask for health |
+//! Who calls. On the Unix socket: root, seriod's own user and the group `serio` are the control plane, the group
+//! `serio-audit` audits. On TCP: the role that the client's certificate carries as its subject's OU; a certificate of another
+//! CA does not come so far. What a role may is in [`super::policy`].
 
 use std::{
     fs,
@@ -20,71 +15,45 @@ use tonic::{
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::error::Error;
+use super::policy::{self, Access, Role};
+use crate::{
+    audit::{self, Caller, Trail},
+    error::Error,
+    nbd::Rationed,
+};
 
-/// Whose files show who belongs to it.
-const GROUP: &str = "serio";
-
-/// What a caller may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Everything.
-    ControlPlane,
-    /// Read.
-    Reader,
-    /// Nothing but health.
-    Nobody,
-}
+/// Whose members drive the node.
+pub(super) const GROUP: &str = "serio";
+/// Whose members may read everything.
+pub(super) const AUDITORS: &str = "serio-audit";
 
 /// The role that a certificate carries.
 #[must_use]
 pub fn role_of(certificate: &[u8]) -> Role {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else { return Role::Nobody };
     let mut units = certificate.subject().iter_organizational_unit().filter_map(|unit| unit.as_str().ok());
-    units
-        .find_map(|unit| match unit {
-            "control-plane" => Some(Role::ControlPlane),
-            "auditor" | "peer-agent" => Some(Role::Reader),
-            _ => None,
-        })
-        .unwrap_or(Role::Nobody)
-}
-
-/// What a method asks for: the path is `/serio.v1.VmService/GetVm`.
-fn allowed(role: Role, path: &str) -> bool {
-    let Some((service, method)) = path.trim_start_matches('/').split_once('/') else { return false };
-    if service.starts_with("grpc.health.") {
-        return true;
-    }
-    match role {
-        Role::ControlPlane => true,
-        Role::Reader => {
-            service.starts_with("grpc.reflection.")
-                || ["Get", "List", "Watch", "ReadLog"].iter().any(|read| method.starts_with(read))
-        }
-        Role::Nobody => false,
-    }
+    units.find_map(Role::of_unit).unwrap_or(Role::Nobody)
 }
 
 /// The line of the group in /etc/group. Read by hand: the static binary has no name service.
-fn group_line(text: &str) -> Option<(u32, Vec<&str>)> {
+fn group_line<'a>(text: &'a str, group: &str) -> Option<(u32, Vec<&'a str>)> {
     let mut fields = text
         .lines()
         .map(|line| line.split(':'))
-        .find_map(|mut fields| (fields.next() == Some(GROUP)).then_some(fields))?;
+        .find_map(|mut fields| (fields.next() == Some(group)).then_some(fields))?;
     let id = fields.nth(1)?.parse().ok()?;
     Some((id, fields.next().unwrap_or_default().split(',').filter(|name| !name.is_empty()).collect()))
 }
 
-/// The id of the group `serio`, if the host has it.
+/// The id of a group, if the host has it.
 #[must_use]
-pub fn group_id() -> Option<u32> {
-    group_line(&fs::read_to_string("/etc/group").ok()?).map(|(id, _)| id)
+pub fn group_id(group: &str) -> Option<u32> {
+    group_line(&fs::read_to_string("/etc/group").ok()?, group).map(|(id, _)| id)
 }
 
-fn is_member(uid: u32, gid: u32) -> bool {
+fn is_member(group: &str, uid: u32, gid: u32) -> bool {
     let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-    let Some((group, members)) = group_line(&groups) else { return false };
+    let Some((group, members)) = group_line(&groups, group) else { return false };
     if gid == group {
         return true;
     }
@@ -99,14 +68,16 @@ fn is_member(uid: u32, gid: u32) -> bool {
 fn unix_role(info: &UdsConnectInfo) -> Role {
     let Some(peer) = info.peer_cred else { return Role::Nobody };
     let own = nix::unistd::geteuid().as_raw();
-    if peer.uid() == 0 || peer.uid() == own || is_member(peer.uid(), peer.gid()) {
+    if peer.uid() == 0 || peer.uid() == own || is_member(GROUP, peer.uid(), peer.gid()) {
         Role::ControlPlane
+    } else if is_member(AUDITORS, peer.uid(), peer.gid()) {
+        Role::Auditor
     } else {
         Role::Nobody
     }
 }
 
-fn caller(extensions: &http::Extensions) -> Role {
+fn role(extensions: &http::Extensions) -> Role {
     if let Some(info) = extensions.get::<UdsConnectInfo>() {
         return unix_role(info);
     }
@@ -136,20 +107,72 @@ pub fn who(extensions: &http::Extensions) -> String {
     }
 }
 
+tokio::task_local! {
+    /// Who makes the call that this task is about.
+    static CALLER: Caller;
+}
+
+/// Who makes the call that the caller of this function serves. Not in tasks that it spawned.
+#[must_use]
+pub fn current() -> Caller {
+    CALLER.try_with(Clone::clone).unwrap_or_else(|_| Caller::own(""))
+}
+
 /// Stands before all services.
-#[derive(Debug, Clone, Copy)]
-pub struct GateLayer;
+#[derive(Debug, Clone)]
+pub struct GateLayer(Arc<Door>);
+
+/// What all gates share.
+#[derive(Debug)]
+struct Door {
+    trail: Trail,
+    refused: Rationed,
+}
+
+impl GateLayer {
+    /// One that writes refused changes to the audit log, so many a second.
+    #[must_use]
+    pub fn new(trail: Trail) -> Self {
+        Self(Arc::new(Door { trail, refused: Rationed::default() }))
+    }
+}
 
 impl<S> tower::Layer<S> for GateLayer {
     type Service = Gate<S>;
     fn layer(&self, inner: S) -> Gate<S> {
-        Gate(inner)
+        Gate { inner, door: Arc::clone(&self.0) }
     }
 }
 
-/// Refuses callers that may not.
+/// Refuses callers that may not; to others' calls it says who they are.
 #[derive(Debug, Clone)]
-pub struct Gate<S>(S);
+pub struct Gate<S> {
+    inner: S,
+    door: Arc<Door>,
+}
+
+impl Door {
+    /// What a caller reads who may not; a change that was tried is written down.
+    async fn refuse(&self, caller: Caller, access: Option<Access>) -> Error {
+        let why = format!(
+            "{} needs {}: in the OU of a certificate, or on the Unix socket as root or a member of the group {GROUP} \
+             (for reading: {AUDITORS})",
+            caller.what,
+            access.map_or("a method that this agent has", Access::who),
+        );
+        let error = Error::Forbidden(why);
+        if access == Some(Access::Change)
+            && let Some(more) = self.refused.may()
+        {
+            let detail = if more > 0 { vec![("not_written", more.to_string())] } else { Vec::new() };
+            match self.trail.asked(caller, String::new(), detail).await {
+                Ok(asked) => self.trail.ended(asked, audit::result(&Err::<(), _>(error.clone()))).await,
+                Err(error) => tracing::warn!("a refusal is not in the audit log: {error}"),
+            }
+        }
+        error
+    }
+}
 
 impl<S> Service<http::Request<Body>> for Gate<S>
 where
@@ -161,22 +184,28 @@ where
     type Future = BoxFuture<S::Response, S::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.0.poll_ready(cx)
+        self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let role = caller(request.extensions());
+        let role = role(request.extensions());
         let path = request.uri().path();
-        if allowed(role, path) {
-            return Box::pin(self.0.call(request));
+        let access = policy::access(path);
+        let caller = || Caller {
+            who: who(request.extensions()),
+            role: role.as_str(),
+            what: path.rsplit('/').next().unwrap_or_default().to_owned(),
+        };
+        match access {
+            Some(access) if access.allows(role) => {
+                let caller = caller();
+                Box::pin(CALLER.scope(caller, self.inner.call(request)))
+            }
+            _ => {
+                let (door, caller) = (Arc::clone(&self.door), caller());
+                Box::pin(async move { Ok(door.refuse(caller, access).await.status().into_http()) })
+            }
         }
-        let what = path.rsplit('/').next().unwrap_or_default();
-        let why = format!(
-            "{what} needs a certificate with the role control-plane (or auditor, for reading) in its OU, or on the Unix socket \
-             root or a member of the group {GROUP}"
-        );
-        let refused = Error::Forbidden(why).status().into_http();
-        Box::pin(async move { Ok(refused) })
     }
 }
 
@@ -185,23 +214,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roles_and_methods() {
-        assert!(allowed(Role::ControlPlane, "/serio.v1.VmService/StopVm"));
-        assert!(allowed(Role::Reader, "/serio.v1.VmService/ListVms"));
-        assert!(allowed(Role::Reader, "/serio.v1.VmService/ReadLog"));
-        assert!(!allowed(Role::Reader, "/serio.v1.VmService/AttachConsole"));
-        assert!(!allowed(Role::Reader, "/serio.v1.ImageService/ImportImage"));
-        assert!(!allowed(Role::Nobody, "/serio.v1.VmService/ListVms"));
-        assert!(allowed(Role::Nobody, "/grpc.health.v1.Health/Check"));
-        assert!(!allowed(Role::ControlPlane, "nonsense"));
-    }
-
-    #[test]
     fn the_group_file() {
-        assert_eq!(group_line("root:x:0:\nserio:x:998:ann,bob\n"), Some((998, vec!["ann", "bob"])));
-        assert_eq!(group_line("serio:x:998:\n"), Some((998, vec![])));
-        assert_eq!(group_line("serios:x:998:\n"), None);
-        assert_eq!(group_line(""), None);
+        assert_eq!(group_line("root:x:0:\nserio:x:998:ann,bob\n", GROUP), Some((998, vec!["ann", "bob"])));
+        assert_eq!(group_line("serio:x:998:\n", GROUP), Some((998, vec![])));
+        assert_eq!(group_line("serios:x:998:\nserio-audit:x:7:\n", GROUP), None);
+        assert_eq!(group_line("", GROUP), None);
     }
 
     #[test]

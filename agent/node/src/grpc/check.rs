@@ -12,12 +12,16 @@ use super::{
 use crate::{
     error::Error,
     scrub::Checks,
-    state::command::{Answer, Query},
+    state::command::{Answer, Query, Request},
     supervise::{CheckAsk, CheckRecord, ScrubRecord},
 };
 
 /// Begins a check.
-pub(super) async fn begin(context: &Context, message: &CheckVolumeRequest) -> Result<Operation, Error> {
+pub(super) async fn begin(
+    context: &Context,
+    message: &CheckVolumeRequest,
+    request: Option<Request>,
+) -> Result<Operation, Error> {
     let name = field("name", resource::parse_volume(&message.name))?;
     let view = match context.query(Query::Volume(name)).await? {
         Answer::Volumes(mut views) if views.len() == 1 => views.pop().ok_or(Error::Ending)?,
@@ -34,7 +38,7 @@ pub(super) async fn begin(context: &Context, message: &CheckVolumeRequest) -> Re
         add_sums: message.data,
         bytes_per_s: message.bytes_per_second,
     };
-    Ok(convert::operation(&checks.begin(&view, ask).await?))
+    Ok(convert::operation(&checks.begin(&view, ask, request).await?))
 }
 
 /// A volume with what its last checks found.

@@ -8,7 +8,9 @@ use serio_api::v1;
 use serio_store::record::{
     Encryption, EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
 };
-use serio_types::{CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource};
+use serio_types::{
+    BootFrom, CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource,
+};
 use uuid::Uuid;
 
 use crate::{
@@ -203,6 +205,15 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
             RestartPolicy::Never
         }
     };
+    let boot = match v1::BootSource::try_from(spec.boot) {
+        Ok(v1::BootSource::Unspecified) => BootFrom::Auto,
+        Ok(v1::BootSource::Image) => BootFrom::Image,
+        Ok(v1::BootSource::Disk) => BootFrom::Disk,
+        Err(_) => {
+            fields.wrong("spec.boot", format!("{} is unknown", spec.boot));
+            BootFrom::Auto
+        }
+    };
     let vcpus = fields.take("spec.vcpus", spec.vcpus.try_into());
     let memory = fields.take("spec.memory_bytes", spec.memory_bytes.try_into());
     let image = fields.take("spec.image", resource::parse_image(&spec.image));
@@ -232,6 +243,7 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
         cmdline,
         cloud_init,
         restart_policy,
+        boot,
     });
     fields.done(whole)
 }
@@ -319,6 +331,24 @@ fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
             user_data: init.user_data.unwrap_or_default(),
         }),
         restart_policy: policy.into(),
+        boot: match spec.boot {
+            BootFrom::Auto => v1::BootSource::Unspecified,
+            BootFrom::Image => v1::BootSource::Image,
+            BootFrom::Disk => v1::BootSource::Disk,
+        }
+        .into(),
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub const fn vm_state(state: VmState) -> v1::VmState {
+    match state {
+        VmState::Stopped => v1::VmState::Stopped,
+        VmState::Starting => v1::VmState::Starting,
+        VmState::Running => v1::VmState::Running,
+        VmState::Stopping => v1::VmState::Stopping,
+        VmState::Failed => v1::VmState::Failed,
     }
 }
 
@@ -326,13 +356,7 @@ fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
 #[must_use]
 pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
     let record = &view.record;
-    let state = match view.state {
-        VmState::Stopped => v1::VmState::Stopped,
-        VmState::Starting => v1::VmState::Starting,
-        VmState::Running => v1::VmState::Running,
-        VmState::Stopping => v1::VmState::Stopping,
-        VmState::Failed => v1::VmState::Failed,
-    };
+    let state = vm_state(view.state);
     let up = record.start_time.filter(|_| matches!(view.state, VmState::Running | VmState::Stopping));
     let uptime = up.map(|start| {
         let ms = now.0.saturating_sub(start.0).max(0);
@@ -354,6 +378,14 @@ pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
         restarts: record.restarts,
         root_volume: view.root_volume.as_ref().map(resource::volume).unwrap_or_default(),
         nics: record.spec.nics.iter().map(proto_nic).collect(),
+        kernel: record.kernel.clone().map(|kernel| v1::BootedKernel {
+            path: kernel.path,
+            version: kernel.version,
+            title: kernel.title,
+            source: kernel.source,
+            partition: kernel.partition,
+            cmdline: kernel.cmdline,
+        }),
     };
     v1::Vm {
         name: resource::vm(&view.name),

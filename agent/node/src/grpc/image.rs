@@ -23,10 +23,10 @@ use super::{
     Context,
     convert::{self, Fields, field, request_of},
     image_disk::{Disk, DiskHeader},
-    kernel, unexpected,
+    kernel, page, unexpected,
 };
 use crate::{
-    error::{Error, chain},
+    error::Error,
     state::command::{Answer, Command, ImportedFiles, Mutation, Query},
 };
 
@@ -291,18 +291,20 @@ impl ImageService for ImageApi {
         let id = request_of!("ImportImage", &header)?;
         let header = check(&header)?;
         let begin = Mutation::BeginImport { name: header.name.clone(), cmdline: header.cmdline.clone() };
-        let uid = match self.0.mutate(begin, id).await? {
-            Answer::Import(uid) => uid,
-            // Done before, by the same request.
-            Answer::Image(record) => return Ok(Response::new(convert::image(&record))),
-            other => return Err(unexpected(&other).into()),
+        let context = self.0.clone();
+        let (on, request) = (begin.resource(), id.as_ref().map(|id| id.id));
+        // It cleans up also when this call is dropped because the client went.
+        let whole = async move {
+            let uid = match context.apply(begin, id).await? {
+                Answer::Import(uid) => uid,
+                // Done before, by the same request.
+                Answer::Image(record) => return Ok(record),
+                other => return Err(unexpected(&other)),
+            };
+            Import::new(&context, header, uid).run(chunks(input)).await
         };
-        let import = Import::new(&self.0, header, uid);
-        // A task: it cleans up also when this call is dropped because the client went.
-        match tokio::spawn(import.run(chunks(input))).await {
-            Ok(result) => Ok(Response::new(convert::image(&result?))),
-            Err(error) => Err(Error::Failed { doing: "importing the image", why: chain(&error) }.into()),
-        }
+        let record = self.0.audited(on, request, whole).await?;
+        Ok(Response::new(convert::image(&record)))
     }
 
     async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<Image>, Status> {
@@ -317,13 +319,16 @@ impl ImageService for ImageApi {
 
     async fn list_images(
         &self,
-        _: Request<ListImagesRequest>,
+        request: Request<ListImagesRequest>,
     ) -> Result<Response<ListImagesResponse>, Status> {
+        let ListImagesRequest { page_size, page_token } = request.into_inner();
         match self.0.query(Query::Images(None)).await? {
-            Answer::Images(images) => Ok(Response::new(ListImagesResponse {
-                images: images.iter().map(convert::image).collect(),
-                ..Default::default()
-            })),
+            Answer::Images(images) => {
+                let key = |image: &ImageRecord| image.name.to_string();
+                let (images, next_page_token) = page::cut(images, page_size, &page_token, key)?;
+                let images = images.iter().map(convert::image).collect();
+                Ok(Response::new(ListImagesResponse { images, next_page_token }))
+            }
             other => Err(unexpected(&other).into()),
         }
     }

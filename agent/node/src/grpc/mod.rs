@@ -1,14 +1,16 @@
 //! The gRPC border: protobuf in, checked specs inside, protobuf out.
 //!
-//! Owns: the servers (Unix socket, TCP with mutual TLS), who may call what ([`auth`]), conversion ([`convert`]), and one
+//! Owns: the servers (Unix socket, TCP with mutual TLS), who calls ([`auth`]) and who may ([`policy`]), conversion ([`convert`]), and one
 //! file per service. Never: decisions about resources (those are the state's), files other than logs and the parts
 //! of an image in import.
 //!
 //! Limits: a message is at most 4 MiB, an image's chunk 1 MiB; streams per connection, header sizes and the time of a
 //! TLS handshake are bounded; a peer that does not answer keep-alives is dropped.
 
+mod audit;
 pub mod auth;
 mod bounded;
+pub mod certificates;
 mod changes;
 mod check;
 mod console;
@@ -19,19 +21,26 @@ mod kernel;
 mod keys;
 mod node;
 mod operation;
+mod page;
+pub mod policy;
 pub mod server;
 mod vdc;
 mod vm;
 mod volume;
 
-use std::{path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use serio_api::{FILE_DESCRIPTOR_SET, v1};
 use serio_types::Name;
 use tonic::service::Routes;
+use uuid::Uuid;
 
 use crate::{
-    audit::AuditLog,
+    audit::{Detail, Trail, result as audit_result},
     capacity::Reporter,
     error::Error,
     keys::Keys,
@@ -59,7 +68,7 @@ pub struct Context {
     /// Of encrypted vdcs.
     pub keys: Keys,
     /// What was done, and by whom.
-    pub audit: Arc<AuditLog>,
+    pub audit: Trail,
 }
 
 /// Who the node is.
@@ -83,9 +92,52 @@ pub struct NodeInfo {
     pub nbd: Option<String>,
 }
 
+/// For so long after a start a change waits for what the start has still to look at, and so often is it tried.
+const SETTLING: Duration = Duration::from_secs(60);
+const BUSY_WAIT: Duration = Duration::from_secs(10);
+const BUSY_AGAIN: Duration = Duration::from_millis(50);
+
 impl Context {
+    /// A change, in the audit log before it is begun and when it has ended, whether its caller still waits or not.
     async fn mutate(&self, mutation: Mutation, request: Option<Request>) -> Result<Answer, Error> {
-        self.state.ask(Command::Mutate(mutation, request)).await
+        let on = mutation.resource();
+        let id = request.as_ref().map(|request| request.id);
+        let this = self.clone();
+        self.audited(on, id, async move { this.apply(mutation, request).await }).await
+    }
+
+    /// A change, once it can be: soon after a start what it is about may still be looked at.
+    async fn apply(&self, mutation: Mutation, request: Option<Request>) -> Result<Answer, Error> {
+        let started = self.node.start_time.elapsed().unwrap_or(SETTLING);
+        let settling = started < SETTLING;
+        let patience = Instant::now() + BUSY_WAIT;
+        loop {
+            let answer = self.state.ask(Command::Mutate(mutation.clone(), request.clone())).await;
+            // Refused means that nothing was done, so it may be asked again.
+            if !settling || !matches!(answer, Err(Error::Busy { .. })) || Instant::now() >= patience {
+                return answer;
+            }
+            tokio::time::sleep(BUSY_AGAIN).await;
+        }
+    }
+
+    /// Does work that is in the audit log; it goes on when the caller goes away.
+    async fn audited<T: Send + 'static>(
+        &self,
+        on: String,
+        request: Option<Uuid>,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let detail: Detail = request.map(|id| ("request_id", id.to_string())).into_iter().collect();
+        let asked = self.audit.asked(auth::current(), on, detail).await?;
+        let trail = self.audit.clone();
+        let done = tokio::spawn(async move {
+            let result = work.await;
+            let word = audit_result(&result);
+            trail.ended(asked, word).await;
+            result
+        });
+        done.await.unwrap_or(Err(Error::Ending))
     }
 
     async fn query(&self, query: Query) -> Result<Answer, Error> {

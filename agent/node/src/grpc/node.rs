@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
-use super::{Context, convert, unexpected};
+use super::{Context, audit, convert, unexpected};
 use crate::{
     error::Error,
     state::command::{Answer, Query, VmState},
@@ -54,19 +54,30 @@ impl NodeApi {
         }
     }
 
-    /// Sends events from a number on; with `follow` until the client goes.
-    async fn send_events(self, mut from: u64, follow: bool, sender: mpsc::Sender<Result<Event, Status>>) {
+    /// Sends events from a number on; with `follow` until the client goes. Numbers have no gaps: one that shows means that the
+    /// oldest were dropped meanwhile.
+    async fn send_events(self, wanted: WatchEventsRequest, sender: mpsc::Sender<Result<Event, Status>>) {
+        let WatchEventsRequest { mut from, follow, resource_prefix } = wanted;
         let mut newest = self.0.state.last_event();
         loop {
-            newest.mark_unchanged();
+            let known = *newest.borrow_and_update();
             let events = match self.events(from).await {
                 Ok(events) => events,
                 Err(error) => return drop(sender.send(Err(error.into())).await),
             };
+            let kept = match events.first() {
+                Some(first) if from > 0 && first.number > from => format!("the oldest is {}", first.number),
+                None if from > known.saturating_add(1) => format!("the newest is {known}"),
+                _ => String::new(),
+            };
+            if !kept.is_empty() {
+                return drop(sender.send(Err(Error::Gone { from, kept }.into())).await);
+            }
             let more = !events.is_empty();
             for event in events {
                 from = event.number.saturating_add(1);
-                if sender.send(Ok(event)).await.is_err() {
+                let wanted = event.resource.starts_with(&resource_prefix);
+                if wanted && sender.send(Ok(event)).await.is_err() {
                     return;
                 }
             }
@@ -127,9 +138,8 @@ impl NodeService for NodeApi {
         &self,
         request: Request<WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        let message = request.into_inner();
         let (sender, receiver) = mpsc::channel(16);
-        tokio::spawn(self.clone().send_events(message.from, message.follow, sender));
+        tokio::spawn(self.clone().send_events(request.into_inner(), sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -137,15 +147,17 @@ impl NodeService for NodeApi {
 
     async fn watch_audit(
         &self,
-        _: Request<WatchAuditRequest>,
+        request: Request<WatchAuditRequest>,
     ) -> Result<Response<Self::WatchAuditStream>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let (sender, receiver) = mpsc::channel(16);
+        tokio::spawn(audit::send(self.0.audit.clone(), request.into_inner(), sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     async fn verify_audit(
         &self,
         _: Request<VerifyAuditRequest>,
     ) -> Result<Response<VerifyAuditResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        Ok(Response::new(audit::verify(&self.0.audit).await?))
     }
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     Context,
     convert::{self, field},
-    unexpected,
+    page, unexpected,
 };
 use crate::{
     error::Error,
@@ -99,11 +99,14 @@ impl OperationService for OperationApi {
         &self,
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let ListOperationsRequest { target_prefix, running_only, .. } = request.into_inner();
+        let ListOperationsRequest { target_prefix, running_only, page_size, page_token } =
+            request.into_inner();
         match self.0.query(Query::Operations { target_prefix, running_only }).await? {
             Answer::Operations(all) => {
+                let newest = |r: &OperationRecord| page::newest_first(r.uid.as_u128());
+                let (all, next_page_token) = page::cut(all, page_size, &page_token, newest)?;
                 let operations = all.iter().map(convert::operation).collect();
-                Ok(Response::new(ListOperationsResponse { operations, ..Default::default() }))
+                Ok(Response::new(ListOperationsResponse { operations, next_page_token }))
             }
             other => Err(unexpected(&other).into()),
         }
@@ -125,6 +128,8 @@ impl OperationService for OperationApi {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let uid = parse(&request.get_ref().name)?;
-        Ok(one(self.0.state.ask(Command::CancelOperation(uid)).await?)?)
+        let state = self.0.state.clone();
+        let cancel = async move { state.ask(Command::CancelOperation(uid)).await };
+        Ok(one(self.0.audited(format!("operations/{uid}"), None, cancel).await?)?)
     }
 }

@@ -223,7 +223,9 @@ mod tests {
         let table: BTreeSet<String> = METHODS
             .iter()
             .filter(|(service, _)| service.starts_with("serio."))
-            .flat_map(|(service, methods)| methods.iter().map(move |(method, _)| format!("/{service}/{method}")))
+            .flat_map(|(service, methods)| {
+                methods.iter().map(move |(method, _)| format!("/{service}/{method}"))
+            })
             .collect();
         let missing: Vec<_> = api.difference(&table).collect();
         assert!(missing.is_empty(), "decide in grpc/policy.rs who may call {missing:?}");
@@ -253,7 +255,14 @@ mod tests {
         assert!(!may(Role::Auditor, "/serio.v1.VmService/AttachConsole"));
         assert!(!may(Role::Nobody, "/serio.v1.VmService/ListVms"));
         assert!(may(Role::Nobody, "/grpc.health.v1.Health/Check"));
-        for path in ["nonsense", "", "/", "/serio.v1.VmService", "/serio.v1.VmService/GetVm/", "serio.v1.VmService/GetVm"] {
+        for path in [
+            "nonsense",
+            "",
+            "/",
+            "/serio.v1.VmService",
+            "/serio.v1.VmService/GetVm/",
+            "serio.v1.VmService/GetVm",
+        ] {
             assert_eq!(access(path), None, "{path}");
         }
         assert_eq!(Role::of_unit("none"), None);

@@ -3,22 +3,25 @@
 use std::{
     fs, io,
     os::unix::fs::{PermissionsExt, chown},
-    path::{Path, PathBuf},
+    path::Path,
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::{
-    service::Routes,
-    transport::{Certificate, Identity, Server, ServerTlsConfig},
+use tokio_stream::{
+    StreamExt,
+    wrappers::{TcpListenerStream, UnixListenerStream},
 };
+use tonic::{service::Routes, transport::Server};
 use tower::layer::util::{Identity as NoLayer, Stack};
 
 use super::{
-    auth::{GateLayer, group_id},
+    auth::{AUDITORS, GROUP, GateLayer, group_id},
     bounded::bounded,
+    certificates::{Certificates, secured},
 };
+use crate::{audit::Trail, nbd::TlsError};
 
 /// Streams that one connection may have open.
 const STREAMS_MAX: u32 = 128;
@@ -27,8 +30,6 @@ const HEADERS_BYTES_MAX: u32 = 16 << 10;
 /// A silent peer is asked so often, and has so long to answer.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_ANSWER: Duration = Duration::from_secs(20);
-/// A TLS handshake takes at most so long.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Why a listener cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -42,36 +43,21 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
-    /// A file with keys.
-    #[error("cannot read {path}: `serio pki` makes it")]
-    TlsFile {
-        /// The file.
-        path: PathBuf,
-        /// The system's word.
-        #[source]
-        source: io::Error,
-    },
-    /// What is in the files.
-    #[error("the certificates in {dir} cannot be used")]
-    Tls {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        #[source]
-        source: tonic::transport::Error,
-    },
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// While serving.
     #[error("serving gRPC failed")]
     Serve(#[from] tonic::transport::Error),
 }
 
-fn builder() -> Server<Stack<GateLayer, NoLayer>> {
+fn builder(trail: &Trail) -> Server<Stack<GateLayer, NoLayer>> {
     Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_ANSWER))
-        .layer(GateLayer)
+        .layer(GateLayer::new(trail.clone()))
 }
 
 /// The Unix socket, for root, seriod's user and the group `serio`.
@@ -87,10 +73,31 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
     }
     let listener = UnixListener::bind(path).map_err(at)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(at)?;
-    if let Some(group) = group_id() {
+    if let Some(group) = group_id(GROUP) {
         chown(path, None, Some(group)).map_err(at)?;
     }
+    if let Some(group) = group_id(AUDITORS)
+        && let Err(error) = admit_group(path, group)
+    {
+        tracing::warn!("members of the group {AUDITORS} cannot reach {}: {error}", path.display());
+    }
     Ok(listener)
+}
+
+/// A second group that may connect: an access list, as `setfacl -m g:GROUP:rw` would make it.
+fn admit_group(path: &Path, group: u32) -> io::Result<()> {
+    const NO_ID: u32 = u32::MAX;
+    // Version 2, then tag, permissions and id of each entry: owner, group, the named group, the mask, others.
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, may, id) in
+        [(1_u16, 6_u16, NO_ID), (4, 6, NO_ID), (8, 6, group), (16, 6, NO_ID), (32, 0, NO_ID)]
+    {
+        list.extend_from_slice(&tag.to_le_bytes());
+        list.extend_from_slice(&may.to_le_bytes());
+        list.extend_from_slice(&id.to_le_bytes());
+    }
+    let flags = rustix::fs::XattrFlags::empty();
+    Ok(rustix::fs::setxattr(path, "system.posix_acl_access", &list, flags)?)
 }
 
 /// Serves the Unix socket until `shutdown` resolves.
@@ -100,41 +107,32 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
 pub async fn serve_unix(
     listener: UnixListener,
     routes: Routes,
+    trail: Trail,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let incoming = bounded(UnixListenerStream::new(listener), "the Unix socket");
-    builder().add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
+    builder(&trail).add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
-}
-
-/// Mutual TLS from `ca-cert.pem`, `server-cert.pem` and `server-key.pem` of a directory.
-///
-/// # Errors
-/// [`ServeError::TlsFile`].
-pub fn tls(dir: &Path) -> Result<ServerTlsConfig, ServeError> {
-    let read = |name: &str| {
-        let path = dir.join(name);
-        fs::read(&path).map_err(|source| ServeError::TlsFile { path, source })
-    };
-    let identity = Identity::from_pem(read("server-cert.pem")?, read("server-key.pem")?);
-    let authority = Certificate::from_pem(read("ca-cert.pem")?);
-    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(authority).timeout(HANDSHAKE))
 }
 
 /// Serves TCP with mutual TLS until `shutdown` resolves.
 ///
 /// # Errors
-/// [`ServeError::Tls`], [`ServeError::Serve`].
+/// [`ServeError::Serve`].
 pub async fn serve_tcp(
     listener: TcpListener,
-    tls: ServerTlsConfig,
-    tls_dir: &Path,
+    certificates: Certificates,
     routes: Routes,
+    trail: Trail,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let in_dir = |source| ServeError::Tls { dir: tls_dir.to_owned(), source };
-    let mut server = builder().tls_config(tls).map_err(in_dir)?;
-    let incoming = bounded(TcpListenerStream::new(listener), "TCP");
-    server.add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
+    let accepted = TcpListenerStream::new(listener).map(|accepted| {
+        accepted.inspect(|stream| {
+            // Only a little slower without it.
+            let _ = stream.set_nodelay(true);
+        })
+    });
+    let incoming = secured(bounded(accepted, "TCP"), Arc::new(certificates));
+    builder(&trail).add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }

@@ -13,11 +13,11 @@ use tonic::{Request, Response, Status};
 use super::{
     Context,
     convert::{self, Fields, field, request_of},
-    keys, operation, unexpected,
+    keys, operation, page, unexpected,
 };
 use crate::{
     error::Error,
-    state::command::{Answer, Consistency, Mutation, Query, VdcSnapshotView},
+    state::command::{Answer, Consistency, Mutation, Query, VdcSnapshotView, VdcView},
 };
 
 /// The service.
@@ -69,12 +69,18 @@ impl VdcService for VdcApi {
         Ok(one(self.0.query(Query::Vdcs(Some(name))).await?)?)
     }
 
-    async fn list_vdcs(&self, _: Request<ListVdcsRequest>) -> Result<Response<ListVdcsResponse>, Status> {
+    async fn list_vdcs(
+        &self,
+        request: Request<ListVdcsRequest>,
+    ) -> Result<Response<ListVdcsResponse>, Status> {
+        let ListVdcsRequest { page_size, page_token } = request.into_inner();
         match self.0.query(Query::Vdcs(None)).await? {
-            Answer::Vdcs(views) => Ok(Response::new(ListVdcsResponse {
-                vdcs: views.iter().map(convert::vdc).collect(),
-                ..Default::default()
-            })),
+            Answer::Vdcs(views) => {
+                let key = |v: &VdcView| v.record.name.to_string();
+                let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
+                let vdcs = views.iter().map(convert::vdc).collect();
+                Ok(Response::new(ListVdcsResponse { vdcs, next_page_token }))
+            }
             other => Err(unexpected(&other).into()),
         }
     }
@@ -95,7 +101,12 @@ impl VdcService for VdcApi {
         let message = request.into_inner();
         let id = request_of!("DeleteVdc", &message)?;
         let name = field("name", resource::parse_vdc(&message.name))?;
-        self.0.mutate(Mutation::DeleteVdc { name }, id).await?;
+        let vdc = self.0.query(Query::Vdcs(Some(name.clone()))).await.and_then(one);
+        let mutation = Mutation::DeleteVdc { name }.at(message.expected_generation);
+        self.0.mutate(mutation, id).await?;
+        if let Ok(vdc) = vdc {
+            keys::forget(&self.0, vdc.get_ref()).await;
+        }
         Ok(Response::new(DeleteVdcResponse {}))
     }
 
@@ -157,9 +168,13 @@ impl VdcService for VdcApi {
         &self,
         request: Request<ListVdcSnapshotsRequest>,
     ) -> Result<Response<ListVdcSnapshotsResponse>, Status> {
-        let vdc = field("vdc", resource::parse_vdc(&request.get_ref().vdc))?;
-        let snapshots = self.snapshots(vdc).await?.iter().map(convert::vdc_snapshot).collect();
-        Ok(Response::new(ListVdcSnapshotsResponse { snapshots, ..Default::default() }))
+        let message = request.into_inner();
+        let vdc = field("vdc", resource::parse_vdc(&message.vdc))?;
+        let key = |v: &VdcSnapshotView| page::oldest_first(v.record.create_time.0, v.record.name.as_str());
+        let all = self.snapshots(vdc).await?;
+        let (all, next_page_token) = page::cut(all, message.page_size, &message.page_token, key)?;
+        let snapshots = all.iter().map(convert::vdc_snapshot).collect();
+        Ok(Response::new(ListVdcSnapshotsResponse { snapshots, next_page_token }))
     }
 
     async fn delete_vdc_snapshot(

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     Context, console,
     convert::{self, field, request_of},
-    unexpected,
+    page, unexpected,
 };
 use crate::{
     error::Error,
@@ -66,15 +66,16 @@ impl VmService for VmApi {
     }
 
     async fn list_vms(&self, request: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
-        let parent = request.into_inner().parent;
+        let ListVmsRequest { parent, page_size, page_token, states } = request.into_inner();
         let vdc = if parent.is_empty() { None } else { Some(field("parent", resource::parse_vdc(&parent))?) };
         match self.0.query(Query::Vms(vdc)).await? {
-            Answer::Vms(views) => {
+            Answer::Vms(mut views) => {
+                views.retain(|v| states.is_empty() || states.contains(&convert::vm_state(v.state).into()));
+                let key = |v: &VmView| v.name.to_string();
+                let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
                 let now = model::now();
-                Ok(Response::new(ListVmsResponse {
-                    vms: views.iter().map(|v| convert::vm(v, now)).collect(),
-                    ..Default::default()
-                }))
+                let vms = views.iter().map(|v| convert::vm(v, now)).collect();
+                Ok(Response::new(ListVmsResponse { vms, next_page_token }))
             }
             other => Err(unexpected(&other).into()),
         }
@@ -84,7 +85,7 @@ impl VmService for VmApi {
         let message = request.into_inner();
         let id = request_of!("StartVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
-        Ok(one(self.0.mutate(Mutation::StartVm { name }, id).await?)?)
+        Ok(one(self.0.mutate(Mutation::StartVm { name }.at(message.expected_generation), id).await?)?)
     }
 
     async fn stop_vm(&self, request: Request<StopVmRequest>) -> Result<Response<Vm>, Status> {
@@ -92,14 +93,15 @@ impl VmService for VmApi {
         let id = request_of!("StopVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
         let timeout = convert::duration("timeout", message.timeout.as_ref(), STOP, STOP_MAX)?;
-        Ok(one(self.0.mutate(Mutation::StopVm { name, force: message.force, timeout }, id).await?)?)
+        let stop = Mutation::StopVm { name, force: message.force, timeout };
+        Ok(one(self.0.mutate(stop.at(message.expected_generation), id).await?)?)
     }
 
     async fn reboot_vm(&self, request: Request<RebootVmRequest>) -> Result<Response<Vm>, Status> {
         let message = request.into_inner();
         let id = request_of!("RebootVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
-        Ok(one(self.0.mutate(Mutation::RebootVm { name }, id).await?)?)
+        Ok(one(self.0.mutate(Mutation::RebootVm { name }.at(message.expected_generation), id).await?)?)
     }
 
     async fn delete_vm(
@@ -111,7 +113,7 @@ impl VmService for VmApi {
         let name = field("name", resource::parse_vm(&message.name))?;
         let mutation =
             Mutation::DeleteVm { name, keep_root_volume: message.keep_root_volume, force: message.force };
-        self.0.mutate(mutation, id).await?;
+        self.0.mutate(mutation.at(message.expected_generation), id).await?;
         Ok(Response::new(DeleteVmResponse {}))
     }
 
@@ -125,7 +127,10 @@ impl VmService for VmApi {
         let first = input.message().await?;
         let first = first.ok_or_else(|| Error::invalid("name", "the first message names the VM"))?;
         let view = self.find(&first.name).await?;
-        let output = console::attach(&self.0, &view, first, input).await?;
+        let context = self.0.clone();
+        let name = resource::vm(&view.name);
+        let attach = async move { console::attach(&context, &view, first, input).await };
+        let output = self.0.audited(name, None, attach).await?;
         Ok(Response::new(Box::pin(output)))
     }
 

@@ -16,11 +16,11 @@ use tonic::{Request, Response, Status};
 use super::{
     Context, changes, check,
     convert::{self, Fields, field, request_of},
-    operation, unexpected,
+    operation, page, unexpected,
 };
 use crate::{
     error::Error,
-    state::command::{Answer, ExportView, Mutation, Query, VolumeView},
+    state::command::{Answer, ExportView, Mutation, Query, SnapshotView, VolumeView},
 };
 
 /// How long an export lives, unless said.
@@ -96,15 +96,18 @@ impl VolumeService for VolumeApi {
         &self,
         request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
-        let parent = request.into_inner().parent;
+        let ListVolumesRequest { parent, page_size, page_token, detached_only } = request.into_inner();
         let vdc = if parent.is_empty() { None } else { Some(field("parent", resource::parse_vdc(&parent))?) };
         match self.0.query(Query::Volumes(vdc)).await? {
-            Answer::Volumes(views) => {
+            Answer::Volumes(mut views) => {
+                views.retain(|v| !detached_only || v.attached_to.is_none());
+                let key = |v: &VolumeView| v.name.to_string();
+                let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
                 let mut volumes = Vec::with_capacity(views.len());
                 for view in views {
                     volumes.push(self.show(view).await);
                 }
-                Ok(Response::new(ListVolumesResponse { volumes, ..Default::default() }))
+                Ok(Response::new(ListVolumesResponse { volumes, next_page_token }))
             }
             other => Err(unexpected(&other).into()),
         }
@@ -117,7 +120,7 @@ impl VolumeService for VolumeApi {
         let message = request.into_inner();
         let id = request_of!("DeleteVolume", &message)?;
         let name = field("name", resource::parse_volume(&message.name))?;
-        self.0.mutate(Mutation::DeleteVolume { name }, id).await?;
+        self.0.mutate(Mutation::DeleteVolume { name }.at(message.expected_generation), id).await?;
         Ok(Response::new(DeleteVolumeResponse {}))
     }
 
@@ -142,12 +145,15 @@ impl VolumeService for VolumeApi {
         &self,
         request: Request<ListSnapshotsRequest>,
     ) -> Result<Response<ListSnapshotsResponse>, Status> {
-        let volume = field("volume", resource::parse_volume(&request.get_ref().volume))?;
+        let ListSnapshotsRequest { volume, page_size, page_token } = request.into_inner();
+        let volume = field("volume", resource::parse_volume(&volume))?;
         match self.0.query(Query::Snapshots(volume)).await? {
-            Answer::Snapshots(views) => Ok(Response::new(ListSnapshotsResponse {
-                snapshots: views.iter().map(convert::snapshot).collect(),
-                ..Default::default()
-            })),
+            Answer::Snapshots(views) => {
+                let key = |v: &SnapshotView| format!("{:020}/{}", v.record.number, v.record.name);
+                let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
+                let snapshots = views.iter().map(convert::snapshot).collect();
+                Ok(Response::new(ListSnapshotsResponse { snapshots, next_page_token }))
+            }
             other => Err(unexpected(&other).into()),
         }
     }
@@ -169,7 +175,8 @@ impl VolumeService for VolumeApi {
         let name = fields.take("name", resource::parse_volume(&message.name));
         let size = fields.take("size_bytes", VolumeSize::try_from(message.size_bytes));
         let (name, size) = fields.done(name.zip(size))?;
-        self.one(self.0.mutate(Mutation::ResizeVolume { name, size }, id).await?).await
+        let resize = Mutation::ResizeVolume { name, size }.at(message.expected_generation);
+        self.one(self.0.mutate(resize, id).await?).await
     }
 
     async fn clone_volume(&self, request: Request<CloneVolumeRequest>) -> Result<Response<Volume>, Status> {
@@ -190,7 +197,8 @@ impl VolumeService for VolumeApi {
         let message = request.into_inner();
         let id = request_of!("RollbackVolume", &message)?;
         let name = field("snapshot", resource::parse_snapshot(&message.snapshot))?;
-        let mutation = Mutation::RollbackVolume { name, discard_later: message.discard_later };
+        let mutation = Mutation::RollbackVolume { name, discard_later: message.discard_later }
+            .at(message.expected_generation);
         self.one(self.0.mutate(mutation, id).await?).await
     }
 
@@ -201,7 +209,8 @@ impl VolumeService for VolumeApi {
         let message = request.into_inner();
         let id = request_of!("FlattenVolume", &message)?;
         let name = field("name", resource::parse_volume(&message.name))?;
-        Ok(operation::one(self.0.mutate(Mutation::FlattenVolume { name }, id).await?)?)
+        let flatten = Mutation::FlattenVolume { name }.at(message.expected_generation);
+        Ok(operation::one(self.0.mutate(flatten, id).await?)?)
     }
 
     async fn list_changed_ranges(
@@ -215,7 +224,12 @@ impl VolumeService for VolumeApi {
         &self,
         request: Request<CheckVolumeRequest>,
     ) -> Result<Response<Operation>, Status> {
-        Ok(Response::new(check::begin(&self.0, &request.into_inner()).await?))
+        let message = request.into_inner();
+        let id = request_of!("CheckVolume", &message)?;
+        let (context, on) = (self.0.clone(), message.name.clone());
+        let request = id.as_ref().map(|id| id.id);
+        let begin = async move { check::begin(&context, &message, id).await };
+        Ok(Response::new(self.0.audited(on, request, begin).await?))
     }
 
     async fn create_export(&self, request: Request<CreateExportRequest>) -> Result<Response<Export>, Status> {
@@ -240,15 +254,19 @@ impl VolumeService for VolumeApi {
 
     async fn list_exports(
         &self,
-        _: Request<ListExportsRequest>,
+        request: Request<ListExportsRequest>,
     ) -> Result<Response<ListExportsResponse>, Status> {
+        let ListExportsRequest { page_size, page_token, volume } = request.into_inner();
         match self.0.query(Query::Exports).await? {
-            Answer::Exports(views) => {
+            Answer::Exports(mut views) => {
+                views.retain(|v| volume.is_empty() || resource::volume(&v.volume) == volume);
+                let key = |v: &ExportView| v.record.id.to_string();
+                let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
                 let mut exports = Vec::with_capacity(views.len());
                 for view in &views {
                     exports.push(self.show_export(view).await);
                 }
-                Ok(Response::new(ListExportsResponse { exports, ..Default::default() }))
+                Ok(Response::new(ListExportsResponse { exports, next_page_token }))
             }
             other => Err(unexpected(&other).into()),
         }

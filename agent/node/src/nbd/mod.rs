@@ -104,7 +104,7 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
 }
 
 /// Lets one line a second through: clients must not fill a log.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Rationed {
     state: Mutex<(Option<Instant>, u64)>,
 }

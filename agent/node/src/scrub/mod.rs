@@ -22,7 +22,7 @@ use crate::{
     error::Error,
     state::{
         Handles,
-        command::{Answer, Command, VolumeView},
+        command::{Answer, Command, Request, VolumeView},
         model::now,
         owner::Client,
     },
@@ -45,26 +45,36 @@ impl Checks {
     ///
     /// # Errors
     /// The operation cannot be recorded.
-    pub async fn begin(&self, view: &VolumeView, ask: CheckAsk) -> Result<OperationRecord, Error> {
-        let (begun, work) = self.prepare(view, ask).await?;
-        tokio::spawn(work);
+    pub async fn begin(
+        &self,
+        view: &VolumeView,
+        ask: CheckAsk,
+        request: Option<Request>,
+    ) -> Result<OperationRecord, Error> {
+        let (begun, work) = self.prepare(view, ask, request).await?;
+        if let Some(work) = work {
+            tokio::spawn(work);
+        }
         Ok(begun)
     }
 
-    /// Records the operation; the future does it.
+    /// Records the operation; the future does it. None: it was begun before, by the same request.
     async fn prepare(
         &self,
         view: &VolumeView,
         ask: CheckAsk,
-    ) -> Result<(OperationRecord, impl Future<Output = ()> + Send + 'static), Error> {
+        request: Option<Request>,
+    ) -> Result<(OperationRecord, Option<impl Future<Output = ()> + Send + 'static>), Error> {
         let target = resource::volume(&view.name);
         let begin = Command::BeginOperation {
             kind: OperationKind::CheckVolume,
             target: target.clone(),
             subject: Some(ask.volume),
+            request,
         };
         let record = match self.state.ask(begin).await? {
             Answer::Operation(record) => record,
+            Answer::BegunBefore(record) => return Ok((record, None)),
             _ => return Err(Error::Ending),
         };
         let (checks, uid) = (self.clone(), record.uid);
@@ -74,7 +84,7 @@ impl Checks {
             // The state is ending: the operation is found unended by the next seriod.
             let _ = checks.state.ask(Command::EndOperation(uid, end)).await;
         };
-        Ok((record, work))
+        Ok((record, Some(work)))
     }
 
     async fn check(&self, operation: Uuid, target: &str, ask: CheckAsk) -> Result<(), Error> {

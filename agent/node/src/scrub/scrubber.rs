@@ -151,9 +151,9 @@ impl Checks {
         }
         let ask = CheckAsk { volume: view.record.uid, data: true, add_sums: true, bytes_per_s };
         let before = now().0;
-        match self.prepare(view, ask).await {
-            Ok((_, work)) => work.await,
-            Err(_) => return false,
+        match self.prepare(view, ask, None).await {
+            Ok((_, Some(work))) => work.await,
+            Ok((_, None)) | Err(_) => return false,
         }
         // The operation has told why, if it has not been done.
         self.supervisor.scrub_record(view.record.uid).scrub.is_some_and(|scrub| scrub.time_ms >= before)

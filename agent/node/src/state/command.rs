@@ -6,7 +6,7 @@ use serio_store::record::{
     EventRecord, ExportRecord, ImageRecord, OperationKind, OperationRecord, RequestRecord, SnapshotRecord,
     VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
 };
-use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSize};
+use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSize, resource};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -82,6 +82,49 @@ pub enum Mutation {
     BeginImport { name: Name, cmdline: Cmdline },
     /// → [`Answer::Nothing`].
     DeleteImage { name: Name },
+    /// The change, if what it is about is at that generation; its answer.
+    At { expected: u64, mutation: Box<Mutation> },
+}
+
+impl Mutation {
+    /// The change, if what it is about is at a generation; 0: at any.
+    #[must_use]
+    pub fn at(self, expected: u64) -> Self {
+        if expected == 0 { self } else { Self::At { expected, mutation: Box::new(self) } }
+    }
+
+    /// What it is about, as the API names it.
+    #[must_use]
+    pub fn resource(&self) -> String {
+        match self {
+            Self::CreateVdc { name, .. }
+            | Self::UpdateVdc { name, .. }
+            | Self::EraseVdc { name, .. }
+            | Self::DeleteVdc { name } => resource::vdc(name),
+            Self::CreateVm { name, .. }
+            | Self::StartVm { name }
+            | Self::StopVm { name, .. }
+            | Self::RebootVm { name }
+            | Self::DeleteVm { name, .. } => resource::vm(name),
+            Self::CreateVolume { name, .. }
+            | Self::DeleteVolume { name }
+            | Self::ResizeVolume { name, .. }
+            | Self::FlattenVolume { name } => resource::volume(name),
+            Self::CloneVolume { source, name, .. } => {
+                resource::volume(&VdcName { vdc: source.volume.vdc.clone(), name: name.clone() })
+            }
+            Self::CreateSnapshot { name }
+            | Self::DeleteSnapshot { name }
+            | Self::RollbackVolume { name, .. } => resource::snapshot(&name.volume, &name.snapshot),
+            Self::CreateVdcSnapshot { name, .. } | Self::DeleteVdcSnapshot { name } => {
+                resource::vdc_snapshot(name)
+            }
+            Self::CreateExport { volume, .. } => resource::volume(volume),
+            Self::DeleteExport { id } => format!("exports/{id}"),
+            Self::BeginImport { name, .. } | Self::DeleteImage { name } => resource::image(name),
+            Self::At { mutation, .. } => mutation.resource(),
+        }
+    }
 }
 
 /// A question.
@@ -134,6 +177,8 @@ pub enum Command {
         target: String,
         /// The volume's id, if it is about one.
         subject: Option<Uuid>,
+        /// The client's, if it gave one: asked again → [`Answer::BegunBefore`].
+        request: Option<Request>,
     },
     /// That work has ended → [`Answer::Nothing`].
     EndOperation(Uuid, Result<(), Error>),
@@ -192,6 +237,8 @@ pub enum Answer {
     VdcSnapshots(Vec<VdcSnapshotView>),
     /// An operation.
     Operation(OperationRecord),
+    /// An operation that an earlier call of the same request began.
+    BegunBefore(OperationRecord),
     /// Operations, newest first.
     Operations(Vec<OperationRecord>),
     /// An export.
@@ -295,6 +342,19 @@ pub struct ExportView {
 }
 
 impl Request {
+    /// Whether the one that is known by this id is this one.
+    ///
+    /// # Errors
+    /// It is another.
+    pub fn same_as(&self, known: &RequestRecord) -> Result<(), Error> {
+        if known.method == self.method && known.digest == self.digest {
+            return Ok(());
+        }
+        let problem =
+            format!("{} was used for another request ({}): use a new UUID for each", self.id, known.method);
+        Err(Error::invalid("request_id", problem))
+    }
+
     /// The row that remembers it.
     #[must_use]
     pub fn record(&self, resource: String, time: serio_store::record::Millis) -> RequestRecord {

@@ -172,8 +172,8 @@ impl State {
         match command {
             Command::Query(query) => answer(reply, self.query(&query)),
             Command::FinishImport(files) => answer(reply, self.finish_import(files)),
-            Command::BeginOperation { kind, target, subject } => {
-                answer(reply, self.begin_operation(kind, target, subject));
+            Command::BeginOperation { kind, target, subject, request } => {
+                answer(reply, self.begin_operation(kind, (target, subject), request));
             }
             Command::EndOperation(uid, result) => {
                 self.end_operation(uid, result, Vec::new());
@@ -232,6 +232,10 @@ impl State {
             Mutation::DeleteExport { id } => self.delete_export(&id, op),
             Mutation::BeginImport { name, cmdline } => self.begin_import(name, &cmdline, op),
             Mutation::DeleteImage { name } => self.delete_image(&name, op),
+            Mutation::At { expected, mutation } => match self.at_generation(&mutation, expected) {
+                Ok(()) => return self.mutate(*mutation, op),
+                Err(error) => refuse(op, error),
+            },
         };
         if let Err(refused) = refused {
             refused.answer();

@@ -7,7 +7,11 @@ use serio_store::{
 };
 use uuid::Uuid;
 
-use super::{State, command::Answer, effect::Effect};
+use super::{
+    State,
+    command::{Answer, Request},
+    effect::Effect,
+};
 use crate::error::Error;
 
 /// Ended operations that are kept, and for how long.
@@ -75,11 +79,20 @@ impl State {
     pub(super) fn begin_operation(
         &mut self,
         kind: OperationKind,
-        target: String,
-        subject: Option<Uuid>,
+        (target, subject): (String, Option<Uuid>),
+        request: Option<Request>,
     ) -> Result<Answer, Error> {
+        if let Some(request) = &request
+            && let Some(known) = self.store.request(request.id)?
+        {
+            request.same_as(&known)?;
+            let begun = self.model.operations.values().find(|r| resource(r.uid) == known.resource);
+            let begun = begun.cloned().ok_or_else(|| Error::not_found(known.resource))?;
+            return Ok(Answer::BegunBefore(begun));
+        }
         let record = self.new_operation(kind, target, subject);
         let mut changes = self.prune_operations();
+        changes.extend(request.map(|r| Change::Request(r.record(resource(record.uid), self.now))));
         changes.push(Change::Operation(record.clone()));
         self.commit(changes)?;
         self.operations_changed();

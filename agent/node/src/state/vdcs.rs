@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::{
     Refused, State, check,
-    command::{Answer, Query},
+    command::{Answer, Mutation, Query},
     phase::{Op, Phase},
     refuse,
 };
@@ -157,13 +157,7 @@ impl State {
         let Some(known) = check!(op, self.store.request(request.id).map_err(Error::from)) else {
             return Ok(Some(op));
         };
-        if known.method != request.method || known.digest != request.digest {
-            let problem = format!(
-                "{} was used for another request ({}): use a new UUID for each",
-                request.id, known.method
-            );
-            return refuse(op, Error::invalid("request_id", problem));
-        }
+        check!(op, request.same_as(&known));
         if let Some(twin) = self.twin(&known.resource) {
             // Only the twin itself is joined: another operation on the same resource has its own answer.
             if twin.request.as_ref().is_some_and(|r| r.id == request.id) {
@@ -206,6 +200,22 @@ impl State {
             .ok()?;
         let uid = self.model.volume(&volume).ok()?.uid;
         self.volume_ops.get_mut(&uid)?.op_mut()
+    }
+
+    /// Whether what a change is about is still what its caller saw.
+    pub(super) fn at_generation(&self, mutation: &Mutation, expected: u64) -> Result<(), Error> {
+        let resource = match mutation {
+            // The generation is the volume's; snapshots have none.
+            Mutation::RollbackVolume { name, .. } => resource::volume(&name.volume),
+            other => other.resource(),
+        };
+        let found = match self.answer_named(&resource)? {
+            Answer::Vdc(view) => view.record.generation.0,
+            Answer::Vm(view) => view.record.generation.0,
+            Answer::Volume(view) => view.record.generation.0,
+            _ => expected,
+        };
+        if found == expected { Ok(()) } else { Err(Error::Generation { resource, expected, found }) }
     }
 
     /// What a resource is now.

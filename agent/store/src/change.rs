@@ -142,14 +142,15 @@ fn image(tx: &Transaction<'_>, r: &ImageRecord) -> Result<(), rusqlite::Error> {
 }
 
 fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
-    let spec =
-        serde_json::to_string(&r.spec).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
+    let failed = |e: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(Box::new(e));
+    let spec = serde_json::to_string(&r.spec).map_err(failed)?;
+    let kernel = r.kernel.as_ref().map(serde_json::to_string).transpose().map_err(failed)?;
     tx.prepare_cached(
         "INSERT INTO vms (uid, vdc, name, generation, create_time_ms, spec, root_volume, desired, run, start_time_ms,
-             end_time_ms, end_kind, end_reason, restarts)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
+             end_time_ms, end_kind, end_reason, restarts, kernel)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)
          ON CONFLICT (uid) DO UPDATE SET generation = ?4, spec = ?6, desired = ?8, run = ?9, start_time_ms = ?10,
-             end_time_ms = ?11, end_kind = ?12, end_reason = ?13, restarts = ?14",
+             end_time_ms = ?11, end_kind = ?12, end_reason = ?13, restarts = ?14, kernel = ?15",
     )?
     .execute(params![
         r.uid.to_string(),
@@ -165,7 +166,8 @@ fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
         r.last_end.as_ref().map(|e| e.time.0),
         r.last_end.as_ref().map(|e| e.kind.as_str()),
         r.last_end.as_ref().map(|e| e.reason.as_str()),
-        r.restarts
+        r.restarts,
+        kernel
     ])
     .map(drop)
 }

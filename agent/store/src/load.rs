@@ -170,6 +170,10 @@ fn vm(f: &Fields<'_>) -> Result<VmRecord, LoadError> {
         start_time: f.get::<Option<i64>>("start_time_ms")?.map(Millis),
         last_end,
         restarts: f.get("restarts")?,
+        kernel: match f.get::<Option<String>>("kernel")? {
+            Some(kernel) => Some(serde_json::from_str(&kernel).map_err(|e| f.bad("kernel", &e))?),
+            None => None,
+        },
     })
 }
 

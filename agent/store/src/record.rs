@@ -318,6 +318,8 @@ pub struct VmRecord {
     pub last_end: Option<End>,
     /// Times that it was started again by its policy.
     pub restarts: u32,
+    /// What it booted at its last start, if that was from its root disk.
+    pub kernel: Option<serio_types::BootedKernel>,
 }
 
 /// A point, or a stopped volume, that is served.

@@ -36,6 +36,7 @@ fn vm(vdc: Uuid, volume: Uuid) -> VmRecord {
             cmdline: Some("quiet".to_owned().try_into().unwrap()),
             cloud_init: Some(serio_types::CloudInit::default()),
             restart_policy: RestartPolicy::Always,
+            boot: serio_types::BootFrom::Disk,
         },
         root_volume: volume,
         desired: Desired::Running,
@@ -43,6 +44,7 @@ fn vm(vdc: Uuid, volume: Uuid) -> VmRecord {
         start_time: Some(Millis(5)),
         last_end: Some(End { time: Millis(6), kind: EndWord::GuestError, reason: "triple fault".to_owned() }),
         restarts: 3,
+        kernel: Some(serio_types::BootedKernel { path: "/vmlinuz".to_owned(), ..Default::default() }),
     }
 }
 

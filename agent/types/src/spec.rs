@@ -54,6 +54,39 @@ pub struct VmSpec {
     pub cloud_init: Option<CloudInit>,
     /// What to do when it ends by itself.
     pub restart_policy: RestartPolicy,
+    /// Where the kernel comes from.
+    #[serde(default)]
+    pub boot: BootFrom,
+}
+
+/// Where a VM's kernel comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootFrom {
+    /// The image's kernel if it has one, else the root disk.
+    #[default]
+    Auto,
+    /// The image's kernel.
+    Image,
+    /// The root disk: what its boot loader would boot is looked for at each start.
+    Disk,
+}
+
+/// What a VM booted from its root disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootedKernel {
+    /// The kernel, from its file system's root.
+    pub path: String,
+    /// Its version as far as it is known.
+    pub version: String,
+    /// The entry as a boot loader's menu shows it.
+    pub title: String,
+    /// The file that says so.
+    pub source: String,
+    /// The partition of that file; 0: the disk has none.
+    pub partition: u32,
+    /// The command line.
+    pub cmdline: String,
 }
 
 /// A network card on the vdc's bridge.

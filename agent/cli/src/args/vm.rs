@@ -82,7 +82,7 @@ pub struct VmArgs {
     /// VDC/NAME
     #[arg(value_parser = in_vdc)]
     pub name: VdcName,
-    /// The image that gives the kernel, and the root disk its content
+    /// The image that gives the root disk its content, and the kernel if it has one
     #[arg(long, value_parser = image_name)]
     pub image: Name,
     /// Virtual processors, 1 to 64
@@ -109,12 +109,26 @@ pub struct VmArgs {
     /// The guest's host name; the VM's name if left out
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<String>,
-    /// The kernel's command line, instead of the image's
+    /// The kernel's command line, instead of the image's or the disk's
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// When to start it again after it ended by itself
     #[arg(long, value_enum, default_value_t = Restart::OnFailure)]
     pub restart: Restart,
+    /// Where the kernel comes from, at each start and reboot
+    #[arg(long, value_enum, default_value_t = Boot::Auto)]
+    pub boot: Boot,
+}
+
+/// Where the kernel comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Boot {
+    /// The image's kernel if it has one, else the root disk.
+    Auto,
+    /// The image's kernel.
+    Image,
+    /// The root disk: its boot loader entries or grub.cfg.
+    Disk,
 }
 
 /// The restart policies.

@@ -3,15 +3,15 @@
 use std::{fs, path::Path, time::Duration};
 
 use serio_api::v1::{
-    CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec, ReadLogRequest,
-    RebootVmRequest, RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState,
+    BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec, ReadLogRequest,
+    RebootVmRequest, RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, VmStatus,
     vm_service_client::VmServiceClient,
 };
 use serio_types::{Name, VdcName};
 
 use super::request_id;
 use crate::{
-    args::{Global, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb},
+    args::{Boot, Global, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb},
     client::Client,
     error::Failure,
     names, output,
@@ -129,6 +129,12 @@ fn spec(args: VmArgs) -> Result<VmSpec, Failure> {
             Restart::Always => RestartPolicy::Always,
         }
         .into(),
+        boot: match args.boot {
+            Boot::Auto => BootSource::Unspecified,
+            Boot::Image => BootSource::Image,
+            Boot::Disk => BootSource::Disk,
+        }
+        .into(),
     })
 }
 
@@ -244,6 +250,7 @@ fn show(vm: &Vm, output: Output) -> Result<(), Failure> {
             ("vcpus", spec.vcpus.to_string()),
             ("memory", output::size(spec.memory_bytes)),
             ("image", names::short(&spec.image)),
+            ("kernel", kernel(&status)),
             ("root volume", names::short(&status.root_volume)),
             ("volumes", volumes.collect::<Vec<_>>().join(", ")),
             ("nics", nics.collect::<Vec<_>>().join(", ")),
@@ -259,6 +266,17 @@ fn show(vm: &Vm, output: Output) -> Result<(), Failure> {
             ("last end", end.unwrap_or_default()),
         ],
     )
+}
+
+/// What it booted from its root disk: "/boot/vmlinuz-6.1 (6.1), from /boot/grub/grub.cfg".
+fn kernel(status: &VmStatus) -> String {
+    let Some(kernel) = &status.kernel else { return String::new() };
+    let version = if kernel.version.is_empty() { String::new() } else { format!(" ({})", kernel.version) };
+    let place = match kernel.partition {
+        0 => String::new(),
+        number => format!(" on partition {number} of the root disk"),
+    };
+    format!("{}{version}, by {}{place}", kernel.path, kernel.source)
 }
 
 /// `running`.

@@ -4,7 +4,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use serio_store::record::PointClass;
-use serio_types::{Cidr, MacAddr, Name, VdcName};
+use serio_types::{BootedKernel, Cidr, MacAddr, Name, VdcName};
 use uuid::Uuid;
 
 use super::{
@@ -124,11 +124,13 @@ pub struct Launch {
     pub vcpus: u32,
     /// A multiple of 1 MiB.
     pub memory_bytes: u64,
-    /// Gives kernel and initrd.
+    /// Gives kernel and initrd, unless the root volume does.
     pub image: Uuid,
+    /// The root volume does.
+    pub from_disk: bool,
     /// It has an initrd.
     pub has_initrd: bool,
-    /// The kernel's command line.
+    /// The kernel's command line; empty: the root volume's.
     pub cmdline: String,
     /// Root first.
     pub volumes: Vec<Uuid>,
@@ -138,6 +140,15 @@ pub struct Launch {
     pub nics: Vec<LaunchNic>,
     /// A seed disk, last.
     pub seed: Option<serio_types::CloudInit>,
+}
+
+/// A VM that was started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Started {
+    /// Its process.
+    pub pid: u32,
+    /// What it booted, if that was from its root volume.
+    pub kernel: Option<BootedKernel>,
 }
 
 /// A card of a VM to be started.
@@ -178,7 +189,7 @@ pub enum Input {
     /// A volume's files are gone, or some are not.
     VolumeDeleted { volume: Uuid, result: Result<(), Error> },
     /// A guest runs (its process), or nothing of it is there.
-    Launched { vm: Uuid, result: Result<u32, Error> },
+    Launched { vm: Uuid, result: Result<Started, Error> },
     /// An earlier VMM runs, is gone, or cannot be asked.
     Adopted { vm: Uuid, found: Adopted },
     /// A VMM's process is gone.

@@ -17,12 +17,12 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::effect::{Adopted, Effect, Input, Launch};
+use super::effect::{Adopted, Effect, Input, Launch, Started};
 use crate::{
     error::{Error, chain},
     net,
     seed::{self, SeedNic, SeedSpec},
-    supervise::{DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle},
+    supervise::{BootPlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle},
 };
 
 /// Bytes of a guest's frames: what every network takes.
@@ -168,7 +168,8 @@ impl Executor {
         match result {
             Ok(handle) => {
                 self.handles.with(|r| r.vms.insert(vm, handle.clone()));
-                self.send(Input::Launched { vm, result: Ok(handle.pid()) }).await;
+                let started = Started { pid: handle.pid(), kernel: handle.kernel().cloned() };
+                self.send(Input::Launched { vm, result: Ok(started) }).await;
                 self.watch(vm, handle).await;
             }
             Err(error) => self.send(Input::Launched { vm, result: Err(error) }).await,
@@ -206,8 +207,13 @@ impl Executor {
             generation: launch.generation,
             vcpus: launch.vcpus,
             memory_bytes: launch.memory_bytes,
-            kernel: image.join("kernel"),
-            initrd: launch.has_initrd.then(|| image.join("initrd")),
+            boot: match launch.volumes.first() {
+                Some(root) if launch.from_disk => BootPlan::Disk { volume: *root },
+                _ => BootPlan::Files {
+                    kernel: image.join("kernel"),
+                    initrd: launch.has_initrd.then(|| image.join("initrd")),
+                },
+            },
             disks,
             nics: launch.nics.iter().enumerate().map(nic).collect(),
             name: launch.name,

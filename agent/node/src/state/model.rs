@@ -9,7 +9,7 @@ use serio_store::{
         VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
-use serio_types::{Name, Quota, VdcName, resource};
+use serio_types::{BootFrom, Name, Quota, VdcName, resource};
 use serio_vdc::add;
 use uuid::Uuid;
 
@@ -212,6 +212,16 @@ impl Model {
             .into_iter()
             .chain(vm.spec.volumes.iter().filter_map(named))
             .collect()
+    }
+
+    /// Whether a VM's kernel is looked for on its root volume.
+    #[must_use]
+    pub fn boots_from_disk(&self, vm: &VmRecord) -> bool {
+        match vm.spec.boot {
+            BootFrom::Image => false,
+            BootFrom::Disk => true,
+            BootFrom::Auto => self.image(&vm.spec.image).is_ok_and(|image| !image.has_kernel),
+        }
     }
 
     /// What the VMs and volumes of a vdc (of all, when `None`) are promised.

@@ -210,6 +210,12 @@ impl State {
             // It never ran, or died on the way: its start still stands.
             (Run::Starting, None) => After::Launch,
             (Run::Starting, Some(end)) if end.kind == EndKind::LaunchFailed => After::Launch,
+            (Run::Starting | Run::Running, Some(end))
+                if end.kind == EndKind::Reset && self.reboots(uid, EndWord::Reset) =>
+            {
+                self.record_reboot(uid);
+                After::Launch
+            }
             (Run::Stopping | Run::Killing, end) => {
                 let end = self.end_of(end, "it ended while seriod was away");
                 self.record_stop(uid, end);

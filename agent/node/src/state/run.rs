@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     Refused, State, check,
     command::Answer,
-    effect::{Effect, Launch, LaunchNic, Timer},
+    effect::{Effect, Launch, LaunchNic, Started, Timer},
     phase::{After, Cause, Op, Phase},
 };
 use crate::{
@@ -61,7 +61,10 @@ impl State {
     fn plan(&self, vm: &VmRecord) -> Result<Launch, Error> {
         self.volumes_startable(vm)?;
         let image = self.model.image(&vm.spec.image)?;
-        let cmdline = vm.spec.cmdline.as_ref().map_or(image.cmdline.as_str(), |c| c.as_str());
+        let from_disk = self.model.boots_from_disk(vm);
+        // A command line that came with a kernel is for that kernel.
+        let default = if from_disk && image.has_kernel { "" } else { image.cmdline.as_str() };
+        let cmdline = vm.spec.cmdline.as_ref().map_or(default, |c| c.as_str());
         let nic = |nic: &serio_types::NicSpec| {
             nic.mac.map(|mac| LaunchNic { mac, address: nic.address, gateway: nic.gateway })
         };
@@ -72,6 +75,7 @@ impl State {
             vcpus: vm.spec.vcpus.get(),
             memory_bytes: vm.spec.memory.bytes(),
             image: image.uid,
+            from_disk,
             has_initrd: image.has_initrd,
             cmdline: cmdline.to_owned(),
             volumes: self.model.volumes_of(vm).iter().map(|v| v.uid).collect(),
@@ -81,22 +85,25 @@ impl State {
         })
     }
 
-    pub(super) fn launched(&mut self, uid: Uuid, result: Result<u32, Error>) {
+    pub(super) fn launched(&mut self, uid: Uuid, result: Result<Started, Error>) {
         let Some(Phase::Launching { .. }) = self.phases.get(&uid) else { return };
         let Some(Phase::Launching { cause }) = self.phases.remove(&uid) else { return };
         match result {
-            Ok(pid) => self.runs(uid, pid, cause),
+            Ok(started) => self.runs(uid, started, cause),
             Err(error) => self.launch_failed(uid, error, cause),
         }
     }
 
-    fn runs(&mut self, uid: Uuid, pid: u32, cause: Cause) {
+    fn runs(&mut self, uid: Uuid, started: Started, cause: Cause) {
+        let Started { pid, kernel } = started;
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         vm.run = Run::Running;
         vm.start_time = Some(self.now);
+        let what = kernel.as_ref().map_or_else(String::new, |kernel| format!(", with {} of its disk", kernel.path));
+        vm.kernel = kernel;
         let (kind, message) = match cause {
-            Cause::Again => ("restarted", format!("it was started again, as process {pid}")),
-            _ => ("started", format!("its guest runs, in process {pid}")),
+            Cause::Again => ("restarted", format!("it was started again, as process {pid}{what}")),
+            _ => ("started", format!("its guest runs, in process {pid}{what}")),
         };
         let event = self.event(self.model.vm_resource(uid), kind, message);
         self.record(vec![Change::Vm(Box::new(vm)), event]);
@@ -147,6 +154,10 @@ impl State {
     pub(super) fn ended(&mut self, uid: Uuid, gone: u32, end: EndRecord) {
         let end = End { time: self.now, kind: word(end.kind), reason: end.reason };
         match self.phases.remove(&uid) {
+            Some(Phase::Running { pid }) if pid == gone && self.reboots(uid, end.kind) => {
+                self.record_reboot(uid);
+                self.clean(uid, After::Launch);
+            }
             Some(Phase::Running { pid }) if pid == gone => {
                 let after = self.record_end(uid, end);
                 self.clean(uid, after);
@@ -164,6 +175,21 @@ impl State {
     fn clean(&mut self, uid: Uuid, after: After) {
         self.phases.insert(uid, Phase::Cleaning { after });
         self.out.push(Effect::Clean { vm: uid });
+    }
+
+    /// Whether that end is a reset of a VM that boots from its disk: its next boot is another process's.
+    pub(super) fn reboots(&self, uid: Uuid, kind: EndWord) -> bool {
+        kind == EndWord::Reset && self.model.vms.get(&uid).is_some_and(|vm| self.model.boots_from_disk(vm))
+    }
+
+    /// Its guest reset: it is started again at once, which is neither a failure nor a restart by its policy.
+    pub(super) fn record_reboot(&mut self, uid: Uuid) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        vm.run = Run::Starting;
+        vm.start_time = None;
+        let message = "its guest was reset: it boots again, with what is on its disk now";
+        let event = self.event(self.model.vm_resource(uid), "reset", message);
+        self.record(vec![Change::Vm(Box::new(vm)), event]);
     }
 
     /// The end that was asked for.

@@ -6,7 +6,7 @@ use serio_store::{
     Change,
     record::{ImageRecord, Made, Run, VdcRecord, VmRecord, VolumeRecord},
 };
-use serio_types::{Desired, Generation, MacAddr, Name, Quota, VdcName, VmSpec, VolumeSize, resource};
+use serio_types::{BootFrom, Desired, Generation, MacAddr, Name, Quota, VdcName, VmSpec, VolumeSize, resource};
 use serio_vdc::{Owner, Pool};
 use uuid::Uuid;
 
@@ -76,8 +76,14 @@ impl State {
             return Err(Error::Exists { resource: resource::vm(name) });
         }
         let image = self.model.image(&spec.image)?;
-        if !image.has_kernel {
-            let why = "has no kernel to boot: import it again with --kernel";
+        let why = match (spec.boot, image.has_kernel) {
+            (BootFrom::Image, false) => Some("has no kernel: boot from the disk, or import it with --kernel"),
+            (BootFrom::Auto, false) | (BootFrom::Disk, _) if image.size_bytes == 0 => {
+                Some("has no disk to boot from: import it with one, or with --kernel")
+            }
+            _ => None,
+        };
+        if let Some(why) = why {
             return Err(Error::precondition(resource::image(&image.name), why));
         }
         let root_name = root_volume_name(&name.name)?;
@@ -121,6 +127,7 @@ impl State {
             start_time: None,
             last_end: None,
             restarts: 0,
+            kernel: None,
         };
         Ok((vm, root, attached))
     }

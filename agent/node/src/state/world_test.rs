@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::{
     State,
     command::{Answer, Command, ImportedFiles, Mutation, Query, Request, VmView},
-    effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Timer},
+    effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Started, Timer},
     model::{Model, now},
     recover::Found,
 };
@@ -205,7 +205,7 @@ impl World {
             }
             Effect::DeleteVolume { volume } => Input::VolumeDeleted { volume, result: self.delete(volume) },
             Effect::Launch(launch) => {
-                let result = self.failure().map(|()| self.launch(&launch));
+                let result = self.failure().map(|()| Started { pid: self.launch(&launch), kernel: None });
                 Input::Launched { vm: launch.vm, result }
             }
             Effect::Adopt { vm } => Input::Adopted { vm, found: self.adopt(vm) },
@@ -493,5 +493,6 @@ pub(super) fn spec(vcpus: u32) -> Box<VmSpec> {
         cmdline: None,
         cloud_init: None,
         restart_policy: serio_types::RestartPolicy::OnFailure,
+        boot: serio_types::BootFrom::Auto,
     })
 }

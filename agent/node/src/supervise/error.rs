@@ -120,6 +120,9 @@ pub enum LaunchError {
     /// The initrd cannot be opened.
     #[error("the initrd cannot be used")]
     Initrd(#[source] FileError),
+    /// No kernel was found on the root disk.
+    #[error("the VM cannot boot from its root disk")]
+    NoKernel(#[source] Box<JobError>),
     /// /dev/kvm cannot be opened.
     #[error("KVM cannot be used on this host: `serio doctor` says what is missing")]
     Kvm(#[source] FileError),
@@ -164,6 +167,7 @@ impl LaunchError {
     pub fn refusal(&self) -> Option<&Failed> {
         match self {
             Self::Talk(talk) => talk.refusal(),
+            Self::NoKernel(job) => job.refusal(),
             _ => None,
         }
     }

@@ -18,7 +18,8 @@ use serio_control::{
 use uuid::Uuid;
 
 use super::{
-    AdoptError, DiskSource, FileError, Inner, LaunchError, LaunchPlan, VmHandle, VolumeFilesError,
+    AdoptError, BootPlan, DiskSource, FileError, Inner, LaunchError, LaunchPlan, VmHandle, VolumeFilesError,
+    bootdisk,
     files::{self, Descriptors},
     link,
     process::Process,
@@ -37,7 +38,16 @@ const KVM: &str = "/dev/kvm";
 pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHandle, LaunchError> {
     let uid = plan.uid;
     let run = inner.run_of(uid);
-    let (mut launch, mut descriptors) = describe(inner, &plan)?;
+    let (kernel, booted) = match &plan.boot {
+        BootPlan::Files { kernel, initrd } => (bootdisk::Kernel::open(kernel, initrd.as_deref())?, None),
+        BootPlan::Disk { volume } => {
+            let found = bootdisk::find(inner, *volume, &plan.cmdline).await;
+            let (kernel, booted) = found.map_err(|e| LaunchError::NoKernel(Box::new(e)))?;
+            (kernel, Some(booted))
+        }
+    };
+    let cmdline = booted.as_ref().map_or(&plan.cmdline, |booted| &booted.cmdline).clone();
+    let (mut launch, mut descriptors) = describe(inner, &plan, kernel, cmdline)?;
     let digest = blake3::hash(&launch.encode_to_vec()).to_hex().to_string();
     // After the digest, which is kept in a file.
     for (disk, planned) in launch.disks.iter_mut().zip(&plan.disks) {
@@ -69,7 +79,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
         watched.kill().await;
         return Err(error);
     }
-    Ok(VmHandle::new(Arc::clone(inner), uid, plan.generation, watched))
+    Ok(VmHandle::new(Arc::clone(inner), uid, plan.generation, watched).booted(booted))
 }
 
 async fn send(run: &RunDir, watched: &Watched, launch: Launch, fds: &[OwnedFd]) -> Result<(), LaunchError> {
@@ -94,13 +104,15 @@ async fn send(run: &RunDir, watched: &Watched, launch: Launch, fds: &[OwnedFd]) 
 }
 
 /// Opens everything that is there already.
-fn describe(inner: &Inner, plan: &LaunchPlan) -> Result<(Launch, Descriptors), LaunchError> {
+fn describe(
+    inner: &Inner,
+    plan: &LaunchPlan,
+    kernel: bootdisk::Kernel,
+    cmdline: String,
+) -> Result<(Launch, Descriptors), LaunchError> {
     let mut descriptors = Descriptors::default();
-    let kernel_fd = descriptors.push(files::open(&plan.kernel, true).map_err(LaunchError::Kernel)?);
-    let initrd_fd = match &plan.initrd {
-        Some(path) => Some(descriptors.push(files::open(path, true).map_err(LaunchError::Initrd)?)),
-        None => None,
-    };
+    let kernel_fd = descriptors.push(kernel.kernel);
+    let initrd_fd = kernel.initrd.map(|initrd| descriptors.push(initrd));
     let kvm_fd = descriptors.push(open_kvm().map_err(LaunchError::Kvm)?);
     let mut disks = Vec::new();
     for (index, disk) in plan.disks.iter().enumerate() {
@@ -121,14 +133,19 @@ fn describe(inner: &Inner, plan: &LaunchPlan) -> Result<(Launch, Descriptors), L
         kvm_fd,
         kernel_fd,
         initrd_fd,
-        cmdline: plan.cmdline.clone(),
+        cmdline,
         disks,
         nics: Vec::new(),
         log_fd,
         console_fd: 0,
         exit_fd: 0,
         uid: 0,
-        on_reset: OnReset::Reboot.into(),
+        // Another kernel may be there by then, and only seriod can look.
+        on_reset: match plan.boot {
+            BootPlan::Files { .. } => OnReset::Reboot,
+            BootPlan::Disk { .. } => OnReset::End,
+        }
+        .into(),
     };
     Ok((launch, descriptors))
 }

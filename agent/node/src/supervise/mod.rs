@@ -23,6 +23,7 @@
 //! Threads: none of its own; tokio tasks: one per watched process, one per launch and job (they are not broken
 //! off half-way when the caller goes).
 
+mod bootdisk;
 mod cgroup;
 mod check;
 mod error;
@@ -69,7 +70,7 @@ pub use files::Allocated;
 pub use jobs::is_in_use;
 pub use merge::{MergeEnd, MergeGoal, MergePlan};
 pub use plan::{
-    DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage, LaunchPlan, NicPlan,
+    BootPlan, DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage, LaunchPlan, NicPlan,
     PointInfo, SupervisorSettings, VmReport, VolumeInfo,
 };
 pub use reshape::{ChangesAsk, CloneSource, is_unlinkable};

@@ -35,16 +35,31 @@ pub struct LaunchPlan {
     pub vcpus: u32,
     /// A multiple of 1 MiB.
     pub memory_bytes: u64,
-    /// bzImage or vmlinux.
-    pub kernel: PathBuf,
-    /// The initrd.
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
+    /// The kernel.
+    pub boot: BootPlan,
+    /// The kernel's command line; empty with [`BootPlan::Disk`]: the one found there.
     pub cmdline: String,
     /// In the order that the guest sees them: vda, vdb, …
     pub disks: Vec<DiskPlan>,
     /// In the order that the guest sees them.
     pub nics: Vec<NicPlan>,
+}
+
+/// Where a kernel comes from.
+#[derive(Debug, Clone)]
+pub enum BootPlan {
+    /// Files.
+    Files {
+        /// bzImage or vmlinux.
+        kernel: PathBuf,
+        /// The initrd.
+        initrd: Option<PathBuf>,
+    },
+    /// What this volume boots with. A reset ends the VM's process, so that the next one looks again.
+    Disk {
+        /// The root volume.
+        volume: Uuid,
+    },
 }
 
 /// A disk of a VM.

@@ -54,8 +54,7 @@ impl Bench {
             generation: 7,
             vcpus: 1,
             memory_bytes: 64 << 20,
-            kernel: self.dir.path().join("kernel"),
-            initrd: None,
+            boot: BootPlan::Files { kernel: self.dir.path().join("kernel"), initrd: None },
             cmdline: cmdline.to_owned(),
             disks: Vec::new(),
             nics: Vec::new(),
@@ -155,7 +154,10 @@ async fn a_failed_launch_leaves_nothing() {
         error.to_string().contains("status 3") && error.to_string().contains("something broke"),
         "{error}"
     );
-    let none = LaunchPlan { kernel: "/nonexistent".into(), ..bench.plan("") };
+    let none = LaunchPlan {
+        boot: BootPlan::Files { kernel: "/nonexistent".into(), initrd: None },
+        ..bench.plan("")
+    };
     assert!(matches!(bench.supervisor.launch(none).await, Err(LaunchError::Kernel(_))));
     let disk = DiskPlan { source: DiskSource::Volume(Uuid::new_v4()), read_only: false };
     let none = LaunchPlan { disks: vec![disk], ..bench.plan("") };

@@ -4,7 +4,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -14,6 +14,7 @@ use serio_control::{
     ChannelError,
     message::{Body, Empty, SnapshotVolume, VmState, VmStatus},
 };
+use serio_types::BootedKernel;
 use tokio::net::UnixStream;
 use uuid::Uuid;
 
@@ -48,6 +49,8 @@ struct Shared {
     watched: Watched,
     /// We asked it to end: a silent death is then no failure.
     stopping: AtomicBool,
+    /// What it booted, if it was started here from a disk.
+    booted: OnceLock<BootedKernel>,
 }
 
 impl VmHandle {
@@ -61,8 +64,23 @@ impl VmHandle {
                 run,
                 watched,
                 stopping: AtomicBool::new(false),
+                booted: OnceLock::new(),
             }),
         }
+    }
+
+    pub(super) fn booted(self, kernel: Option<BootedKernel>) -> Self {
+        if let Some(kernel) = kernel {
+            // It is new: nobody has set it.
+            let _ = self.shared.booted.set(kernel);
+        }
+        self
+    }
+
+    /// What it booted; `None` if not from its disk, or if an earlier seriod started it.
+    #[must_use]
+    pub fn kernel(&self) -> Option<&BootedKernel> {
+        self.shared.booted.get()
     }
 
     /// Its process.

@@ -5,18 +5,20 @@
 //! | [`source`] | the bytes of an image file, with its length |
 //! | [`raw`] | a file, device or NBD export that is the disk itself |
 //! | [`qcow2`], `qcow2_check` | header, tables, clusters; all metadata are validated before anything is read |
-//! | [`vmdk`] | hosted sparse extents: monolithicSparse and streamOptimized |
+//! | [`vmdk`], [`vmdk_parts`] | hosted sparse extents: monolithicSparse and streamOptimized; disks over several files |
+//! | [`allowed`] | the files that a person allowed an image to lean on |
 //! | [`sinks`], [`transfer`] | where a disk goes, and the way from an image there |
 //! | [`qcow2_out`], [`vmdk_out`] | writers, for a disk that is read once from its start |
 //!
-//! Owns: the meaning of an image's bytes. Never: opens a file by itself (backing files come through [`Backings`], which
-//! the caller filled), writes where an import goes.
+//! Owns: the meaning of an image's bytes. Never: opens a file that the caller did not allow by name ([`Backings`]), writes
+//! where an import goes.
 //!
 //! An image's bytes are hostile. Readers are bounded: a table is read only after its place and size were checked
 //! against the file and a limit; each cluster that is used must lie in the file and belong to one owner; what does not
 //! fit is refused before the first byte of the disk is written anywhere.
 #![forbid(unsafe_code)]
 
+pub mod allowed;
 pub mod qcow2;
 mod qcow2_check;
 pub mod qcow2_out;
@@ -26,6 +28,7 @@ pub mod source;
 pub mod transfer;
 pub mod vmdk;
 pub mod vmdk_out;
+pub mod vmdk_parts;
 
 #[cfg(test)]
 mod hostile_test;
@@ -72,7 +75,9 @@ impl std::fmt::Display for Format {
 
 /// A format that nobody here knows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the format `{0}` is not known: raw, qcow2 and vmdk are")]
+#[error(
+    "the format `{0}` is not known: raw, qcow2 and vmdk are; convert others first, `qemu-img convert -O qcow2`"
+)]
 pub struct UnknownFormat(String);
 
 impl std::str::FromStr for Format {
@@ -110,6 +115,15 @@ pub enum FormatError {
         "the image leans on the file `{0}`, which was not allowed: look at it, then allow it by its name"
     )]
     NotAllowed(String),
+    /// One of the files that were allowed.
+    #[error("cannot open `{name}`, which the image leans on")]
+    Named {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The disk is too large.
     #[error("the disk has {size} bytes; {max} are the most that is allowed")]
     TooLarge {
@@ -149,6 +163,11 @@ pub trait Image {
 pub trait Backings {
     /// The file and its format, or a refusal. Called once for each name.
     fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image + Send>, FormatError>;
+
+    /// A file that is one part of the image, as it is, or a refusal.
+    fn part(&mut self, name: &str) -> Result<source::Source, FormatError> {
+        Err(FormatError::NotAllowed(printable(name)))
+    }
 }
 
 /// Nothing is allowed.
@@ -176,6 +195,9 @@ pub fn open(
     let image: Box<dyn Image + Send> = match format {
         Format::Raw => Box::new(raw::RawFile::open(file)?),
         Format::Qcow2 => Box::new(qcow2::Qcow2::open(file, size_max, backings)?),
+        Format::Vmdk if file.starts_with(vmdk_parts::START)? => {
+            Box::new(vmdk_parts::VmdkParts::open(&file, size_max, backings)?)
+        }
         Format::Vmdk => Box::new(vmdk::Vmdk::open(file, size_max)?),
     };
     match image.size_bytes() {

@@ -1,6 +1,5 @@
 //! The disk itself: a file or block device, or an NBD export.
 
-use rustix::fs::{SeekFrom, seek};
 use serio_nbd::{client::Client, wire::STATE_ZERO};
 
 use super::{FormatError, Image, Run, source::Source};
@@ -24,19 +23,7 @@ impl Image for RawFile {
     }
 
     fn run(&mut self, offset: u64) -> Result<Run, FormatError> {
-        let left = self.source.len().saturating_sub(offset);
-        let data = match seek(self.source.file(), SeekFrom::Data(offset)) {
-            Ok(data) => data.saturating_sub(offset).min(left),
-            // Only a hole is left.
-            Err(rustix::io::Errno::NXIO) => left,
-            // A file system or device that knows no holes: all is data.
-            Err(_) => 0,
-        };
-        if data > 0 {
-            return Ok(Run { len: data, zero: true });
-        }
-        let hole = seek(self.source.file(), SeekFrom::Hole(offset)).unwrap_or(self.source.len());
-        Ok(Run { len: hole.saturating_sub(offset).clamp(1, left.max(1)), zero: false })
+        Ok(self.source.run(offset))
     }
 
     fn read(&mut self, offset: u64, buffer: &mut [u8]) -> Result<(), FormatError> {

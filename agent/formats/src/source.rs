@@ -6,6 +6,10 @@ use std::{
     os::unix::fs::FileExt,
 };
 
+use rustix::fs::{SeekFrom as Seeks, seek};
+
+use super::Run;
+
 /// See the head of this file.
 #[derive(Debug)]
 pub struct Source {
@@ -39,6 +43,30 @@ impl Source {
     /// Whether a range lies in the file.
     pub fn holds(&self, offset: u64, len: u64) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.len)
+    }
+
+    /// Whether its first bytes are these.
+    pub(super) fn starts_with(&self, bytes: &[u8]) -> io::Result<bool> {
+        let mut first = vec![0; bytes.len()];
+        self.read_padded_at(&mut first, 0)?;
+        Ok(first == bytes)
+    }
+
+    /// The stretch of data or of a hole at `offset`, which lies in the file.
+    pub(super) fn run(&self, offset: u64) -> Run {
+        let left = self.len.saturating_sub(offset);
+        let data = match seek(&self.file, Seeks::Data(offset)) {
+            Ok(data) => data.saturating_sub(offset).min(left),
+            // Only a hole is left.
+            Err(rustix::io::Errno::NXIO) => left,
+            // A file system or device that knows no holes: all is data.
+            Err(_) => 0,
+        };
+        if data > 0 {
+            return Run { len: data, zero: true };
+        }
+        let hole = seek(&self.file, Seeks::Hole(offset)).unwrap_or(self.len);
+        Run { len: hole.saturating_sub(offset).clamp(1, left.max(1)), zero: false }
     }
 
     /// Fills the buffer; it must lie in the file.

@@ -4,7 +4,7 @@
 //! ```text
 //! offset in the disk ──► grain directory[offset / (512 · grain)] ──► grain table[…] ──► grain in the file | zeros
 //! ```
-//! Never read: disks over several files, or over a parent. Invariant: [`Vmdk::open`] has looked at all tables.
+//! Never read: disks over a parent. [`vmdk_parts`](super::vmdk_parts) has disks over several files. Invariant: [`Vmdk::open`] has looked at all tables.
 
 use super::{
     Format, FormatError, Image, Run, printable,
@@ -26,11 +26,11 @@ const AT_END: u64 = u64::MAX;
 const ZERO_GRAINS: u32 = 1 << 2;
 const COMPRESSED: u32 = 1 << 16;
 
-fn malformed<T>(why: impl Into<String>) -> Result<T, FormatError> {
+pub(super) fn malformed<T>(why: impl Into<String>) -> Result<T, FormatError> {
     Err(FormatError::Malformed { format: Format::Vmdk, why: why.into() })
 }
 
-fn unsupported<T>(why: impl Into<String>) -> Result<T, FormatError> {
+pub(super) fn unsupported<T>(why: impl Into<String>) -> Result<T, FormatError> {
     Err(FormatError::Unsupported { format: Format::Vmdk, why: why.into() })
 }
 
@@ -51,11 +51,6 @@ impl Header {
         source.read_padded_at(&mut bytes, at)?;
         let u32_at = |at| u32::from_le_bytes(field(&bytes, at));
         let u64_at = |at| u64::from_le_bytes(field(&bytes, at));
-        if bytes.starts_with(b"# Disk Desc") {
-            return unsupported(
-                "it is only a description, its data lie in other files: convert it first, `qemu-img convert -O vmdk`",
-            );
-        }
         if u32_at(0) != MAGIC {
             return malformed("it does not start with KDMV");
         }
@@ -124,7 +119,17 @@ impl Vmdk {
     /// Opens it and validates all its metadata.
     pub fn open(source: Source, size_max: u64) -> Result<Vmdk, FormatError> {
         let first = Header::parse(&source, 0)?;
-        check_descriptor(&source, &first)?;
+        check_description(&source, &first)?;
+        Vmdk::with_header(source, first, size_max)
+    }
+
+    /// The same for one of several files, which has no description of its own.
+    pub(super) fn open_extent(source: Source, size_max: u64) -> Result<Vmdk, FormatError> {
+        let first = Header::parse(&source, 0)?;
+        Vmdk::with_header(source, first, size_max)
+    }
+
+    fn with_header(source: Source, first: Header, size_max: u64) -> Result<Vmdk, FormatError> {
         let mut header = first.clone();
         if header.directory == AT_END {
             let Some(footer) = source.len().checked_sub(1024) else {
@@ -245,38 +250,68 @@ impl Vmdk {
 }
 
 /// The text in the file: one extent, no parent.
-fn check_descriptor(source: &Source, header: &Header) -> Result<(), FormatError> {
+fn check_description(source: &Source, header: &Header) -> Result<(), FormatError> {
     let (at, bytes) =
         (header.descriptor.0.saturating_mul(SECTOR), header.descriptor.1.saturating_mul(SECTOR));
+    let part = "it is one of the files of a disk: give the description that names them all, and allow each by its name";
     if at == 0 || bytes == 0 {
-        return unsupported("it has no description of its own: it is a part of a disk over several files");
+        return unsupported(part);
     }
-    if bytes > DESCRIPTOR_BYTES_MAX || !source.holds(at, bytes) {
-        return malformed(format!("its description of {bytes} bytes at {at:#x} lies outside the file"));
-    }
-    let text = String::from_utf8_lossy(&source.table(at, bytes as usize)?).into_owned();
-    let lines = || text.split('\0').next().unwrap_or_default().lines().map(str::trim);
-    let value = |key: &str| {
-        lines().find_map(|line| {
-            let (name, value) = line.split_once('=')?;
-            name.trim().eq_ignore_ascii_case(key).then(|| value.trim().trim_matches('"').to_owned())
-        })
-    };
-    if value("parentCID").is_some_and(|id| !id.eq_ignore_ascii_case("ffffffff")) {
-        let parent = value("parentFileNameHint").unwrap_or_default();
-        return unsupported(format!(
-            "it leans on the file `{}`: flatten it first, `qemu-img convert`",
-            printable(&parent)
-        ));
-    }
-    let extents =
-        lines().filter(|l| ["RW ", "RDONLY ", "NOACCESS "].iter().any(|k| l.starts_with(k))).count();
-    match value("createType").as_deref() {
+    let description = Description::read(source, at, bytes)?;
+    description.check_no_parent()?;
+    let extents = description.extents().count();
+    match description.value("createType").as_deref() {
         Some("monolithicSparse" | "streamOptimized") if extents <= 1 => Ok(()),
+        // Room for one, as some tools leave it.
+        None if extents == 0 => unsupported(part),
         kind => unsupported(format!(
             "it is a `{}` of {extents} files: convert it first, `qemu-img convert -O vmdk`",
             printable(kind.unwrap_or_default())
         )),
+    }
+}
+
+/// The lines of text that say what a disk is made of.
+#[derive(Debug)]
+pub(super) struct Description(String);
+
+impl Description {
+    /// Reads it from a place in a file.
+    pub(super) fn read(source: &Source, at: u64, bytes: u64) -> Result<Description, FormatError> {
+        if bytes > DESCRIPTOR_BYTES_MAX || !source.holds(at, bytes) {
+            return malformed(format!("its description of {bytes} bytes at {at:#x} lies outside the file"));
+        }
+        Ok(Description(String::from_utf8_lossy(&source.table(at, bytes as usize)?).into_owned()))
+    }
+
+    fn lines(&self) -> impl Iterator<Item = &str> {
+        self.0.split('\0').next().unwrap_or_default().lines().map(str::trim)
+    }
+
+    /// What stands behind `key=`.
+    pub(super) fn value(&self, key: &str) -> Option<String> {
+        self.lines().find_map(|line| {
+            let (name, value) = line.split_once('=')?;
+            name.trim().eq_ignore_ascii_case(key).then(|| value.trim().trim_matches('"').to_owned())
+        })
+    }
+
+    /// The lines that name an extent.
+    pub(super) fn extents(&self) -> impl Iterator<Item = String> {
+        let is_extent = |line: &&str| ["RW ", "RDONLY ", "NOACCESS "].iter().any(|k| line.starts_with(k));
+        self.lines().filter(is_extent).map(ToOwned::to_owned)
+    }
+
+    /// A disk of its own, not the difference to another one.
+    pub(super) fn check_no_parent(&self) -> Result<(), FormatError> {
+        if self.value("parentCID").is_none_or(|id| id.eq_ignore_ascii_case("ffffffff")) {
+            return Ok(());
+        }
+        let parent = self.value("parentFileNameHint").unwrap_or_default();
+        unsupported(format!(
+            "it leans on the file `{}`: flatten it first, `qemu-img convert`",
+            printable(&parent)
+        ))
     }
 }
 

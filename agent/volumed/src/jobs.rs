@@ -211,7 +211,7 @@ fn format_failed(error: FormatError) -> Failed {
             failed(Code::Invalid, "data", &error)
         }
         FormatError::TooLarge { .. } => failed(Code::Invalid, "size_bytes", &error),
-        FormatError::Io(source) => failed(io_code(source), "", &error),
+        FormatError::Io(source) | FormatError::Named { source, .. } => failed(io_code(source), "", &error),
         FormatError::Nbd(_) => failed(Code::Io, "", &error),
     }
 }

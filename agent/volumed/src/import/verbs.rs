@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, bail};
 use clap::Args;
 use serio_formats::{
-    self as formats, Backings, Format, FormatError, GRAIN, Image, is_zero, qcow2_out,
+    self as formats, Format, GRAIN, Image, allowed::Allowed, is_zero, qcow2_out,
     raw::RawNbd,
     sinks::{ImageSink, NbdSink, PipeSink, RawSink, Sink, SinkError},
     source::Source,
@@ -29,9 +29,6 @@ use super::{
 };
 use crate::copy::{self, Imported, Progress};
 
-/// Backing files below one another.
-const BACKINGS_MAX: usize = 16;
-
 /// What to import.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
@@ -42,7 +39,7 @@ pub struct ImportArgs {
     /// Format of the image: raw, qcow2 or vmdk; never guessed.
     #[arg(long, default_value = "raw")]
     format: Format,
-    /// A file that the image may lean on, by the name that stands in the image; may be given several times.
+    /// A file that the image may lean on or have parts in, by the name that stands in the image; may be given several times.
     #[arg(long, value_name = "NAME")]
     backing: Vec<String>,
     /// Size of the volume if larger than the image's.
@@ -80,36 +77,6 @@ pub struct ExportArgs {
     resume: bool,
 }
 
-/// The files that a person allowed.
-struct Allowed {
-    names: Vec<String>,
-    /// Where the image that names them lies.
-    dir: PathBuf,
-    /// Files that are open already, by device and number: a chain must not come back to itself.
-    open: Vec<(u64, u64)>,
-}
-
-impl Backings for Allowed {
-    fn open(&mut self, name: &str, format: Format) -> Result<Box<dyn Image + Send>, FormatError> {
-        if !self.names.iter().any(|known| known == name) {
-            return Err(FormatError::NotAllowed(name.escape_debug().to_string()));
-        }
-        let path = self.dir.join(name);
-        let file = File::open(&path)?;
-        let meta = file.metadata()?;
-        let id = (meta.dev(), meta.ino());
-        if self.open.contains(&id) || self.open.len() >= BACKINGS_MAX {
-            let why = format!("its backing files come back to `{}`", name.escape_debug());
-            return Err(FormatError::Malformed { format, why });
-        }
-        self.open.push(id);
-        let before = std::mem::replace(&mut self.dir, path.parent().unwrap_or(Path::new(".")).to_owned());
-        let image = formats::open(Source::new(file)?, format, SIZE_BYTES_MAX, self);
-        self.dir = before;
-        image
-    }
-}
-
 /// Opens and validates what is imported; with the identity that a later attempt must find again.
 fn open_image(args: &ImportArgs) -> anyhow::Result<(Box<dyn Image + Send>, String)> {
     let name = &args.image;
@@ -140,11 +107,8 @@ fn open_image(args: &ImportArgs) -> anyhow::Result<(Box<dyn Image + Send>, Strin
         meta.mtime(),
         meta.mtime_nsec()
     );
-    let mut allowed = Allowed {
-        names: args.backing.clone(),
-        dir: full.parent().unwrap_or(Path::new("/")).to_owned(),
-        open: vec![(meta.dev(), meta.ino())],
-    };
+    let mut allowed = Allowed::new(&args.backing, &full, source.file(), SIZE_BYTES_MAX)
+        .with_context(|| format!("cannot look at the image {name}"))?;
     let image = formats::open(source, args.format, SIZE_BYTES_MAX, &mut allowed)
         .with_context(|| format!("cannot import {name}"))?;
     Ok((image, identity))

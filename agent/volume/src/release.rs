@@ -132,7 +132,7 @@ impl Release {
         if region.bottom {
             region.forget(map, &chunks(&runs))?;
         }
-        runs.iter().try_for_each(|run| punch(data, run, header.size_bytes))
+        runs.iter().try_for_each(|run| punch(data, run))
     }
 
     /// The layer that the snapshot's names as its successor, if it is among the files.
@@ -191,11 +191,11 @@ fn chunks(runs: &[Claim]) -> Vec<(u64, u128)> {
     chunks
 }
 
-fn punch(data: &Media, run: &Claim, size_bytes: u64) -> io::Result<()> {
-    let start = run.first * BLOCK_BYTES;
-    let end = (start + run.count * BLOCK_BYTES).min(size_bytes);
+/// The last block is punched whole, too, where the file ends inside it: of a part of a block no space is given back.
+fn punch(data: &Media, run: &Claim) -> io::Result<()> {
+    let (start, len) = (run.first * BLOCK_BYTES, run.count * BLOCK_BYTES);
     let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    match data.fallocate(mode, start, end - start) {
+    match data.fallocate(mode, start, len) {
         // A file system without holes keeps the space; the map says zero all the same.
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
         other => other,

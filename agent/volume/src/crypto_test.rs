@@ -20,11 +20,11 @@ fn pattern(len: usize) -> Buffers {
     buffers
 }
 
-fn write(volume: &Volume, offset: u64, buffers: Buffers) {
+pub(crate) fn write(volume: &Volume, offset: u64, buffers: Buffers) {
     volume.queue(1).expect("queue").run(Op::Write { offset, buffers, fua: true }).0.expect("write");
 }
 
-fn read(volume: &Volume, offset: u64, len: usize) -> Vec<u8> {
+pub(crate) fn read(volume: &Volume, offset: u64, len: usize) -> Vec<u8> {
     let buffers = Buffers::owned(len);
     let (result, buffers) = volume.queue(1).expect("queue").run(Op::Read { offset, buffers });
     result.expect("read");
@@ -146,7 +146,12 @@ fn encrypted_volumes_have_whole_blocks() {
 fn writers_of_parts_of_a_sector_do_not_lose_each_others_bytes() {
     let temp = TempDir::new().expect("tempdir");
     let (_dir, volume) = encrypted(&temp, 64 << 10);
-    write(&volume, 0, Buffers::owned(64 << 10));
+    parts_of_sectors_side_by_side(&volume);
+}
+
+/// Many threads write parts of sectors, and whole ones between them, again and again; all must be there at the end.
+pub(crate) fn parts_of_sectors_side_by_side(volume: &Volume) {
+    write(volume, 0, Buffers::owned(64 << 10));
     let lanes = 8;
     let threads: Vec<_> = (0..lanes)
         .map(|lane| {
@@ -180,8 +185,8 @@ fn writers_of_parts_of_a_sector_do_not_lose_each_others_bytes() {
         .collect();
     threads.into_iter().for_each(|thread| thread.join().expect("writer"));
     for sector in 0..4 {
-        assert_eq!(read(&volume, sector * 1024, 448), [60; 448]);
-        assert_eq!(read(&volume, sector * 1024 + 512, 512), [60; 512]);
+        assert_eq!(read(volume, sector * 1024, 448), [60; 448]);
+        assert_eq!(read(volume, sector * 1024 + 512, 512), [60; 512]);
     }
 }
 

@@ -96,18 +96,24 @@ pub enum VolumeDirError {
 pub struct VolumeDir {
     path: PathBuf,
     pub(crate) key: Option<VdcSecret>,
+    direct: bool,
 }
 
 impl VolumeDir {
     /// The directory at `path`, which need not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> VolumeDir {
-        VolumeDir { path: path.into(), key: None }
+        VolumeDir { path: path.into(), key: None, direct: false }
     }
 
     /// The same directory, with the key of the vdc: what is created in it is encrypted, and what is encrypted can be
     /// opened.
     pub fn with_key(self, key: VdcSecret) -> VolumeDir {
         VolumeDir { key: Some(key), ..self }
+    }
+
+    /// The same directory; volumes that are opened for writing go past the page cache, see [`Volume::go_direct`].
+    pub fn with_direct(self, direct: bool) -> VolumeDir {
+        VolumeDir { direct, ..self }
     }
 
     /// Where it is.
@@ -155,7 +161,12 @@ impl VolumeDir {
 
     /// Opens the volume.
     pub fn open(&self, access: Access) -> Result<Volume, VolumeDirError> {
-        Volume::open_with_key(self.files(access)?, access, self.key.as_ref()).map_err(self.open_error())
+        let volume = Volume::open_with_key(self.files(access)?, access, self.key.as_ref())
+            .map_err(self.open_error())?;
+        if self.direct {
+            volume.go_direct();
+        }
+        Ok(volume)
     }
 
     /// Opens the volume at a snapshot, read-only.

@@ -2,13 +2,16 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crate::{
     crypto::{SectorCipher, UNIT_BYTES},
     error::CreateError,
-    header::{BLOCK_BYTES, Header, HeaderError, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
+    header::{BLOCK_BYTES, Header, HeaderError, HeaderState, MAP_OFFSET, SIZE_BYTES_MAX, SLOT_BYTES},
     map::BlockMap,
     media::{Lock, Media},
 };
@@ -24,6 +27,8 @@ pub(crate) struct Layer {
     pub(crate) cipher: Option<Arc<SectorCipher>>,
     pub(crate) size_bytes: u64,
     pub(crate) blocks: u64,
+    /// Past the page cache, in whole units: see `direct.rs`.
+    direct: AtomicBool,
     header: Mutex<Option<Header>>,
 }
 
@@ -43,6 +48,7 @@ impl Layer {
         );
         Layer {
             data,
+            direct: AtomicBool::new(false),
             map_file: Some(map_file),
             map,
             cipher,
@@ -55,12 +61,46 @@ impl Layer {
     /// A plain raw file.
     pub(crate) fn raw(data: Media, size_bytes: u64) -> Layer {
         let blocks = size_bytes.div_ceil(crate::header::BLOCK_BYTES);
-        Layer { data, map_file: None, map: None, cipher: None, size_bytes, blocks, header: Mutex::new(None) }
+        let direct = AtomicBool::new(false);
+        Layer {
+            data,
+            map_file: None,
+            map: None,
+            cipher: None,
+            size_bytes,
+            blocks,
+            direct,
+            header: Mutex::new(None),
+        }
     }
 
-    /// What its data file is written in: whole sectors if it is encrypted, else single bytes.
+    /// What its data file is written in: whole sectors if it is encrypted or direct, else single bytes.
     pub(crate) fn unit_bytes(&self) -> u64 {
-        if self.cipher.is_some() { UNIT_BYTES } else { 1 }
+        if self.cipher.is_some() || self.is_direct() { UNIT_BYTES } else { 1 }
+    }
+
+    /// Whether its data file is read and written past the page cache: see `direct.rs`.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Acquire)
+    }
+
+    /// Goes past the page cache, if it is a head above others and the file system can. Nothing may be under way.
+    pub(crate) fn go_direct(&self) {
+        let fits = self.map.is_some()
+            && self.size_bytes.is_multiple_of(BLOCK_BYTES)
+            && self.header().is_some_and(|header| header.state == HeaderState::Head);
+        let direct = fits && self.data.set_direct(true) && self.data.takes_direct(UNIT_BYTES as usize);
+        self.direct.store(true, Ordering::Release);
+        if !direct {
+            self.end_direct();
+        }
+    }
+
+    /// Goes through the page cache again. Nothing may be under way.
+    pub(crate) fn end_direct(&self) {
+        if self.direct.swap(false, Ordering::AcqRel) {
+            self.data.set_direct(false);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Header>> {

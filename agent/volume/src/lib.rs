@@ -29,6 +29,7 @@ mod clones;
 mod crypto;
 mod dir;
 mod dir_change;
+mod direct;
 mod error;
 mod header;
 mod keeper;
@@ -69,6 +70,8 @@ mod crash_clones_test;
 mod crash_test;
 #[cfg(test)]
 mod crypto_test;
+#[cfg(test)]
+mod direct_test;
 #[cfg(test)]
 mod layers_test;
 #[cfg(test)]

@@ -113,6 +113,27 @@ impl Media {
         }
     }
 
+    /// Whether this descriptor goes past the page cache.
+    #[cfg(test)]
+    pub(crate) fn is_direct(&self) -> bool {
+        match self {
+            Media::File(file) => fcntl(file, FcntlArg::F_GETFL)
+                .is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_DIRECT)),
+            #[cfg(test)]
+            Media::Sim(_) => false,
+        }
+    }
+
+    /// Whether a descriptor that goes past the page cache takes any place and any memory that are multiples of `unit` bytes.
+    /// Tried by a read: the file is at least two units long.
+    pub(crate) fn takes_direct(&self, unit: usize) -> bool {
+        let mut memory = vec![0; 4 * unit];
+        // A multiple of the unit, and of nothing larger.
+        let start = memory.as_ptr().align_offset(2 * unit) + unit;
+        let Some(bytes) = memory.get_mut(start..start + unit) else { return false };
+        self.read_at(bytes, unit as u64).is_ok_and(|n| n == unit)
+    }
+
     /// Makes reads go past the page cache, or not; whether that is so now.
     pub(crate) fn set_direct(&self, direct: bool) -> bool {
         match self {

@@ -264,7 +264,8 @@ impl Merge {
         if let (None, Some(first), Some(map_file), Some(header)) =
             (below, layers.first_mut(), &into.map_file, into.header())
         {
-            // The file answers for every block now.
+            // The file answers for every block now, and is read as files without a map are.
+            into.end_direct();
             *first =
                 Arc::new(Layer::new(into.data.clone(), map_file.clone(), header, None, into.cipher.clone()));
         }

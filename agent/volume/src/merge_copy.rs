@@ -22,6 +22,7 @@ use crate::{
     sealed::commit_merged,
     shared::Claim,
     stack::Stack,
+    uring::Buffers,
     visitor::Inside,
 };
 
@@ -130,7 +131,8 @@ pub(crate) struct Copier {
     pub(crate) uncommitted_bytes: u64,
     /// Runs of a sealed target whose bits wait for the sync of their data.
     pending: Vec<(u64, u64, State)>,
-    buffer: Vec<u8>,
+    /// Page-aligned: the head may go past the page cache.
+    buffer: Buffers,
 }
 
 impl Copier {
@@ -140,14 +142,14 @@ impl Copier {
             copied_bytes: 0,
             uncommitted_bytes: 0,
             pending: Vec::new(),
-            buffer: vec![0; piece_bytes.max(BLOCK_BYTES) as usize],
+            buffer: Buffers::owned(piece_bytes.max(BLOCK_BYTES) as usize),
         }
     }
 
     /// Goes on for about `budget` bytes of copying, inside the gate; false when the end is reached.
     pub(crate) fn piece(&mut self, view: &View<'_>, inside: &Inside<'_>, budget: u64) -> io::Result<bool> {
         let blocks = view.into.blocks;
-        let until = self.copied_bytes + budget.min(self.buffer.len() as u64);
+        let until = self.copied_bytes + budget.min(self.buffer.len());
         for _ in 0..RUNS_MAX {
             if self.next_block >= blocks {
                 return Ok(false);
@@ -200,7 +202,7 @@ impl Copier {
     ) -> io::Result<u64> {
         // A guest's write to any of these waits meanwhile: for one copy, or for some calls that copy nothing.
         let run = run.min(match duty {
-            Duty::Copy => self.buffer.len() as u64 / BLOCK_BYTES,
+            Duty::Copy => self.buffer.len() / BLOCK_BYTES,
             _ => CLAIM_BLOCKS_MAX,
         });
         let _claimed = inside.claim(Claim { first: block, count: run });
@@ -221,10 +223,10 @@ impl Copier {
 
     /// Copies at most as much as the buffer holds; the blocks that were.
     fn copy(&mut self, view: &View<'_>, block: u64, run: u64) -> io::Result<u64> {
-        let run = run.min(self.buffer.len() as u64 / BLOCK_BYTES);
+        let run = run.min(self.buffer.len() / BLOCK_BYTES);
         let at = block * BLOCK_BYTES;
         let len = ((block + run) * BLOCK_BYTES).min(view.into.size_bytes) - at;
-        let bytes = self.buffer.get_mut(..len as usize).expect("the run was cut to the buffer");
+        let bytes = self.bytes(len);
         // The last block of a smaller layer ends early, and zeros follow.
         let (there, beyond) = bytes.split_at_mut(view.from.size_bytes.saturating_sub(at).min(len) as usize);
         layer::read_at(&view.from.data, view.from.cipher.as_deref(), there, at)?;
@@ -233,6 +235,12 @@ impl Copier {
         self.copied_bytes += len;
         self.uncommitted_bytes += len;
         Ok(run)
+    }
+
+    /// The first bytes of the buffer.
+    fn bytes(&mut self, len: u64) -> &mut [u8] {
+        let bytes = self.buffer.as_mut_slice().and_then(|bytes| bytes.get_mut(..len as usize));
+        bytes.expect("what is asked for was cut to the buffer, which is owned")
     }
 
     /// Makes blocks of the target's file read as zeros.
@@ -259,8 +267,8 @@ impl Copier {
     fn write_zeros(&mut self, view: &View<'_>, mut at: u64, len: u64) -> io::Result<()> {
         let end = at + len;
         while at < end {
-            let len = (end - at).min(self.buffer.len() as u64);
-            let bytes = self.buffer.get_mut(..len as usize).expect("it was cut to the buffer");
+            let len = (end - at).min(self.buffer.len());
+            let bytes = self.bytes(len);
             view.into.data.read_exact_at(bytes, at)?;
             if bytes.iter().any(|byte| *byte != 0) {
                 bytes.fill(0);

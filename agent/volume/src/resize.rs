@@ -60,13 +60,9 @@ impl Volume {
         let map = head.map.as_ref().map(|map| map.grown(header.blocks()));
         let mut layers = stack.layers.clone();
         layers.pop();
-        layers.push(Arc::new(Layer::new(
-            head.data.clone(),
-            map_file.clone(),
-            header,
-            map,
-            head.cipher.clone(),
-        )));
+        let grown = Layer::new(head.data.clone(), map_file.clone(), header, map, head.cipher.clone());
+        self.hand_over(head, &grown);
+        layers.push(Arc::new(grown));
         closed.replace_stack(Stack { layers });
         Ok(())
     }

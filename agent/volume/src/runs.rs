@@ -3,7 +3,7 @@
 //! What is found stays right without the gate. Sealed layers do not change, and a file that is removed keeps its bytes for
 //! who has it open. The head changes in place: who reads a range while others write it may see either. Space is freed
 //! only where nothing was, where zeros were asked for, or where the caller's own range was given up. Blocks that a layer
-//! keeps encrypted are never found.
+//! keeps encrypted are never found, nor those of a head that goes past the page cache: a pipe takes its bytes from there.
 
 use std::{fs::File, sync::Arc};
 
@@ -50,7 +50,7 @@ pub(crate) fn find(stack: &Stack, range: Range, max: usize, runs: &mut Vec<FileR
         match source {
             Source::Zero => runs.push(FileRun::Zeros { len }),
             Source::Layer(index) => match stack.layers.get(index) {
-                Some(layer) if layer.is_plain() => match &layer.data {
+                Some(layer) if layer.is_plain() && !layer.is_direct() => match &layer.data {
                     Media::File(file) => runs.push(FileRun::File { file: Arc::clone(file), offset, len }),
                     #[cfg(test)]
                     Media::Sim(_) => whole = false,

@@ -88,6 +88,8 @@ pub(crate) struct Core {
     pub(crate) commit: Mutex<()>,
     pub(crate) keeper: Mutex<KeeperState>,
     pub(crate) keeper_wake: Condvar,
+    /// Heads go past the page cache where they can.
+    pub(crate) direct: AtomicBool,
     /// A merge exists.
     pub(crate) merging: AtomicBool,
     /// A merge could not sync the map of a sealed layer: none may end until the volume is reopened.
@@ -111,6 +113,7 @@ impl Core {
             commit: Mutex::new(()),
             keeper: Mutex::default(),
             keeper_wake: Condvar::new(),
+            direct: AtomicBool::new(false),
             merging: AtomicBool::new(false),
             merge_broken: AtomicBool::new(false),
         }

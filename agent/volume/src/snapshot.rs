@@ -175,7 +175,9 @@ impl Held {
         // 4. From here on new I/O goes to the new head.
         let map = BlockMap::new(header.blocks());
         let mut layers = old.layers.clone();
-        layers.push(Arc::new(Layer::new(data, map_file, header, Some(map), cipher)));
+        let head = Arc::new(Layer::new(data, map_file, header, Some(map), cipher));
+        volume.hand_over(old.head(), &head);
+        layers.push(head);
         self.closed.replace_stack(Stack { layers });
         Ok(SnapshotInfo { name: name.to_owned(), layer: sealed.layer, time_s, size_bytes: sealed.size_bytes })
     }

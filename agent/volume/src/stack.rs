@@ -51,8 +51,11 @@ impl Stack {
     }
 
     pub(crate) fn files(&self) -> Vec<Backing> {
-        let backing =
-            |layer: &Arc<Layer>| Backing { media: layer.data.clone(), cipher: layer.cipher.clone() };
+        let backing = |layer: &Arc<Layer>| Backing {
+            media: layer.data.clone(),
+            cipher: layer.cipher.clone(),
+            direct: layer.is_direct(),
+        };
         self.layers.iter().map(backing).collect()
     }
 

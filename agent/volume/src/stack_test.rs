@@ -34,7 +34,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => proptest::collection::vec(op, 1..10).prop_map(Step::Batch),
         2 => Just(Step::Snapshot),
         1 => Just(Step::Hold),
-        1 => (0..3 * BLOCK_BYTES).prop_map(Step::Grow),
+        1 => prop_oneof![0..3 * BLOCK_BYTES, Just(BLOCK_BYTES)].prop_map(Step::Grow),
         1 => Just(Step::Reopen),
         1 => (0..8usize).prop_map(Step::Delete),
     ];
@@ -126,12 +126,14 @@ fn delete(dir: &VolumeDir, name: &str, snapshots: &[(String, Vec<u8>)]) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
     #[test]
-    fn behaves_as_an_array(encrypted: bool, steps in steps()) {
+    fn behaves_as_an_array(encrypted: bool, direct: bool, steps in steps()) {
         let temp = TempDir::new().expect("tempdir");
         let dir = VolumeDir::new(temp.path());
         // An encrypted volume has whole blocks.
         let (dir, grain) = if encrypted { (dir.with_key(test_secret()), BLOCK_BYTES) } else { (dir, 1) };
-        let size = SIZE.next_multiple_of(grain);
+        let dir = dir.with_direct(direct);
+        // A direct one too; but it may grow to what has not, and then is so no longer.
+        let size = SIZE.next_multiple_of(if direct { BLOCK_BYTES } else { grain });
         dir.create(size).expect("create");
         let mut volume = dir.open(Access::ReadWrite).expect("open");
         let mut model = vec![0; size as usize];

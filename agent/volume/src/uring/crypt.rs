@@ -1,8 +1,9 @@
-//! Primitives on encrypted files: they go through memory of the driver's own.
+//! Primitives that go through memory of the driver's own: those on encrypted files, and those past the page cache whose
+//! memory or place is not made for that.
 //!
 //! ```text
-//! write: buffers ──copy──► piece ──encrypt──► kernel
-//! read:  kernel ──► piece ──decrypt──copy──► buffers          a piece is 128 KiB at most, see pool.rs
+//! write: buffers ──copy──► piece ──(encrypt)──► kernel
+//! read:  kernel ──► piece ──(decrypt)──copy──► buffers          a piece is 128 KiB at most, see pool.rs
 //! ```
 //!
 //! A guest's memory is never encrypted in place: the guest could look at what the disk gets, or change it in between. A
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::crypto::{SectorCipher, UNIT_BYTES};
 
-/// A primitive on an encrypted file that the kernel has.
+/// A primitive that the kernel has, with its piece.
 struct Transit {
     slot: u32,
     token: u32,
@@ -39,8 +40,8 @@ struct Transit {
 /// What the driver knows of encryption.
 #[derive(Default)]
 pub(super) struct Crypt {
-    /// For each of the driver's files.
-    ciphers: Vec<Option<Arc<SectorCipher>>>,
+    /// For each of the driver's files: its cipher, and whether it goes past the page cache.
+    files: Vec<(Option<Arc<SectorCipher>>, bool)>,
     pool: Pool,
     transits: Vec<Transit>,
     waiting: VecDeque<(u32, u32, Io)>,
@@ -49,12 +50,16 @@ pub(super) struct Crypt {
 }
 
 impl Crypt {
-    pub(super) fn set_ciphers(&mut self, ciphers: Vec<Option<Arc<SectorCipher>>>) {
-        self.ciphers = ciphers;
+    pub(super) fn set_files(&mut self, files: Vec<(Option<Arc<SectorCipher>>, bool)>) {
+        self.files = files;
     }
 
     fn cipher(&self, file: u32) -> Option<&Arc<SectorCipher>> {
-        self.ciphers.get(file as usize)?.as_ref()
+        self.files.get(file as usize)?.0.as_ref()
+    }
+
+    pub(super) fn is_direct(&self, file: u32) -> bool {
+        self.files.get(file as usize).is_some_and(|(_, direct)| *direct)
     }
 
     /// Whether the primitive carries bytes of an encrypted file.
@@ -67,16 +72,16 @@ impl Crypt {
 }
 
 impl Driver {
-    /// Like [`Driver::issue`], of a primitive on an encrypted file; it was counted.
-    pub(super) fn issue_encrypted(&mut self, slot: u32, token: u32, io: &Io) {
+    /// Like [`Driver::issue`], of a primitive that needs a piece; it was counted.
+    pub(super) fn issue_by_piece(&mut self, slot: u32, token: u32, io: &Io) {
         // Who waits already comes first.
-        if !self.crypt.waiting.is_empty() || !self.start_encrypted(slot, token, io) {
+        if !self.crypt.waiting.is_empty() || !self.start_piece(slot, token, io) {
             self.crypt.waiting.push_back((slot, token, *io));
         }
     }
 
     /// False when the pool has no piece for it now.
-    fn start_encrypted(&mut self, slot: u32, token: u32, io: &Io) -> bool {
+    fn start_piece(&mut self, slot: u32, token: u32, io: &Io) -> bool {
         let (Io::Read { file, offset, mut span } | Io::Write { file, offset, mut span }) = *io else {
             return true;
         };
@@ -110,7 +115,7 @@ impl Driver {
         true
     }
 
-    /// Copies what a write's span has into its piece, and encrypts it.
+    /// Copies what a write's span has into its piece, and encrypts it if that is due.
     fn fill_piece(&mut self, slot: u32, span: &Span, file: u32, offset: u64, piece: &mut Buffers) {
         if span.head.len + span.tail.len > 0 {
             self.bounce(slot);
@@ -132,15 +137,19 @@ impl Driver {
             }
             at += segment.iov_len;
         }
-        self.crypt.cipher(file).expect("only encrypted files come here").encrypt(offset, bytes);
+        if let Some(cipher) = self.crypt.cipher(file) {
+            cipher.encrypt(offset, bytes);
+        }
     }
 
-    /// Decrypts what a read has brought, and copies what was asked for into its span.
+    /// Decrypts what a read has brought if that is due, and copies what was asked for into its span.
     fn empty_piece(&mut self, transit: &mut Transit) {
         let Io::Read { file, offset, span } = transit.io else { return };
         let bytes = transit.piece.as_mut_slice().and_then(|bytes| bytes.get_mut(..transit.len));
         let bytes = bytes.expect("a piece is owned memory that was taken for this length");
-        self.crypt.cipher(file).expect("only encrypted files come here").decrypt(transit.offset, bytes);
+        if let Some(cipher) = self.crypt.cipher(file) {
+            cipher.decrypt(transit.offset, bytes);
+        }
         if span.head.len + span.tail.len > 0 {
             self.bounce(transit.slot);
         }
@@ -195,7 +204,7 @@ impl Driver {
         }
         self.crypt.pool.give(transit.piece);
         while let Some((slot, token, io)) = self.crypt.waiting.pop_front() {
-            if !self.start_encrypted(slot, token, &io) {
+            if !self.start_piece(slot, token, &io) {
                 self.crypt.waiting.push_front((slot, token, io));
                 break;
             }

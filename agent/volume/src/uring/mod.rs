@@ -29,7 +29,11 @@ use nix::sys::eventfd::EventFd;
 pub use memory::{Buffers, GuestMemory, GuestRangeError};
 pub(crate) use pool::PIECE_MAX;
 
-use crate::{crypto::SectorCipher, header::BLOCK_BYTES, media::Media};
+use crate::{
+    crypto::{SectorCipher, UNIT_BYTES},
+    header::BLOCK_BYTES,
+    media::Media,
+};
 use crypt::Crypt;
 use ring::Ring;
 
@@ -44,6 +48,8 @@ pub(crate) struct Backing {
     pub(crate) media: Media,
     /// Of an encrypted layer: what is read and written goes through it.
     pub(crate) cipher: Option<Arc<SectorCipher>>,
+    /// Only whole units are read and written, from memory at multiples of them.
+    pub(crate) direct: bool,
 }
 
 /// A part of one of a slot's two bounce blocks.
@@ -204,9 +210,9 @@ impl Driver {
     /// Replaces the files; nothing may be in flight.
     pub(crate) fn set_files(&mut self, files: Vec<Backing>) {
         assert_eq!(self.in_flight, 0, "files change only while nothing is under way");
-        let (media, ciphers) = files.into_iter().map(|file| (file.media, file.cipher)).unzip();
+        let (media, kinds) = files.into_iter().map(|file| (file.media, (file.cipher, file.direct))).unzip();
         self.files = media;
-        self.crypt.set_ciphers(ciphers);
+        self.crypt.set_files(kinds);
         if let Engine::Ring(ring) = &mut self.engine {
             ring.set_files(&self.files);
         }
@@ -245,8 +251,8 @@ impl Driver {
     pub(crate) fn issue(&mut self, slot: u32, token: u32, io: &Io) {
         self.in_flight += 1;
         self.cargo[slot as usize].in_flight += 1;
-        if self.crypt.concerns(io) {
-            return self.issue_encrypted(slot, token, io);
+        if self.crypt.concerns(io) || self.is_crooked(slot, io) {
+            return self.issue_by_piece(slot, token, io);
         }
         self.make_room();
         let (first, count) = match io {
@@ -254,6 +260,21 @@ impl Driver {
             Io::SyncData { .. } | Io::Allocate { .. } => (0, 0),
         };
         self.push(slot, token, io, first, count);
+    }
+
+    /// Whether the primitive goes past the page cache, and its place or its memory is not made for that.
+    fn is_crooked(&mut self, slot: u32, io: &Io) -> bool {
+        let (Io::Read { file, offset, span } | Io::Write { file, offset, span }) = io else { return false };
+        if !self.crypt.is_direct(*file) {
+            return false;
+        }
+        if span.head.len + span.tail.len > 0 {
+            self.bounce(slot);
+        }
+        let is_whole = |n: usize| n.is_multiple_of(UNIT_BYTES as usize);
+        let mut parts = segments(&self.cargo[slot as usize], &self.zeros, span);
+        !offset.is_multiple_of(UNIT_BYTES)
+            || !parts.all(|part| is_whole(part.iov_base as usize) && is_whole(part.iov_len))
     }
 
     /// Gives a primitive to the engine, with its `count` iovecs from `first` on in the arena.

@@ -25,6 +25,7 @@ mod kvm;
 mod memory;
 mod packet;
 mod registers;
+mod state;
 mod tap;
 mod vcpu;
 mod vm;
@@ -33,10 +34,11 @@ pub use irq::{IrqLine, MsiLine, MsiMessage};
 pub use kvm::{Kvm, OpenError};
 pub use memory::{
     GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, create_memory, memory_from_fd,
-    ram_ranges,
+    open_private_memory, ram_ranges,
 };
 pub use packet::{PACKET_SEGMENTS_MAX, receive_packet, send_packet};
 pub use registers::{BootMode, BootRegisters, GDT};
+pub use state::{VcpuState, VmState};
 pub use tap::{Tap, TapError, TapOffloads, VNET_HEADER_BYTES};
 pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};
 pub use vm::{IoAddr, Vm, VmError};

@@ -83,7 +83,7 @@ pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
 pub fn create_memory(bytes: u64) -> Result<GuestMemory, MemoryError> {
     check_size(bytes)?;
     let file = memfd(bytes).map_err(|source| MemoryError::Backing { bytes, source })?;
-    map(file, bytes)
+    map(file, bytes, libc::MAP_SHARED)
 }
 
 /// Makes guest memory of `bytes` over a descriptor that somebody passed, from its offset 0.
@@ -94,7 +94,19 @@ pub fn memory_from_fd(fd: OwnedFd, bytes: u64) -> Result<GuestMemory, MemoryErro
     if held < bytes {
         return Err(MemoryError::Short { held, bytes });
     }
-    map(file, bytes)
+    map(file, bytes, libc::MAP_SHARED)
+}
+
+/// Makes guest memory of `bytes` whose contents are those of `file`, from its offset 0, until the guest writes: pages are
+/// read when they are touched, and what is written stays in this process. The file must not change or shrink meanwhile.
+pub fn open_private_memory(file: OwnedFd, bytes: u64) -> Result<GuestMemory, MemoryError> {
+    check_size(bytes)?;
+    let file = File::from(file);
+    let held = file.metadata().map_err(|source| MemoryError::Backing { bytes, source })?.len();
+    if held < bytes {
+        return Err(MemoryError::Short { held, bytes });
+    }
+    map(file, bytes, libc::MAP_PRIVATE)
 }
 
 fn check_size(bytes: u64) -> Result<(), MemoryError> {
@@ -124,7 +136,7 @@ fn memfd(bytes: u64) -> std::io::Result<File> {
     Ok(file)
 }
 
-fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
+fn map(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, MemoryError> {
     let error = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { bytes, source };
     let file = Arc::new(file);
     let mut regions = Vec::with_capacity(2);
@@ -134,7 +146,7 @@ fn map(file: File, bytes: u64) -> Result<GuestMemory, MemoryError> {
         let region: MmapRegion<()> = MmapRegionBuilder::new(size)
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED)
+            .with_mmap_flags(libc::MAP_NORESERVE | sharing)
             .build()
             .map_err(|e| error(e.into()))?;
         // SAFETY: the range is the mapping just made. The first advice only keeps a customer's memory out of core

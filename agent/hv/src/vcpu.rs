@@ -24,6 +24,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use crate::cpuid::{self, Topology};
 use crate::kvm::Kvm;
 use crate::registers::{BootRegisters, set_boot_msrs, set_boot_registers};
+use crate::state::{self, VcpuState};
 use crate::vm::{Vm, VmError};
 
 /// Who answers the guest's accesses to ports and to memory that is no RAM. Data is little-endian, 1 to 8 bytes.
@@ -191,6 +192,8 @@ pub struct Vcpu {
     fd: VcpuFd,
     id: u32,
     kick: VcpuKick,
+    /// What is saved of it; asked of KVM once a VM, not once a save.
+    msr_indexes: Arc<[u32]>,
     /// Keeps the VM, and with it guest memory, alive under the running guest.
     _vm: Arc<Vm>,
 }
@@ -205,7 +208,8 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(VmError::kvm("set a vcpu's CPUID"))?;
         set_boot_msrs(&fd)?;
         let kick = VcpuKick { page: Arc::new(page), thread: Arc::default() };
-        Ok(Vcpu { fd, id, kick, _vm: vm })
+        let msr_indexes = kvm.msr_indexes().into();
+        Ok(Vcpu { fd, id, kick, msr_indexes, _vm: vm })
     }
 
     /// The vcpu's number, which is also its APIC id.
@@ -221,6 +225,29 @@ impl Vcpu {
     /// Sets where the first vcpu starts. The others wait for it to start them (INIT, SIPI).
     pub fn set_boot_registers(&self, boot: &BootRegisters) -> Result<(), VmError> {
         set_boot_registers(&self.fd, boot)
+    }
+
+    /// Completes the access that the last [`Vcpu::run`] answered: KVM takes its outcome into the registers only when the
+    /// vcpu is run again. Executes no instruction of the guest. Anything but [`ExitReason::Kicked`] is what `run` says.
+    pub fn complete(&mut self, io: &mut dyn IoHandler) -> Result<ExitReason, RunError> {
+        loop {
+            self.kick.page.immediate_exit().store(1, Ordering::SeqCst);
+            // An access in several pieces comes back for each of them.
+            match self.run(io)? {
+                ExitReason::Handled => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Takes out what KVM keeps of this vcpu. After [`Vcpu::complete`].
+    pub fn save(&self) -> Result<VcpuState, VmError> {
+        state::save(&self.fd, &self.msr_indexes)
+    }
+
+    /// Puts it back, before the first [`Vcpu::run`].
+    pub fn restore(&self, state: &VcpuState) -> Result<(), VmError> {
+        state::restore(&self.fd, state)
     }
 
     /// Tells kicks which thread to signal. Once, on the thread that will call [`Vcpu::run`].

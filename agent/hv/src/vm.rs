@@ -47,6 +47,18 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// A saved state does not have KVM's layout.
+    #[error(
+        "the saved {what} has {bytes} bytes where {expected} are expected: it is damaged, or of another machine"
+    )]
+    State {
+        /// Which part.
+        what: &'static str,
+        /// Its length.
+        bytes: usize,
+        /// KVM's.
+        expected: usize,
+    },
     /// A doorbell of a width that no bus has.
     #[error("a doorbell of {0} bytes: only 1, 2, 4, 8, or 0 for any width")]
     Width(u8),

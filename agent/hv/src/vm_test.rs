@@ -3,7 +3,7 @@
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
 use crate::*;
 
@@ -139,4 +139,55 @@ fn lines_can_be_routed_triggered_and_masked() {
     line.route(Some(MsiMessage { address: 0xfee0_0000, data: 0x31 })).expect("routed again");
     drop(line);
     vm.irq_line(4).expect("pin").trigger().expect("rings");
+}
+
+/// Counts in a register and says each number at port 0x80, so that a number lost or said twice is seen.
+#[test]
+fn a_saved_vcpu_goes_on_in_another_vm_over_private_memory() {
+    // mov ebx, 1 ; l: mov eax, ebx ; out 0x80, eax ; inc dword [0x3000] ; inc ebx ; jmp l
+    let code = [0xbb, 1, 0, 0, 0, 0x89, 0xd8, 0xe7, 0x80, 0xff, 0x05, 0, 0x30, 0, 0, 0x43, 0xeb, 0xf3];
+    let Some((vm, mut vcpu)) = guest(&code) else { return };
+    let mut io = Recorder::default();
+    while io.writes.len() < 7 {
+        assert_eq!(vcpu.run(&mut io).expect("runs"), ExitReason::Handled);
+    }
+    assert_eq!(vcpu.complete(&mut io).expect("completes"), ExitReason::Kicked);
+    assert_eq!(io.writes.len(), 7, "nothing of the guest was executed");
+    let (machine, state) = (vm.save().expect("saved"), vcpu.save().expect("saved"));
+    let bytes = vm.memory().iter().next().map(|region| region.len()).expect("one region");
+    let file = tempfile(vm.memory(), bytes);
+
+    let kvm = Kvm::open().expect("as before");
+    for _ in 0..2 {
+        let memory = open_private_memory(file.try_clone().expect("cloned").into(), bytes).expect("mapped");
+        let vm = Vm::new(&kvm, &memory).expect("VM");
+        vm.restore(&machine).expect("restored");
+        let mut vcpu = vm.vcpu(&kvm, 0, 1).expect("vcpu");
+        vcpu.restore(&state).expect("restored");
+        vcpu.bind_to_this_thread();
+        let again = vcpu.save().expect("saved");
+        assert_eq!((&again.regs, &again.sregs, &again.lapic), (&state.regs, &state.sregs, &state.lapic));
+        let mut io = Recorder::default();
+        while io.writes.len() < 3 {
+            assert_eq!(vcpu.run(&mut io).expect("runs"), ExitReason::Handled);
+        }
+        let said: Vec<_> = io.writes.iter().map(|(_, data)| data[0]).collect();
+        assert_eq!(said, [8, 9, 10], "and in the second time the first has changed nothing");
+        let count: u32 = memory.read_obj(GuestAddress(0x3000)).expect("RAM");
+        assert_eq!(count, 9);
+    }
+    let mut short = state.clone();
+    short.regs.pop();
+    let vm = Vm::new(&kvm, &create_memory(1 << 20).expect("memory")).expect("VM");
+    let error = vm.vcpu(&kvm, 0, 1).expect("vcpu").restore(&short).expect_err("refused");
+    assert!(error.to_string().contains("registers has 143 bytes"), "{error}");
+}
+
+fn tempfile(memory: &GuestMemory, bytes: u64) -> std::fs::File {
+    let mut content = vec![0; usize::try_from(bytes).expect("small")];
+    memory.read_slice(&mut content, GuestAddress(0)).expect("RAM");
+    let copy = create_memory(bytes).expect("memory");
+    copy.write_slice(&content, GuestAddress(0)).expect("RAM");
+    let region = copy.iter().next().expect("one region");
+    region.file_offset().expect("a memfd").file().try_clone().expect("cloned")
 }

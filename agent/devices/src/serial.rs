@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serio_hv::IrqLine;
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 
 /// Typed bytes that may wait for the guest; more are dropped, as by a real line without flow control.
 const INPUT_BYTES_MAX: usize = 4096;
@@ -16,6 +16,21 @@ const INPUT_BYTES_MAX: usize = 4096;
 pub trait SerialSink: Send + Sync {
     /// The guest sent `byte`. May wait: the guest then waits, as on a slow line.
     fn push(&self, byte: u8);
+}
+
+/// Registers in a saved state.
+const REGISTERS: usize = 9;
+
+/// A serial port as it was.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SavedSerial {
+    /// Divisor (low, high), interrupt enable, interrupt identification, line control, line status, modem control, modem
+    /// status, scratch.
+    pub registers: Vec<u8>,
+    /// What the guest has not read of the FIFO.
+    pub fifo: Vec<u8>,
+    /// What waits behind it.
+    pub input: Vec<u8>,
 }
 
 /// The serial port.
@@ -56,6 +71,49 @@ impl SerialPort {
     pub fn new(interrupt: IrqLine, output: Arc<dyn SerialSink>) -> SerialPort {
         let uart = Serial::new(Interrupt(interrupt), Sink(output));
         SerialPort { state: Mutex::new(State { uart, input: VecDeque::new() }) }
+    }
+
+    /// A port that goes on where another one was saved. `None`: no port has such a state.
+    pub fn restored(
+        interrupt: IrqLine,
+        output: Arc<dyn SerialSink>,
+        saved: &SavedSerial,
+    ) -> Option<SerialPort> {
+        let registers = <[u8; REGISTERS]>::try_from(saved.registers.as_slice()).ok()?;
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = registers;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: saved.fifo.clone(),
+        };
+        let uart = Serial::from_state(&state, Interrupt(interrupt), NoEvents, Sink(output)).ok()?;
+        let input = saved.input.iter().copied().take(INPUT_BYTES_MAX).collect();
+        Some(SerialPort { state: Mutex::new(State { uart, input }) })
+    }
+
+    /// Its registers, and what waits for the guest.
+    pub fn save(&self) -> SavedSerial {
+        let state = self.lock();
+        let uart = state.uart.state();
+        let registers = vec![
+            uart.baud_divisor_low,
+            uart.baud_divisor_high,
+            uart.interrupt_enable,
+            uart.interrupt_identification,
+            uart.line_control,
+            uart.line_status,
+            uart.modem_control,
+            uart.modem_status,
+            uart.scratch,
+        ];
+        SavedSerial { registers, fifo: uart.in_buffer, input: state.input.iter().copied().collect() }
     }
 
     /// The guest reads register `offset`.

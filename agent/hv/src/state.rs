@@ -145,7 +145,7 @@ impl Vm {
         Ok(VmState { irqchips, clock_ns: Some(clock.clock) })
     }
 
-    /// Puts it back. Before the vcpus.
+    /// Puts it back. After the vcpus: what waits in the IO-APIC goes to their local APICs.
     pub fn restore(&self, state: &VmState) -> Result<(), VmError> {
         for bytes in &state.irqchips {
             let chip: kvm_irqchip = from_bytes("an interrupt controller", bytes)?;

@@ -22,4 +22,5 @@ pub mod guest_agent;
 pub mod layout;
 pub mod machine;
 pub mod run;
+pub mod snapshot;
 pub mod terminal;

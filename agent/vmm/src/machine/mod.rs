@@ -8,13 +8,15 @@
 //!
 //! A stage that fails or is dropped takes down what it holds: devices stop before guest memory goes away, because each
 //! of them holds it. A reset is a new machine from the same [`MachineConfig`]; volumes and taps stay open meanwhile.
+//! [`restore`] makes a machine that goes on where another one was saved; it is paused at first.
 
 mod bus;
 mod power;
+mod state;
 mod vcpu;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use serio_hv::vm_memory::{Bytes, GuestAddress};
@@ -29,6 +31,8 @@ use crate::end::{End, EndSlot};
 use crate::layout;
 use bus::Bus;
 use serio_devices::serial::SerialPort;
+use state::Parts;
+pub use state::{MachineState, PauseError, PlatformState, SaveError, restore};
 use vcpu::{Gate, GateState, Vcpus};
 
 /// Least memory that the layout fits in, with room for a small kernel.
@@ -66,6 +70,15 @@ pub enum MachineError {
     /// A device could not be made.
     #[error(transparent)]
     Make(#[from] crate::devices::DeviceError),
+    /// The saved state does not fit the machine.
+    #[error("cannot restore the devices")]
+    Restore(#[from] serio_virtio::BusRestoreError),
+    /// The saved state does not fit the machine.
+    #[error("{what}")]
+    Saved {
+        /// What is wrong with it, and what to do.
+        what: String,
+    },
     /// A thread or an eventfd could not be made.
     #[error("cannot {what}: raise the limits of threads and open files")]
     Host {
@@ -86,6 +99,7 @@ impl MachineError {
             MachineError::Boot(error) => error.field(),
             MachineError::Bus(_) | MachineError::Device(_) => "disks",
             MachineError::Make(error) => error.field(),
+            MachineError::Restore(_) | MachineError::Saved { .. } => "restore",
             MachineError::Vm(_) | MachineError::Host { .. } => "",
         }
     }
@@ -130,6 +144,8 @@ pub struct Loaded {
 /// A VM whose vcpus run. Ends when dropped.
 pub struct Running {
     handle: Handle,
+    /// Keeps the devices: they end with this.
+    _parts: Arc<Parts>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -140,6 +156,7 @@ pub struct Handle {
     end: Arc<EndSlot>,
     serial: Arc<SerialPort>,
     button: Arc<IrqLine>,
+    parts: Weak<Parts>,
 }
 
 /// Makes a machine and lets it run: all stages in one.
@@ -166,6 +183,10 @@ impl Created {
         let memory = serio_hv::create_memory(config.memory_bytes)?;
         let vm = Vm::new(kvm, &memory)?;
         let serial = Arc::new(SerialPort::new(vm.irq_line(layout::COM1_GSI)?, output));
+        Created::of(vm, memory, serial)
+    }
+
+    fn of(vm: Arc<Vm>, memory: GuestMemory, serial: Arc<SerialPort>) -> Result<Created, MachineError> {
         let button = vm.irq_line(layout::EVENT_GSI)?;
         Ok(Created { vm, memory, serial, button })
     }
@@ -207,15 +228,27 @@ impl Equipped {
 impl Loaded {
     /// Lets the vcpus run. `end` gets the reason when they no longer do.
     pub fn start(self, end: Arc<EndSlot>) -> Result<Running, MachineError> {
+        self.start_as(end, GateState::Running, 0)
+    }
+
+    /// Starts the vcpus' threads, which run or wait at the gate.
+    fn start_as(self, end: Arc<EndSlot>, gate: GateState, pci_address: u32) -> Result<Running, MachineError> {
         let Loaded { created, pci, vcpus } = self;
         let serial = created.serial.clone();
-        let bus =
-            Arc::new(Bus { serial: serial.clone(), pci, end: end.clone(), pci_address: AtomicU32::new(0) });
+        let pci_address = AtomicU32::new(pci_address);
+        let bus = Arc::new(Bus { serial: serial.clone(), pci, end: end.clone(), pci_address });
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
-        let all = Vcpus { gate: Arc::new(Gate::new()), kicks };
-        let handle =
-            Handle { vcpus: all.clone(), end: end.clone(), serial, button: Arc::new(created.button) };
-        let mut running = Running { handle, threads: Vec::with_capacity(vcpus.len()) };
+        let all = Vcpus { gate: Arc::new(Gate::new(gate)), kicks };
+        let (vm, memory) = (created.vm, created.memory);
+        let parts = Arc::new(Parts { bus: bus.clone(), vm, memory, life: Mutex::new(()) });
+        let handle = Handle {
+            vcpus: all.clone(),
+            end: end.clone(),
+            serial,
+            button: Arc::new(created.button),
+            parts: Arc::downgrade(&parts),
+        };
+        let mut running = Running { handle, _parts: parts, threads: Vec::with_capacity(vcpus.len()) };
         // A thread that cannot be made: dropping `running` ends and joins those before it.
         for vcpu in vcpus {
             let thread = vcpu::spawn(vcpu, bus.clone(), all.clone(), end.clone())
@@ -240,16 +273,6 @@ impl Handle {
     /// How many bytes may be typed now without losing one.
     pub fn input_room(&self) -> usize {
         self.serial.input_room()
-    }
-
-    /// Stops the vcpus until [`Handle::resume`]. Devices finish what was asked of them.
-    pub fn pause(&self) {
-        self.vcpus.set(GateState::Paused);
-    }
-
-    /// Lets paused vcpus run again.
-    pub fn resume(&self) {
-        self.vcpus.set(GateState::Running);
     }
 
     /// Whether the vcpus are stopped for a while.

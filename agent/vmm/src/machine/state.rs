@@ -1,0 +1,192 @@
+//! The machine stands still, is saved, and goes on: here or as another machine.
+//!
+//! ```text
+//!   running ── pause ──► paused: vcpus at the gate, devices suspended ── resume ──► running
+//!                          │ save (memory does not change any more)
+//!                          ▼
+//!                     MachineState + memory ── restore ──► another machine, paused
+//! ```
+//!
+//! - Paused means that nothing touches guest memory: the vcpus are out of the guest, all that was asked of devices is done and
+//!   answered, and no thread of theirs is left. What comes from outside waits in sockets and taps.
+//! - A lock keeps pause, resume and save apart; each takes the time that I/O under way takes.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serio_devices::serial::{SavedSerial, SerialPort};
+use serio_hv::{GuestMemory, Kvm, VcpuState, Vm, VmError, VmState};
+use serio_virtio::{BusSuspendError, FunctionState};
+
+use super::bus::Bus;
+use super::vcpu::GateState;
+use super::{Created, Handle, Loaded, MachineConfig, MachineError, Running};
+use crate::console::Output;
+use crate::devices::Devices;
+use crate::end::EndSlot;
+use crate::layout;
+
+/// What a machine is made of, for those who stop and save it.
+pub(super) struct Parts {
+    pub(super) bus: Arc<Bus>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) memory: GuestMemory,
+    /// One at a time changes between paused and running.
+    pub(super) life: Mutex<()>,
+}
+
+impl Parts {
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A VM cannot be paused.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// It is over.
+    #[error("the VM is over")]
+    Over,
+    /// One of its devices did not come to rest; the VM runs on.
+    #[error("the VM cannot be paused")]
+    Device(#[from] BusSuspendError),
+}
+
+/// A VM cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It runs, or is over.
+    #[error("the VM is not paused")]
+    NotPaused,
+    /// KVM refused.
+    #[error("cannot take the state of the VM")]
+    Kvm(#[from] VmError),
+}
+
+/// All of a machine but its memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MachineState {
+    /// The vcpus by their numbers.
+    pub vcpus: Vec<VcpuState>,
+    /// KVM's interrupt controllers and clock.
+    pub vm: VmState,
+    /// The PCI functions by their numbers.
+    pub functions: Vec<FunctionState>,
+    /// The rest.
+    pub platform: PlatformState,
+}
+
+/// What is neither vcpu nor PCI.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct PlatformState {
+    /// Registers of COM1, as in [`SavedSerial`].
+    #[prost(bytes = "vec", tag = "1")]
+    pub serial_registers: Vec<u8>,
+    /// What the guest has not read of its FIFO.
+    #[prost(bytes = "vec", tag = "2")]
+    pub serial_fifo: Vec<u8>,
+    /// What was typed and waits behind it.
+    #[prost(bytes = "vec", tag = "3")]
+    pub serial_input: Vec<u8>,
+    /// PCI configuration mechanism #1: the address register.
+    #[prost(uint32, tag = "4")]
+    pub pci_address: u32,
+}
+
+impl Handle {
+    /// Stops the VM until [`Handle::resume`]: when this returns, all that it has asked for is done and nothing in its memory
+    /// changes. Does nothing on a paused VM.
+    pub fn try_pause(&self) -> Result<(), PauseError> {
+        let parts = self.parts.upgrade().ok_or(PauseError::Over)?;
+        let _life = parts.lock();
+        let paused = self.is_paused();
+        self.vcpus.set(GateState::Paused);
+        if !self.vcpus.wait_parked() {
+            return Err(PauseError::Over);
+        }
+        parts.bus.pci.suspend().inspect_err(|_| {
+            if !paused {
+                parts.bus.pci.resume();
+                self.vcpus.set(GateState::Running);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// [`Handle::try_pause`] for those who have nobody to tell why it did not work.
+    pub fn pause(&self) {
+        let _ = self.try_pause();
+    }
+
+    /// Lets a paused VM run again.
+    pub fn resume(&self) {
+        let Some(parts) = self.parts.upgrade() else { return };
+        let _life = parts.lock();
+        if self.is_paused() {
+            parts.bus.pci.resume();
+            self.vcpus.set(GateState::Running);
+        }
+    }
+
+    /// The state of a paused VM, and its memory, which nobody writes until it is resumed; then `also`, before anybody can
+    /// resume it.
+    pub fn save<R>(&self, also: impl FnOnce(&GuestMemory, MachineState) -> R) -> Result<R, SaveError> {
+        let parts = self.parts.upgrade().ok_or(SaveError::NotPaused)?;
+        let _life = parts.lock();
+        // Parked and suspended: whoever paused it had the lock until then.
+        let vcpus = self.vcpus.save().ok_or(SaveError::NotPaused)??;
+        let serial = self.serial.save();
+        let state = MachineState {
+            vcpus,
+            vm: parts.vm.save()?,
+            functions: parts.bus.pci.save(),
+            platform: PlatformState {
+                serial_registers: serial.registers,
+                serial_fifo: serial.fifo,
+                serial_input: serial.input,
+                pci_address: parts.bus.pci_address.load(Ordering::SeqCst),
+            },
+        };
+        Ok(also(&parts.memory, state))
+    }
+}
+
+/// Makes a machine over `memory` that goes on where `state` was saved. It is paused: [`Handle::resume`] sets it in motion.
+pub fn restore(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    devices: &Devices,
+    (output, end): (Arc<Output>, Arc<EndSlot>),
+    (memory, state): (GuestMemory, &MachineState),
+) -> Result<Running, MachineError> {
+    let vcpus = u32::try_from(state.vcpus.len()).unwrap_or(u32::MAX);
+    if vcpus != config.vcpus {
+        let what = format!("the VM was saved with {vcpus} vcpus, not {}: give it as many", config.vcpus);
+        return Err(MachineError::Saved { what });
+    }
+    let max = kvm.vcpus_max();
+    if vcpus == 0 || vcpus > max {
+        return Err(MachineError::Vcpus { asked: vcpus, max });
+    }
+    let vm = Vm::new(kvm, &memory)?;
+    let platform = &state.platform;
+    let saved = SavedSerial {
+        registers: platform.serial_registers.clone(),
+        fifo: platform.serial_fifo.clone(),
+        input: platform.serial_input.clone(),
+    };
+    let serial = SerialPort::restored(vm.irq_line(layout::COM1_GSI)?, output, &saved).ok_or_else(|| {
+        MachineError::Saved { what: "the saved serial port makes no sense: the state is damaged".to_owned() }
+    })?;
+    let equipped = Created::of(vm, memory, Arc::new(serial))?.equip(devices.make()?)?;
+    let (created, pci) = (equipped.created, equipped.pci);
+    pci.restore(&state.functions)?;
+    let mut vcpus = Vec::with_capacity(state.vcpus.len());
+    for (id, state) in (0..).zip(&state.vcpus) {
+        let vcpu = created.vm.vcpu(kvm, id, config.vcpus)?;
+        vcpu.restore(state)?;
+        vcpus.push(vcpu);
+    }
+    created.vm.restore(&state.vm)?;
+    Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform.pci_address)
+}

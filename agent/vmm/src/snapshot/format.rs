@@ -1,0 +1,260 @@
+//! The file `state`, byte by byte. All numbers are little-endian, `crc` is CRC-32C.
+//!
+//! ```text
+//!   header    0 "SERIOVM\0"   8 u32 version (1)   12 u32 sections   16 u64 bytes of the file
+//!            24 u32 zero     28 u32 crc of the bytes before it
+//!   section   0 u32 kind      4 u32 version        8 u32 instance   12 u32 crc of the payload
+//!            16 u64 bytes of the payload          24 u32 zero       28 u32 crc of the 28 bytes before it
+//!            32 the payload, and zeros up to a multiple of 8
+//!
+//!   kind  instance         payload: a protobuf message, version 1
+//!     1   0                Config below: how many bytes of memory, how many of the following
+//!     2   vcpu number      serio_hv::VcpuState
+//!     3   0                serio_hv::VmState
+//!     4   device number    serio_virtio::FunctionState
+//!     5   0                machine::PlatformState
+//! ```
+//!
+//! Each kind has its version: it grows when an older program would misread it, and the two before it are still read. Fields that
+//! older programs may pass over are just added to the message. Kinds come in ascending order, instances too, without gaps.
+
+use prost::Message;
+use serio_hv::{VcpuState, VmState};
+use serio_virtio::FunctionState;
+
+use crate::machine::{MachineState, PlatformState};
+
+/// More than a state of 254 vcpus and 32 devices has.
+pub(super) const BYTES_MAX: u64 = 16 << 20;
+
+const MAGIC: [u8; 8] = *b"SERIOVM\0";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 32;
+/// Bytes of a header that its own checksum covers.
+const COVERED_BYTES: usize = 28;
+
+const CONFIG: u32 = 1;
+const VCPU: u32 = 2;
+const VM: u32 = 3;
+const FUNCTION: u32 = 4;
+const PLATFORM: u32 = 5;
+/// The version of each kind, as written here, and the oldest that is read.
+const KIND_VERSION: u32 = 1;
+const KIND_VERSION_MIN: u32 = 1;
+
+/// What has to be known first.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+struct Config {
+    #[prost(uint64, tag = "1")]
+    memory_bytes: u64,
+    #[prost(uint32, tag = "2")]
+    vcpus: u32,
+    #[prost(uint32, tag = "3")]
+    functions: u32,
+}
+
+/// A file that is no state of a VM, or a damaged one.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// Another kind of file.
+    #[error("this is no saved state of a VM: it does not begin with its mark")]
+    Magic,
+    /// Written by a later program.
+    #[error("{what} has version {found}, {known} is known here: use the newer serio-vmm that saved it")]
+    Version {
+        /// What.
+        what: String,
+        /// Its version.
+        found: u32,
+        /// The newest known.
+        known: u32,
+    },
+    /// Bits have changed.
+    #[error("the saved state is damaged: the checksum of {what} at byte {offset} is wrong")]
+    Checksum {
+        /// What.
+        what: String,
+        /// Where.
+        offset: usize,
+    },
+    /// It ends too early.
+    #[error("the saved state is damaged: it ends at byte {bytes}, within {what}")]
+    Short {
+        /// What is cut.
+        what: String,
+        /// The file's length.
+        bytes: usize,
+    },
+    /// Something is in a wrong place, missing or twice.
+    #[error("the saved state is damaged: {what} at byte {offset}")]
+    Order {
+        /// What.
+        what: String,
+        /// Where.
+        offset: usize,
+    },
+    /// A payload with a right checksum that cannot be read.
+    #[error("the saved state makes no sense: {what} at byte {offset}")]
+    Message {
+        /// Which.
+        what: String,
+        /// Where.
+        offset: usize,
+        /// Why.
+        #[source]
+        source: prost::DecodeError,
+    },
+}
+
+fn name(kind: u32, instance: u32) -> String {
+    match kind {
+        CONFIG => "the configuration".to_owned(),
+        VCPU => format!("vcpu {instance}"),
+        VM => "the interrupt controllers".to_owned(),
+        FUNCTION => format!("the PCI device 00:{instance:02x}.0"),
+        PLATFORM => "the platform".to_owned(),
+        other => format!("a section of kind {other}"),
+    }
+}
+
+/// A header with its checksum.
+fn seal(covered: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = covered.concat();
+    bytes.resize(COVERED_BYTES, 0);
+    let crc = crc32c::crc32c(&bytes);
+    bytes.extend(crc.to_le_bytes());
+    bytes
+}
+
+fn add(sections: &mut Vec<u8>, kind: u32, instance: u32, payload: &[u8]) {
+    sections.extend(seal(&[
+        &kind.to_le_bytes(),
+        &KIND_VERSION.to_le_bytes(),
+        &instance.to_le_bytes(),
+        &crc32c::crc32c(payload).to_le_bytes(),
+        &(payload.len() as u64).to_le_bytes(),
+    ]));
+    sections.extend(payload);
+    sections.resize(sections.len().next_multiple_of(8), 0);
+}
+
+/// The file for this machine.
+pub(super) fn encode(memory_bytes: u64, machine: &MachineState) -> Vec<u8> {
+    let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
+    let (vcpus, functions) = (count(machine.vcpus.len()), count(machine.functions.len()));
+    let mut sections = Vec::new();
+    add(&mut sections, CONFIG, 0, &Config { memory_bytes, vcpus, functions }.encode_to_vec());
+    for (instance, vcpu) in (0..).zip(&machine.vcpus) {
+        add(&mut sections, VCPU, instance, &vcpu.encode_to_vec());
+    }
+    add(&mut sections, VM, 0, &machine.vm.encode_to_vec());
+    for (instance, function) in (0..).zip(&machine.functions) {
+        add(&mut sections, FUNCTION, instance, &function.encode_to_vec());
+    }
+    add(&mut sections, PLATFORM, 0, &machine.platform.encode_to_vec());
+    let total = vcpus.saturating_add(functions).saturating_add(3);
+    let bytes = (sections.len().saturating_add(HEADER_BYTES)) as u64;
+    let mut file = seal(&[&MAGIC, &VERSION.to_le_bytes(), &total.to_le_bytes(), &bytes.to_le_bytes()]);
+    file.extend(sections);
+    file
+}
+
+/// Reads a file of at most [`BYTES_MAX`] bytes: the bytes of memory, and the machine.
+pub(super) fn decode(bytes: &[u8]) -> Result<(u64, MachineState), FormatError> {
+    if !bytes.starts_with(&MAGIC) {
+        return Err(FormatError::Magic);
+    }
+    let mut reader = Reader { bytes, at: 0 };
+    let header = reader.header("its header")?;
+    let version = u32_at(header, 8);
+    if version != VERSION {
+        return Err(FormatError::Version {
+            what: "the saved state".to_owned(),
+            found: version,
+            known: VERSION,
+        });
+    }
+    if u64_at(header, 16) != bytes.len() as u64 {
+        return Err(FormatError::Short { what: "the last section".to_owned(), bytes: bytes.len() });
+    }
+    let config: Config = reader.section(CONFIG, 0)?;
+    let mut vcpus: Vec<VcpuState> = Vec::new();
+    for instance in 0..config.vcpus {
+        vcpus.push(reader.section(VCPU, instance)?);
+    }
+    let vm: VmState = reader.section(VM, 0)?;
+    let mut functions: Vec<FunctionState> = Vec::new();
+    for instance in 0..config.functions {
+        functions.push(reader.section(FUNCTION, instance)?);
+    }
+    let platform: PlatformState = reader.section(PLATFORM, 0)?;
+    if reader.at != bytes.len() {
+        return Err(FormatError::Order {
+            what: "something follows the last section".to_owned(),
+            offset: reader.at,
+        });
+    }
+    Ok((config.memory_bytes, MachineState { vcpus, vm, functions, platform }))
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, what: &str, len: usize) -> Result<&'a [u8], FormatError> {
+        let end = self.at.checked_add(len);
+        let part = end.and_then(|end| self.bytes.get(self.at..end));
+        let short = || FormatError::Short { what: what.to_owned(), bytes: self.bytes.len() };
+        let part = part.ok_or_else(short)?;
+        self.at = self.at.saturating_add(len);
+        Ok(part)
+    }
+
+    fn header(&mut self, what: &str) -> Result<&'a [u8], FormatError> {
+        let offset = self.at;
+        let header = self.take(what, HEADER_BYTES)?;
+        let (covered, _) = header.split_at(COVERED_BYTES.min(header.len()));
+        if crc32c::crc32c(covered) != u32_at(header, COVERED_BYTES) {
+            return Err(FormatError::Checksum { what: what.to_owned(), offset });
+        }
+        Ok(header)
+    }
+
+    /// The next section, which has to be this one.
+    fn section<M: Message + Default>(&mut self, kind: u32, instance: u32) -> Result<M, FormatError> {
+        let offset = self.at;
+        let what = name(kind, instance);
+        let header = self.header(&what)?;
+        if (u32_at(header, 0), u32_at(header, 8)) != (kind, instance) {
+            let found = name(u32_at(header, 0), u32_at(header, 8));
+            return Err(FormatError::Order { what: format!("{found} in the place of {what}"), offset });
+        }
+        let version = u32_at(header, 4);
+        if !(KIND_VERSION_MIN..=KIND_VERSION).contains(&version) {
+            return Err(FormatError::Version { what, found: version, known: KIND_VERSION });
+        }
+        let len = usize::try_from(u64_at(header, 16)).unwrap_or(usize::MAX);
+        let payload = self.take(&what, len)?;
+        if crc32c::crc32c(payload) != u32_at(header, 12) {
+            return Err(FormatError::Checksum { what, offset });
+        }
+        let padding = len.next_multiple_of(8).saturating_sub(len);
+        self.take(&what, padding)?;
+        M::decode(payload).map_err(|source| FormatError::Message { what, offset, source })
+    }
+}
+
+/// Of a header, which is long enough.
+fn u32_at(header: &[u8], at: usize) -> u32 {
+    let mut bytes = [0; 4];
+    for (byte, value) in bytes.iter_mut().zip(header.iter().skip(at)) {
+        *byte = *value;
+    }
+    u32::from_le_bytes(bytes)
+}
+
+fn u64_at(header: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(header, at)) | u64::from(u32_at(header, at.saturating_add(4))) << 32
+}

@@ -1,0 +1,121 @@
+//! Both files without a VM: what goes in comes out, and nothing damaged does.
+
+use std::os::unix::fs::MetadataExt;
+
+use proptest::prelude::*;
+use serio_hv::vm_memory::{Bytes, GuestAddress};
+use serio_hv::{VcpuState, VmState};
+use serio_virtio::FunctionState;
+
+use super::*;
+use crate::machine::PlatformState;
+
+fn machine() -> MachineState {
+    let vcpu = |at: u8| VcpuState { regs: vec![at; 144], lapic: vec![7; 1024], ..VcpuState::default() };
+    let function = |at: u8| FunctionState { config: vec![at; 256], virtio: None };
+    MachineState {
+        vcpus: vec![vcpu(1), vcpu(2)],
+        vm: VmState { irqchips: vec![vec![3; 520]; 3], clock_ns: Some(12_345) },
+        functions: vec![function(4), function(5), function(6)],
+        platform: PlatformState { serial_input: b"typed".to_vec(), ..PlatformState::default() },
+    }
+}
+
+#[test]
+fn a_state_comes_back_as_it_was() {
+    let bytes = format::encode(1 << 30, &machine());
+    let (memory_bytes, again) = format::decode(&bytes).expect("whole");
+    assert_eq!((memory_bytes, again), (1 << 30, machine()));
+}
+
+#[test]
+fn any_changed_bit_and_any_cut_is_noticed_and_says_where() {
+    let bytes = format::encode(1 << 30, &machine());
+    for at in 0..bytes.len() {
+        let mut broken = bytes.clone();
+        broken[at] ^= 0x10;
+        match format::decode(&broken) {
+            // Only what fills up to eight bytes is not covered.
+            Ok(again) => assert_eq!(again, (1 << 30, machine()), "byte {at}"),
+            Err(error) => assert!(!error.to_string().is_empty()),
+        }
+        assert!(format::decode(&bytes[..at]).is_err(), "cut at {at}");
+    }
+    let mut broken = bytes.clone();
+    let within = 32 + 32 + 16 + 32 + 100;
+    broken[within] ^= 1;
+    let said = format::decode(&broken).expect_err("refused").to_string();
+    assert!(said.contains("the checksum of vcpu 0 at byte 80 is wrong"), "{said}");
+    let said = format::decode(&bytes[..within]).expect_err("refused").to_string();
+    assert!(said.contains("ends at byte 212"), "{said}");
+    let mut longer = bytes;
+    longer.push(0);
+    assert!(format::decode(&longer).is_err());
+    assert!(matches!(format::decode(b"#!/bin/sh"), Err(FormatError::Magic)));
+}
+
+proptest! {
+    /// With right checksums too: whatever the payload says, it is read or refused.
+    #[test]
+    fn any_bytes(tail in prop::collection::vec(any::<u8>(), 0..200), flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8)) {
+        let mut bytes = format::encode(1 << 30, &machine());
+        for (at, value) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        bytes.extend(tail);
+        let _ = format::decode(&bytes);
+    }
+}
+
+#[test]
+fn memory_is_written_sparsely_and_mapped_again() {
+    let bytes = 64 << 20;
+    let memory = serio_hv::create_memory(bytes).expect("memory");
+    memory.write_slice(&[1; 5000], GuestAddress(0x1_0ffe)).expect("RAM");
+    memory.write_slice(&[0; 1 << 20], GuestAddress(8 << 20)).expect("RAM");
+    memory.write_slice(b"the end", GuestAddress(bytes - 7)).expect("RAM");
+    let dir = tempfile::tempdir().expect("a directory");
+    let open = |name: &str| {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(dir.path().join(name))
+            .expect("opened")
+    };
+    let (state_file, memory_file) = (open("state"), open("memory"));
+    // Something older, and longer.
+    memory_file.set_len(2 * bytes).expect("set");
+    memory::replace(&state_file, &[9; 100_000]).expect("written");
+    let written = write(&memory, &machine(), (&state_file, &memory_file)).expect("written");
+    sync((&state_file, &memory_file)).expect("synced");
+    assert_eq!(written, 4 * 4096, "three pages for the first, one for the last, none for zeros");
+    let about = memory_file.metadata().expect("known");
+    assert_eq!(about.len(), bytes);
+    assert!(about.blocks() * 512 < 1 << 20, "{} blocks", about.blocks());
+
+    let snapshot = read(&state_file).expect("whole");
+    assert_eq!((snapshot.memory_bytes, &snapshot.machine), (bytes, &machine()));
+    let open_again = || snapshot.open_memory(memory_file.try_clone().expect("cloned").into());
+    let (one, two) = (open_again().expect("mapped"), open_again().expect("mapped"));
+    one.write_slice(b"mine", GuestAddress(bytes - 7)).expect("RAM");
+    let tail = |memory: &GuestMemory| {
+        let mut bytes_read = [0; 7];
+        memory.read_slice(&mut bytes_read, GuestAddress(bytes - 7)).expect("RAM");
+        bytes_read
+    };
+    assert_eq!((&tail(&one), &tail(&two), &tail(&memory)), (b"mineend", b"the end", b"the end"));
+    // A restored VM is saved again, with what it has changed.
+    let again = open("again");
+    write(&one, &machine(), (&open("state2"), &again)).expect("written");
+    let third = snapshot.open_memory(again.into()).expect("mapped");
+    assert_eq!(&tail(&third), b"mineend");
+    let mut first: [u8; 3] = [0; 3];
+    third.read_slice(&mut first, GuestAddress(0x1_0ffd)).expect("RAM");
+    assert_eq!(first, [0, 1, 1]);
+
+    memory_file.set_len(bytes - 4096).expect("set");
+    assert!(matches!(snapshot.open_memory(memory_file.into()), Err(ReadError::Memory(_))));
+}

@@ -86,7 +86,11 @@ pub(crate) fn order(a: &BlsEntry, b: &BlsEntry) -> Ordering {
             .then_with(|| a.machine_id.cmp(&b.machine_id))
             .then_with(|| version::compare(&b.version, &a.version))
     };
-    a.bad.cmp(&b.bad).then_with(by_key).then_with(|| version::compare(&b.id, &a.id)).then_with(|| b.id.cmp(&a.id))
+    a.bad
+        .cmp(&b.bad)
+        .then_with(by_key)
+        .then_with(|| version::compare(&b.id, &a.id))
+        .then_with(|| b.id.cmp(&a.id))
 }
 
 /// The pattern of `default` in loader.conf, if it has one that names an entry.

@@ -63,7 +63,10 @@ impl ReadAt for Budgeted {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let cost = (buf.len() as u64).saturating_add(READ_COST);
         let left = self.left.get().checked_sub(cost).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::QuotaExceeded, "too much was read: the disk's structures make no end")
+            io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                "too much was read: the disk's structures make no end",
+            )
         })?;
         self.left.set(left);
         self.disk.read_at(buf, offset)

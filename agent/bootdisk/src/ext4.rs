@@ -66,8 +66,7 @@ impl Geometry {
         let incompat = le32(superblock, 0x60)?;
         let wide = incompat & INCOMPAT_64BIT != 0;
         let high = if wide { u64::from(le32(superblock, 0x150)?) << 32 } else { 0 };
-        let descriptor_bytes =
-            if wide { u64::from(le16(superblock, 0xfe)?) } else { 32 };
+        let descriptor_bytes = if wide { u64::from(le16(superblock, 0xfe)?) } else { 32 };
         let found = Self {
             block_bytes: 1024 << log,
             first_block: le32(superblock, 0x14)?.into(),
@@ -137,7 +136,9 @@ impl Reader {
             if copy.is_some_and(|copy| copy.escaped) {
                 // The journal took the magic away that this block begins with.
                 let magic = journal::MAGIC.to_be_bytes();
-                for (byte, real) in piece.iter_mut().zip(magic.iter().skip(usize::try_from(within).unwrap_or(4))) {
+                for (byte, real) in
+                    piece.iter_mut().zip(magic.iter().skip(usize::try_from(within).unwrap_or(4)))
+                {
                     *byte = *real;
                 }
             }
@@ -180,11 +181,7 @@ impl Ext4Read for View {
 }
 
 /// The descriptors of a file system with meta_bg, one after the other.
-fn collect_descriptors(
-    reader: &Reader,
-    geometry: &Geometry,
-    superblock: &[u8; 1024],
-) -> Option<Vec<u8>> {
+fn collect_descriptors(reader: &Reader, geometry: &Geometry, superblock: &[u8; 1024]) -> Option<Vec<u8>> {
     let per_block = geometry.block_bytes.checked_div(geometry.descriptor_bytes)?;
     let first_meta = u64::from(le32(superblock, 0x104)?);
     let mut table = Vec::new();
@@ -353,7 +350,11 @@ impl Ext {
     }
 
     /// Hands a file's bytes on, piece by piece.
-    pub(crate) fn read(&self, path: &str, each: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), FsError> {
+    pub(crate) fn read(
+        &self,
+        path: &str,
+        each: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), FsError> {
         let missing = || damaged(&format!("ext4: {path} is not there"));
         let (at, _) = self.resolve(path)?.ok_or_else(missing)?;
         let mut file = self.0.open(at.as_str()).map_err(|e| failed(&e))?;

@@ -117,7 +117,11 @@ impl Fat {
     }
 
     /// Hands a file's bytes on, piece by piece.
-    pub(crate) fn read(&self, path: &str, each: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), FsError> {
+    pub(crate) fn read(
+        &self,
+        path: &str,
+        each: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), FsError> {
         let mut file = self.0.root_dir().open_file(path.trim_matches('/')).map_err(failed)?;
         let mut piece = vec![0; 64 * 1024];
         loop {

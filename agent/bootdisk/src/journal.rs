@@ -55,6 +55,11 @@ pub(crate) struct Copy {
 /// Blocks of the file system that the journal has newer.
 pub(crate) type Overlay = BTreeMap<u64, Copy>;
 
+/// A block of the journal.
+type Blocks<'a> = &'a dyn Fn(u32) -> Option<Vec<u8>>;
+/// Where it lies in the file system.
+type Places<'a> = &'a dyn Fn(u32) -> Option<u64>;
+
 /// A run of the journal's blocks.
 struct Run {
     logical: u32,
@@ -249,7 +254,7 @@ impl Log {
         checksum(checksum(self.seed, body), &[0; 4]) == u32::from_be_bytes(*tail)
     }
 
-    fn replay(&self, read: &dyn Fn(u32) -> Option<Vec<u8>>, place: &dyn Fn(u32) -> Option<u64>) -> Overlay {
+    fn replay(&self, read: Blocks<'_>, place: Places<'_>) -> Overlay {
         let mut overlay = Overlay::new();
         let (mut pending, mut revoked) = (Overlay::new(), BTreeSet::new());
         let (mut at, mut sequence) = (self.start, self.sequence);
@@ -288,7 +293,7 @@ impl Log {
         block: &[u8],
         sequence: u32,
         (at, left): (&mut u32, &mut u32),
-        (read, place): (&dyn Fn(u32) -> Option<Vec<u8>>, &dyn Fn(u32) -> Option<u64>),
+        (read, place): (Blocks<'_>, Places<'_>),
         pending: &mut Overlay,
     ) -> Option<()> {
         for tag in self.tags(block) {

@@ -19,6 +19,7 @@
 //! | `bls`, `version` | loader entries and their order |
 //! | `grub` | the script language of grub.cfg, as much of it as decides what is booted |
 //! | [`search`] | which of all that counts |
+//! | [`error`] | why a disk cannot be booted |
 //! | [`kernel`] | what kind of kernel a file is |
 //!
 //! The bytes are a stranger's: every count is bounded, sums are checked, reads are paid from a budget; what cannot be
@@ -28,6 +29,7 @@
 
 mod bls;
 pub mod disk;
+pub mod error;
 mod ext4;
 mod fat;
 pub mod fs;
@@ -38,7 +40,16 @@ mod partition;
 pub mod search;
 mod version;
 
+#[cfg(test)]
+mod bls_test;
+#[cfg(test)]
+mod grub_test;
+#[cfg(test)]
+mod hostile_test;
+#[cfg(test)]
+mod image_test;
 
 pub use disk::{Memory, ReadAt};
+pub use error::FindError;
 pub use kernel::KernelKind;
-pub use search::{Entry, FindError, Found, find, find_with_budget};
+pub use search::{Entry, Found, find, find_with_budget};

@@ -5,8 +5,8 @@
 
 use crc::{CRC_32_ISO_HDLC, Crc};
 
-use crate::disk::{Window, le32, le64};
 use crate::disk::ReadAt;
+use crate::disk::{Window, le32, le64};
 
 const SECTOR: u64 = 512;
 const GPT_MAGIC: &[u8; 8] = b"EFI PART";
@@ -139,7 +139,8 @@ fn mbr(disk: &Window) -> Vec<Partition> {
             found.push(Partition { number, esp: kind == 0xef, window });
         }
     }
-    if let Some((_, base, _)) = entries.into_iter().find(|(kind, first, _)| is_extended(*kind) && *first > 0) {
+    if let Some((_, base, _)) = entries.into_iter().find(|(kind, first, _)| is_extended(*kind) && *first > 0)
+    {
         logical(disk, base.into(), &mut found);
     }
     found

@@ -8,8 +8,9 @@ use std::rc::Rc;
 
 use crate::bls::{self, BlsEntry};
 use crate::disk::{Budgeted, ReadAt, Window};
+use crate::error::FindError;
 use crate::fs::{Content, FileSystem, FsError, look};
-use crate::grub::{Chosen, Grub, Host, SCRIPT_BYTES_MAX, ENVIRONMENT_BYTES_MAX, Search};
+use crate::grub::{Chosen, ENVIRONMENT_BYTES_MAX, Grub, Host, SCRIPT_BYTES_MAX, Search};
 use crate::kernel::{HEAD_BYTES, KernelKind};
 use crate::partition::{Partition, partitions};
 
@@ -22,75 +23,6 @@ const INITRDS_MAX: usize = 16;
 const PARTITIONS_MAX: usize = 128;
 const BLS_DIRS: [&str; 2] = ["/loader", "/boot/loader"];
 const GRUB_DIRS: [&str; 4] = ["/boot/grub", "/grub", "/boot/grub2", "/grub2"];
-
-/// Why nothing on the disk can be booted.
-#[derive(Debug, thiserror::Error)]
-pub enum FindError {
-    /// Both copies of the GPT are damaged.
-    #[error("the disk's partition table (GPT) is damaged, and so is its copy: repair it with gdisk or sfdisk")]
-    Table,
-    /// Neither entries nor a grub.cfg.
-    #[error(
-        "no boot configuration was found on the disk, neither loader/entries/*.conf nor grub.cfg ({looked}): put /boot on \
-         ext4, or import the image with a kernel of its own"
-    )]
-    Nothing {
-        /// What was seen, by partition.
-        looked: String,
-    },
-    /// Only a firmware could boot it.
-    #[error(
-        "the disk is UEFI-only: it boots by {what}, and there is no UEFI firmware here; install a kernel with a boot \
-         loader entry or a grub.cfg, or import the image with a kernel of its own"
-    )]
-    UefiOnly {
-        /// The program, and where.
-        what: String,
-    },
-    /// The configuration could not be read.
-    #[error("cannot follow {file} on {partition}: {why}")]
-    Config {
-        /// Which.
-        file: String,
-        /// Where.
-        partition: String,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// What the configuration names is not there.
-    #[error("{entry} names {path}, which is not there")]
-    Missing {
-        /// Which entry, and of which file.
-        entry: String,
-        /// The file.
-        path: String,
-    },
-    /// What the configuration names as a kernel is none.
-    #[error("{path} on {partition} is no kernel: neither a bzImage nor a 64-bit x86 ELF")]
-    NotAKernel {
-        /// The file.
-        path: String,
-        /// Where.
-        partition: String,
-    },
-    /// A command line that no kernel takes.
-    #[error("the command line of {entry} {what}")]
-    Cmdline {
-        /// Which entry.
-        entry: String,
-        /// What is wrong.
-        what: &'static str,
-    },
-    /// A file system's structures.
-    #[error("cannot read {partition}")]
-    Read {
-        /// Where.
-        partition: String,
-        /// Why.
-        #[source]
-        source: FsError,
-    },
-}
 
 /// A file that is booted.
 #[derive(Clone)]
@@ -257,7 +189,9 @@ struct Devices<'a>(&'a [Place]);
 impl Devices<'_> {
     /// `hd0,gpt2`, `hd0,msdos2`, `hd0,2`: the second.
     fn place(&self, device: &str) -> Option<&Place> {
-        let digits = device.rsplit_once(',').map_or("0", |(_, part)| part.trim_start_matches(|c: char| !c.is_ascii_digit()));
+        let digits = device
+            .rsplit_once(',')
+            .map_or("0", |(_, part)| part.trim_start_matches(|c: char| !c.is_ascii_digit()));
         let number: u32 = digits.parse().ok()?;
         self.0.iter().find(|place| place.partition.number == number)
     }
@@ -376,7 +310,10 @@ fn efi_program(places: &[Place]) -> Option<String> {
             }
         }
     }
-    places.iter().find(|place| place.partition.esp).map(|place| format!("an EFI system partition ({})", place.partition))
+    places
+        .iter()
+        .find(|place| place.partition.esp)
+        .map(|place| format!("an EFI system partition ({})", place.partition))
 }
 
 /// The entry of the Boot Loader Specification that is booted by itself; `None` when there are none.
@@ -427,9 +364,9 @@ fn read_entries(place: &Place, dir: &str) -> Result<Vec<BlsEntry>, FindError> {
 
 /// The grub.cfg of the same file system, after it ran, if it is one that shows loader entries.
 fn grub_of(places: &[Place], place: &Place) -> Option<GrubOver> {
-    let dir = GRUB_DIRS.into_iter().find(|dir| {
-        place.fs.size(&format!("{dir}/grub.cfg")).is_ok_and(|size| size.is_some())
-    })?;
+    let dir = GRUB_DIRS
+        .into_iter()
+        .find(|dir| place.fs.size(&format!("{dir}/grub.cfg")).is_ok_and(|size| size.is_some()))?;
     let script = place.text(&format!("{dir}/grub.cfg"), SCRIPT_BYTES_MAX).ok()??;
     GrubOver::run(places, place, dir, &script)
 }
@@ -458,7 +395,8 @@ fn default_of(
     grub: Option<&GrubOver>,
 ) -> Option<usize> {
     if let Some(grub) = grub {
-        let by_name = entries.iter().position(|(entry, _)| entry.id == grub.default || entry.title == grub.default);
+        let by_name =
+            entries.iter().position(|(entry, _)| entry.id == grub.default || entry.title == grub.default);
         let by_number = grub.default.parse().ok().filter(|index| *index < entries.len());
         if let Some(at) = by_name.or(by_number) {
             return Some(at);
@@ -486,7 +424,8 @@ fn resolved(
         };
         place.file(path)?.ok_or_else(missing)
     };
-    let initrds: Vec<String> = entry.initrds.iter().map(|path| expand(path)).filter(|path| !path.is_empty()).collect();
+    let initrds: Vec<String> =
+        entry.initrds.iter().map(|path| expand(path)).filter(|path| !path.is_empty()).collect();
     Ok(Entry {
         title: entry.name().to_owned(),
         version: entry.version.clone(),

@@ -12,7 +12,8 @@ pub(super) fn evaluate(words: &[String], sizes: Sizes<'_>) -> bool {
 }
 
 fn term(words: &[String], sizes: Sizes<'_>) -> bool {
-    let words: Vec<&str> = words.iter().map(String::as_str).filter(|word| !matches!(*word, "(" | ")")).collect();
+    let words: Vec<&str> =
+        words.iter().map(String::as_str).filter(|word| !matches!(*word, "(" | ")")).collect();
     match words.as_slice() {
         ["!", rest @ ..] if !rest.is_empty() => {
             !term(&rest.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>(), sizes)

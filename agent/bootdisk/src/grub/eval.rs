@@ -92,8 +92,14 @@ impl<'a> Grub<'a> {
             ("menuentry_id_option", "--id".to_owned()),
         ];
         variables.extend(known.map(|(name, value)| (name.to_owned(), value)));
-        let features =
-            ["menuentry_id", "menuentry_options", "timeout_style", "platform_search_hint", "200_final", "all_video_module"];
+        let features = [
+            "menuentry_id",
+            "menuentry_options",
+            "timeout_style",
+            "platform_search_hint",
+            "200_final",
+            "all_video_module",
+        ];
         variables.extend(features.map(|name| (format!("feature_{name}"), "y".to_owned())));
         Self {
             host,
@@ -136,9 +142,9 @@ impl<'a> Grub<'a> {
         let mut title = String::new();
         // Each level is one part of `default`; the rest names something in the submenu.
         for _ in 0..DEPTH_MAX {
-            let (part, rest) = path.split_once('>').map_or((path.clone(), String::new()), |(a, b)| {
-                (a.to_owned(), b.to_owned())
-            });
+            let (part, rest) = path
+                .split_once('>')
+                .map_or((path.clone(), String::new()), |(a, b)| (a.to_owned(), b.to_owned()));
             let Some(item) = self.pick(&path, &part).cloned() else { return Err(GrubError::Nothing) };
             title = item.title.clone();
             self.menu.clear();
@@ -323,7 +329,9 @@ impl<'a> Grub<'a> {
             "false" | "keystatus" | "sleep" | "loadfont" | "authenticate" => return Ok(false),
             "return" => self.returning = true,
             "load_env" => return self.load_env(words),
-            "search" | "search.fs_uuid" | "search.fs_label" | "search.file" => return self.search(name, words),
+            "search" | "search.fs_uuid" | "search.fs_label" | "search.file" => {
+                return self.search(name, words);
+            }
             "source" | "." | "configfile" | "extract_entries_configfile" => return self.source(name, words),
             "blscfg" => self.blscfg = true,
             "linux" | "linux16" | "linuxefi" | "kernel" => {
@@ -389,7 +397,9 @@ impl<'a> Grub<'a> {
                 // The name may be left out, and then it is `root`.
                 "-s" | "--set" if words.len() > 1 => target = words.next().cloned().unwrap_or_default(),
                 "-h" | "--hint" => drop(words.next()),
-                other if other.starts_with("--set=") => other.trim_start_matches("--set=").clone_into(&mut target),
+                other if other.starts_with("--set=") => {
+                    other.trim_start_matches("--set=").clone_into(&mut target)
+                }
                 other if other.starts_with('-') => {}
                 _ => what.push(word.as_str()),
             }

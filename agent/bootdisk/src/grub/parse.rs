@@ -14,11 +14,25 @@ const DEPTH_MAX: u32 = 32;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Statement {
     Command(Vec<Word>),
-    If { arms: Vec<(Block, Block)>, otherwise: Block },
-    For { name: String, words: Vec<Word>, body: Block },
-    Function { name: String, body: Block },
+    If {
+        arms: Vec<(Block, Block)>,
+        otherwise: Block,
+    },
+    For {
+        name: String,
+        words: Vec<Word>,
+        body: Block,
+    },
+    Function {
+        name: String,
+        body: Block,
+    },
     /// `menuentry` or `submenu` with its arguments.
-    Menu { words: Vec<Word>, body: Block, submenu: bool },
+    Menu {
+        words: Vec<Word>,
+        body: Block,
+        submenu: bool,
+    },
 }
 
 /// Shared, because menu entries and functions keep theirs.
@@ -128,7 +142,8 @@ impl Parser {
                 Some(Token::Word(word)) => words.push(word),
                 Some(Token::End) => {
                     // A body may begin on the next line.
-                    let opens = matches!(self.tokens.peek(), Some((Token::Word(word), _)) if is_plain(word, "{"));
+                    let opens =
+                        matches!(self.tokens.peek(), Some((Token::Word(word), _)) if is_plain(word, "{"));
                     if opens {
                         self.next();
                     }

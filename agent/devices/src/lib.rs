@@ -11,11 +11,15 @@
 
 pub mod blk;
 pub mod console;
+pub mod limit;
 pub mod net;
+mod notice;
 pub mod ports;
 pub mod rng;
 pub mod serial;
 mod worker;
+
+pub use notice::Notices;
 
 #[cfg(test)]
 mod small_test;

@@ -6,7 +6,7 @@
 //! else is to outlive it). Which of the two, [`Poller::finishing`] says after [`STOP`].
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -54,10 +54,15 @@ impl Poller {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(set, token))
     }
 
+    /// Reported once each time that it becomes readable.
+    pub(crate) fn add_edge(&self, fd: RawFd, token: u64) -> io::Result<()> {
+        let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token))
+    }
+
     /// Reported once for each event: the eventfd is then never read, which saves a system call.
     pub(crate) fn add_event(&self, event: &EventFd, token: u64) -> io::Result<()> {
-        let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, token))
+        self.add_edge(event.as_raw_fd(), token)
     }
 
     /// Changes what a descriptor is watched for.

@@ -14,15 +14,15 @@ const DISK_SECTORS: u64 = 64;
 const DISK_BYTES: usize = 64 * 512;
 /// Where the tests put headers, data and status in guest memory.
 const HEADER: u64 = 0x10_0000;
-const DATA: u64 = 0x20_0000;
+pub(super) const DATA: u64 = 0x20_0000;
 const RING: u64 = 0x1000;
 
-struct Disk {
-    blk: Blk,
+pub(super) struct Disk {
+    pub(super) blk: Blk,
     rig: Rig,
     driver: DriverQueue,
     memory: GuestMemory,
-    file: tempfile::NamedTempFile,
+    pub(super) file: tempfile::NamedTempFile,
 }
 
 fn pattern() -> Vec<u8> {
@@ -31,10 +31,14 @@ fn pattern() -> Vec<u8> {
 
 impl Disk {
     fn new(access: Access, features: u64) -> Self {
+        Self::with(access, features, |blk| blk)
+    }
+
+    pub(super) fn with(access: Access, features: u64, change: impl FnOnce(Blk) -> Blk) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&pattern()).unwrap();
         let volume = Volume::open_raw(file.reopen().unwrap(), access).unwrap();
-        let mut blk = Blk::new(volume, &BlkConfig { serial: "disk-0".to_owned(), queues: 1 });
+        let mut blk = change(Blk::new(volume, &BlkConfig { serial: "disk-0".to_owned(), queues: 1 }));
         let memory = memory(4 << 20);
         let driver = DriverQueue::new(&memory, RING, 16);
         let (rig, activation) = Rig::activation(&memory, vec![driver.queue(false)], features);
@@ -53,7 +57,7 @@ impl Disk {
     }
 
     /// One request from start to end: its status and the used length.
-    fn run(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+    pub(super) fn run(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
         self.header(HEADER, kind, sector);
         self.memory.write_obj(0xeeu8, GuestAddress(HEADER + 64)).unwrap();
         let mut buffers = vec![Buffer::readable(HEADER, 16)];

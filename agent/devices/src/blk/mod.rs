@@ -17,6 +17,8 @@ mod worker;
 
 #[cfg(test)]
 mod blk_test;
+#[cfg(test)]
+mod bounds_test;
 
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +31,8 @@ use serio_volume::Volume;
 
 use self::config::{F_FLUSH, features, render};
 use self::worker::QueueWorker;
+use crate::Notices;
+use crate::limit::Limiter;
 use crate::worker::{Worker, finish_all, join_all};
 
 /// Descriptors of a queue: also how many requests can be under way in it.
@@ -79,6 +83,8 @@ pub struct Blk {
     bell: CapacityBell,
     /// The size when the driver last began to read the capacity.
     told_bytes: Cell<u64>,
+    limiter: Option<Arc<Limiter>>,
+    notices: Notices,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
     workers: Vec<Worker<ActiveQueue>>,
@@ -97,6 +103,8 @@ impl Blk {
             told_bytes: Cell::new(volume.size_bytes()),
             volume,
             bell: CapacityBell::default(),
+            limiter: None,
+            notices: Notices::default(),
             serial,
             queue_sizes: vec![QUEUE_SIZE; queues],
             workers: Vec::new(),
@@ -107,6 +115,20 @@ impl Blk {
     #[must_use]
     pub fn with_bell(mut self, bell: CapacityBell) -> Self {
         self.bell = bell;
+        self
+    }
+
+    /// The same, with limits. They are kept outside, so that a reset does not fill the buckets again.
+    #[must_use]
+    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+        self.limiter = limiter;
+        self
+    }
+
+    /// The same, with somebody who hears of the host's errors.
+    #[must_use]
+    pub fn with_notices(mut self, notices: Notices) -> Self {
+        self.notices = notices;
         self
     }
 }
@@ -150,7 +172,13 @@ impl VirtioDevice for Blk {
                 name,
                 queue,
                 io,
-                worker::Rules { volume: self.volume.clone(), serial: self.serial, write_through },
+                worker::Rules {
+                    volume: self.volume.clone(),
+                    serial: self.serial,
+                    write_through,
+                    limiter: self.limiter.clone(),
+                    notices: self.notices.clone(),
+                },
                 activation.failure.clone(),
             );
             match started {

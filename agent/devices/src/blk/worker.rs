@@ -9,8 +9,13 @@
 //! - A slot is a request under way; its number is the tag. There are as many slots as descriptors, so only a
 //!   driver that offers one head twice can fill them: then the ring waits.
 //! - A broken ring sets DEVICE_NEEDS_RESET. The ring is not touched again; requests under way still end in peace.
+//! - Limits are asked before a request is taken off the ring. What they hold back stays there, and the thread sleeps on a
+//!   timer; requests of other disks do not wait for it.
+//! - An error of the host is VIRTIO_BLK_S_IOERR for the guest, and a notice for the operator.
 //! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory. Told to finish, it
 //!   takes no new requests and answers those under way.
+
+use std::sync::Arc;
 
 use serio_hv::GuestMemory;
 use serio_sandbox::Kind;
@@ -20,10 +25,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::SERIAL_BYTES;
 use super::request::{Limits, Malformed, Parsed, Request, S_IOERR, S_OK, parse};
+use crate::Notices;
+use crate::limit::{Gate, Limiter};
 use crate::worker::{Poller, STOP, Worker};
 
 const KICK: u64 = 0;
 const COMPLETIONS: u64 = 1;
+/// The limits let requests through again.
+const LIMITS: u64 = 2;
 
 /// What holds for all requests of a disk.
 pub(super) struct Rules {
@@ -31,6 +40,9 @@ pub(super) struct Rules {
     pub(super) volume: Volume,
     pub(super) serial: [u8; SERIAL_BYTES],
     pub(super) write_through: bool,
+    pub(super) limiter: Option<Arc<Limiter>>,
+    /// For errors of the host.
+    pub(super) notices: Notices,
 }
 
 /// A request that the volume works on.
@@ -64,6 +76,7 @@ pub(super) struct QueueWorker {
     chain: Chain,
     rules: Rules,
     failure: DeviceFailure,
+    gate: Gate,
     /// The volume's event was reported and not yet answered with a reap.
     completions: bool,
     broken: bool,
@@ -93,6 +106,7 @@ impl QueueWorker {
         poller
             .add_readable(io.event_fd(), COMPLETIONS)
             .map_err(ActivateError::io("watch a volume's completions"))?;
+        let gate = Gate::new(rules.limiter.clone(), &poller, LIMITS)?;
         let size = ring.queue.size();
         let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0 };
         let requests = Requests {
@@ -109,6 +123,7 @@ impl QueueWorker {
             chain: Chain::default(),
             rules,
             failure,
+            gate,
             completions: false,
             broken: false,
         };
@@ -180,8 +195,8 @@ impl QueueWorker {
             if taken || reaped {
                 continue;
             }
-            // With all slots taken the next completion brings us back here.
-            if self.requests.free.is_empty() || !self.ring.queue.enable_kicks()? {
+            // With all slots taken the next completion brings us back here, behind a closed gate its timer.
+            if self.requests.free.is_empty() || self.gate.is_closed() || !self.ring.queue.enable_kicks()? {
                 return Ok(());
             }
         }
@@ -191,7 +206,7 @@ impl QueueWorker {
     fn drain(&mut self) -> Result<bool, Broken> {
         let mut taken = false;
         while let Some(tag) = self.requests.free.last().copied() {
-            if !self.ring.queue.pop(&mut self.chain)? {
+            if !self.gate.is_open() || !self.ring.queue.pop(&mut self.chain)? {
                 break;
             }
             taken = true;
@@ -199,6 +214,11 @@ impl QueueWorker {
             // Asked for each request: whoever knows that the disk has grown may use all of it.
             let limits = Limits::of(&self.rules.volume);
             let parsed = parse(&mut self.chain, &self.requests.memory, &limits)?;
+            self.gate.charge(match parsed.request {
+                Request::Read { .. } => self.chain.writable_len(),
+                Request::Write { .. } => self.chain.readable_len(),
+                _ => 0,
+            });
             match self.operation(parsed.request) {
                 Prepared::Submit(op) => self.submit(tag, head, parsed, op)?,
                 Prepared::Answer { status, written } => {
@@ -281,12 +301,15 @@ impl QueueWorker {
         self.completions = false;
         let mut any = false;
         let mut result = Ok(());
-        let (ring, requests) = (&mut self.ring, &mut self.requests);
+        let (ring, requests, notices) = (&mut self.ring, &mut self.requests, &self.rules.notices);
         self.io.reap(|tag, outcome, buffers| {
             any = true;
             requests.keep(buffers);
             let Ok(tag) = u16::try_from(tag) else { return };
             requests.free.push(tag);
+            if let Err(error) = &outcome {
+                notices.tell(error);
+            }
             if result.is_ok() {
                 result = requests.answer(ring, tag, status_of(outcome));
             }

@@ -1,0 +1,105 @@
+//! Buckets with a clock of the tests' own, and one limiter with the real one.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const MS_NS: u128 = 1_000_000;
+
+fn bucket(per_second: u64, burst: u64) -> Bucket {
+    Bucket::new(Rate { per_second, burst }).expect("a limit")
+}
+
+#[test]
+fn no_rate_is_no_limit() {
+    assert!(Limiter::new(Limits::default()).is_none());
+    assert!(Limiter::new(Limits { bytes: Rate { per_second: 0, burst: 9 }, ..Limits::default() }).is_none());
+    assert!(
+        Limiter::new(Limits { operations: Rate { per_second: 1, burst: 0 }, ..Limits::default() }).is_some()
+    );
+}
+
+#[test]
+fn a_burst_passes_at_once_and_then_the_rate_holds() {
+    let mut bucket = bucket(1000, 50);
+    for _ in 0..50 {
+        assert_eq!(bucket.wait(0), Duration::ZERO);
+        bucket.take(1);
+    }
+    assert_eq!(bucket.wait(0), Duration::from_millis(1));
+    assert_eq!(bucket.wait(MS_NS), Duration::ZERO);
+    bucket.take(1);
+    // A rest of an hour fills it to the burst and no further.
+    let hour = 3_600_000 * MS_NS;
+    for _ in 0..50 {
+        assert_eq!(bucket.wait(hour), Duration::ZERO);
+        bucket.take(1);
+    }
+    assert!(!bucket.wait(hour).is_zero());
+}
+
+#[test]
+fn a_request_larger_than_the_burst_passes_and_is_paid_for_afterwards() {
+    let mut bucket = bucket(1 << 20, 4096);
+    assert_eq!(bucket.wait(0), Duration::ZERO);
+    bucket.take(1 << 20);
+    let wait = bucket.wait(0);
+    assert!(wait > Duration::from_millis(990) && wait < Duration::from_millis(1010), "{wait:?}");
+}
+
+#[test]
+fn a_clock_that_stands_still_or_goes_back_gives_nothing() {
+    let mut bucket = bucket(10, 1);
+    assert_eq!(bucket.wait(5 * MS_NS), Duration::ZERO);
+    bucket.take(1);
+    assert!(!bucket.wait(5 * MS_NS).is_zero());
+    assert!(!bucket.wait(0).is_zero());
+    assert_eq!(bucket.wait(105 * MS_NS), Duration::ZERO);
+}
+
+#[test]
+fn the_slower_of_the_two_limits_decides() {
+    let limiter = Limiter::new(Limits {
+        bytes: Rate { per_second: 1_000_000_000, burst: 1_000_000_000 },
+        operations: Rate { per_second: 2, burst: 1 },
+    })
+    .expect("limits");
+    assert!(limiter.wait().is_zero());
+    limiter.charge(1);
+    assert!(limiter.wait() > Duration::from_millis(100));
+}
+
+proptest! {
+    /// Whoever asks first and waits as told never gets more than burst and rate allow, and not much less.
+    #[test]
+    fn the_rate_holds_over_time(
+        per_second in 1u64..10_000_000_000,
+        burst in 1u64..1 << 30,
+        sizes in prop::collection::vec(0u64..1 << 22, 1..200),
+    ) {
+        let mut bucket = bucket(per_second, burst);
+        let (mut now_ns, mut sum) = (0u128, 0u128);
+        let mut last = 0;
+        for size in sizes {
+            let wait = bucket.wait(now_ns);
+            now_ns += wait.as_nanos();
+            prop_assert!(bucket.wait(now_ns).is_zero());
+            bucket.take(size);
+            sum += u128::from(size);
+            last = size;
+        }
+        // What came before the last request was within the burst and the time that passed.
+        let allowed = u128::from(burst) + now_ns * u128::from(per_second) / SECOND_NS + 1;
+        prop_assert!(sum - u128::from(last) <= allowed, "{sum} - {last} > {allowed}");
+    }
+
+    #[test]
+    fn nothing_overflows(rate in any::<u64>(), burst in any::<u64>(), sizes in prop::collection::vec(any::<u64>(), 1..50), step in any::<u64>()) {
+        if let Some(mut bucket) = Bucket::new(Rate { per_second: rate, burst }) {
+            for (at, size) in sizes.into_iter().enumerate() {
+                bucket.wait(at as u128 * u128::from(step));
+                bucket.take(size);
+            }
+        }
+    }
+}

@@ -11,16 +11,21 @@ mod rx;
 mod worker;
 
 #[cfg(test)]
+mod bounds_test;
+#[cfg(test)]
 mod net_test;
 
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serio_hv::{Tap, TapOffloads};
 use serio_virtio::{ActivateError, Activation, ActiveQueue, SuspendError, VirtioDevice};
 
 use self::worker::NetWorker;
+use crate::Notices;
+use crate::limit::Limiter;
 use crate::worker::{Worker, finish_all, join_all};
 
 const F_CSUM: u32 = 0;
@@ -67,6 +72,10 @@ pub struct NetConfig {
 pub struct Net {
     link: Arc<dyn Link>,
     config: NetConfig,
+    limits: [Option<Arc<Limiter>>; 2],
+    notices: Notices,
+    /// The tap is gone. Stays so over resets.
+    lost: Arc<AtomicBool>,
     workers: Vec<Worker<[ActiveQueue; 2]>>,
 }
 
@@ -74,7 +83,29 @@ impl Net {
     /// A card whose cable is `link`. The link may be shared with the card of the next boot, not with another card.
     #[must_use]
     pub fn new(link: Arc<dyn Link>, config: NetConfig) -> Self {
-        Self { link, config, workers: Vec::new() }
+        Self {
+            link,
+            config,
+            limits: [None, None],
+            notices: Notices::default(),
+            lost: Arc::default(),
+            workers: Vec::new(),
+        }
+    }
+
+    /// The same, with limits on what the guest receives and on what it sends. They are kept outside, so that a reset does
+    /// not fill the buckets again.
+    #[must_use]
+    pub fn with_limiters(mut self, receive: Option<Arc<Limiter>>, send: Option<Arc<Limiter>>) -> Self {
+        self.limits = [receive, send];
+        self
+    }
+
+    /// The same, with somebody who hears that the cable was pulled.
+    #[must_use]
+    pub fn with_notices(mut self, notices: Notices) -> Self {
+        self.notices = notices;
+        self
     }
 }
 
@@ -106,7 +137,8 @@ impl VirtioDevice for Net {
     fn read_config(&self, offset: u64, out: &mut [u8]) {
         // struct virtio_net_config: mac, status, max_virtqueue_pairs, mtu.
         let [m0, m1, m2, m3, m4, m5] = self.config.mac;
-        let [s0, s1] = LINK_UP.to_le_bytes();
+        let lost = self.lost.load(Ordering::Acquire);
+        let [s0, s1] = if lost { 0 } else { LINK_UP }.to_le_bytes();
         let [u0, u1] = self.config.mtu.unwrap_or(0).to_le_bytes();
         let image = [m0, m1, m2, m3, m4, m5, s0, s1, 1, 0, u0, u1];
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -125,7 +157,11 @@ impl VirtioDevice for Net {
             tso4: activation.has_feature(F_GUEST_TSO4),
             tso6: activation.has_feature(F_GUEST_TSO6),
         };
-        self.link.set_offloads(offloads).map_err(ActivateError::io("set the tap's offloads"))?;
+        match self.link.set_offloads(offloads) {
+            // A cable that was pulled is no reason for the card not to start.
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {}
+            done => done.map_err(ActivateError::io("set the tap's offloads"))?,
+        }
         let rx = activation.take_queue(RX)?;
         let tx = activation.take_queue(TX)?;
         let rules = rx::Rules {
@@ -135,7 +171,15 @@ impl VirtioDevice for Net {
                 self.config.mtu.unwrap_or(MTU_DEFAULT).max(MTU_DEFAULT),
             ),
         };
-        self.workers.push(NetWorker::start(self.link.clone(), rx, tx, rules, activation.failure)?);
+        let [rx_limiter, tx_limiter] = self.limits.clone();
+        let (lost, notices) = (self.lost.clone(), self.notices.clone());
+        let shared = worker::Shared {
+            rx_limiter,
+            tx_limiter,
+            cable: worker::Cable { lost, bell: activation.config_interrupt, notices },
+            failure: activation.failure,
+        };
+        self.workers.push(NetWorker::start(self.link.clone(), rx, tx, rules, shared)?);
         Ok(())
     }
 

@@ -11,11 +11,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
-const HEADER: usize = serio_hv::VNET_HEADER_BYTES;
-const RX_DATA: u64 = 0x10_0000;
+pub(super) const HEADER: usize = serio_hv::VNET_HEADER_BYTES;
+pub(super) const RX_DATA: u64 = 0x10_0000;
 const TX_DATA: u64 = 0x20_0000;
 
-struct Cable {
+pub(super) struct Cable {
     fd: OwnedFd,
     offloads: Mutex<Vec<TapOffloads>>,
 }
@@ -33,18 +33,27 @@ impl Link for Cable {
     }
 }
 
-struct Card {
-    net: Net,
-    rig: Rig,
-    rx: DriverQueue,
-    tx: DriverQueue,
+pub(super) struct Card {
+    pub(super) net: Net,
+    pub(super) rig: Rig,
+    pub(super) rx: DriverQueue,
+    pub(super) tx: DriverQueue,
     memory: GuestMemory,
 }
 
 impl Card {
     fn new(link: Arc<dyn Link>, features: u64, event_idx: bool) -> Self {
+        Self::with(link, features, event_idx, |net| net)
+    }
+
+    pub(super) fn with(
+        link: Arc<dyn Link>,
+        features: u64,
+        event_idx: bool,
+        change: impl FnOnce(Net) -> Net,
+    ) -> Self {
         let memory = memory(8 << 20);
-        let net = Net::new(link, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+        let net = change(Net::new(link, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None }));
         let rx = DriverQueue::new(&memory, 0x1000, 32);
         let tx = DriverQueue::new(&memory, 0x1_0000, 32);
         let queues = vec![rx.queue(event_idx), tx.queue(event_idx)];
@@ -54,12 +63,12 @@ impl Card {
         card
     }
 
-    fn post(&mut self, buffers: &[Buffer]) {
+    pub(super) fn post(&mut self, buffers: &[Buffer]) {
         self.rx.offer(buffers).unwrap();
         self.rig.kicks[0].write(1).unwrap();
     }
 
-    fn received(&mut self) -> (u16, u32) {
+    pub(super) fn received(&mut self) -> (u16, u32) {
         loop {
             if let Some(used) = self.rx.used() {
                 return used;
@@ -68,7 +77,7 @@ impl Card {
         }
     }
 
-    fn transmit(&mut self, packet: &[u8]) {
+    pub(super) fn transmit(&mut self, packet: &[u8]) {
         self.memory.write_slice(packet, GuestAddress(TX_DATA)).unwrap();
         let (head, tail) = (20, u32::try_from(packet.len()).unwrap() - 20);
         self.tx.offer(&[Buffer::readable(TX_DATA, head), Buffer::readable(TX_DATA + 20, tail)]).unwrap();
@@ -82,13 +91,13 @@ impl Card {
     }
 }
 
-fn cable() -> (Arc<Cable>, OwnedFd) {
+pub(super) fn cable() -> (Arc<Cable>, OwnedFd) {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
     (Arc::new(Cable { fd: ours, offloads: Mutex::default() }), theirs)
 }
 
-fn packet(len: usize, seed: u8) -> Vec<u8> {
+pub(super) fn packet(len: usize, seed: u8) -> Vec<u8> {
     let body = (0..len).map(|at| u8::try_from(at % 251).unwrap() ^ seed);
     [0; HEADER].into_iter().chain(body).collect()
 }

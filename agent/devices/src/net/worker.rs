@@ -9,23 +9,33 @@
 //! - The tap is watched for edges: after `EAGAIN` it is left alone until the kernel says it is ready again. While
 //!   the guest posts no buffers the tap is not read, and the kernel drops what does not fit its queue.
 //! - A packet that the tap refuses is dropped, as a cable would. A full tap keeps it for later.
+//! - Each direction has its own limits. What they hold back stays in the ring or in the tap, and the thread sleeps on a timer.
+//! - A tap that was removed is a cable that was pulled: link down, packets are lost, the VM goes on.
 //! - A broken ring sets DEVICE_NEEDS_RESET; neither ring is touched after it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use serio_hv::{GuestMemory, receive_packet, send_packet};
+use serio_hv::{GuestMemory, VNET_HEADER_BYTES, receive_packet, send_packet};
 use serio_sandbox::Kind;
-use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError};
+use serio_virtio::{ActivateError, ActiveQueue, Chain, ConfigInterrupt, DeviceFailure, QueueError};
+
+use vmm_sys_util::epoll::EventSet;
 
 use super::Link;
 use super::rx::{Posts, Rules};
+use crate::Notices;
+use crate::limit::{Gate, Limiter};
 use crate::worker::{Poller, STOP, Worker};
 
 const RX_KICK: u64 = 0;
 const TX_KICK: u64 = 1;
 const LINK: u64 = 2;
+/// The limits let packets through again.
+const RX_LIMITS: u64 = 3;
+const TX_LIMITS: u64 = 4;
 /// Packets in one direction before the other has its turn.
 const BATCH: usize = 64;
 
@@ -49,6 +59,35 @@ pub(super) struct NetWorker {
     outgoing_waits: bool,
     link_readable: bool,
     link_writable: bool,
+    rx_gate: Gate,
+    tx_gate: Gate,
+    cable: Cable,
+}
+
+/// What the card shares with its thread besides the queues.
+pub(super) struct Shared {
+    pub(super) rx_limiter: Option<Arc<Limiter>>,
+    pub(super) tx_limiter: Option<Arc<Limiter>>,
+    pub(super) cable: Cable,
+    pub(super) failure: DeviceFailure,
+}
+
+/// Says when the other end of the cable is gone for good.
+pub(super) struct Cable {
+    /// What the configuration space shows.
+    pub(super) lost: Arc<AtomicBool>,
+    pub(super) bell: ConfigInterrupt,
+    pub(super) notices: Notices,
+}
+
+impl Cable {
+    /// The tap was removed: the guest sees its link go down, the operator hears why. Once.
+    fn lose(&self, error: &io::Error) {
+        if !self.lost.swap(true, Ordering::AcqRel) {
+            self.bell.trigger();
+            self.notices.tell(format_args!("its tap is gone ({error}); the guest sees the link as down"));
+        }
+    }
 }
 
 /// Whether a direction could go on at once.
@@ -64,13 +103,16 @@ impl NetWorker {
         rx: ActiveQueue,
         tx: ActiveQueue,
         rules: Rules,
-        failure: DeviceFailure,
+        shared: Shared,
     ) -> Result<Worker<[ActiveQueue; 2]>, ActivateError> {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&rx.kick, RX_KICK).map_err(ActivateError::io("watch a queue"))?;
         poller.add_event(&tx.kick, TX_KICK).map_err(ActivateError::io("watch a queue"))?;
         poller.add_both(link.as_fd(), LINK).map_err(ActivateError::io("watch the tap"))?;
         let worker = NetWorker {
+            rx_gate: Gate::new(shared.rx_limiter, &poller, RX_LIMITS)?,
+            tx_gate: Gate::new(shared.tx_limiter, &poller, TX_LIMITS)?,
+            cable: shared.cable,
             link,
             memory: rx.queue.memory().clone(),
             rx,
@@ -81,6 +123,7 @@ impl NetWorker {
             link_readable: true,
             link_writable: true,
         };
+        let failure = shared.failure;
         Worker::spawn(Kind::Net, "net".to_owned(), poller, move |poller| worker.run(&poller, &failure))
     }
 
@@ -94,8 +137,9 @@ impl NetWorker {
             let waited = poller.wait(|token, ready| match token {
                 STOP => stop = true,
                 LINK => {
-                    *readable |= ready.contains(vmm_sys_util::epoll::EventSet::IN);
-                    *writable |= ready.contains(vmm_sys_util::epoll::EventSet::OUT);
+                    // An error is found out by the next read.
+                    *readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
+                    *writable |= ready.contains(EventSet::OUT);
                 }
                 _ => {}
             });
@@ -125,7 +169,7 @@ impl NetWorker {
         self.rx.queue.disable_kicks()?;
         let mut reads = 0usize;
         let mut delivered = false;
-        while reads < BATCH && self.link_readable {
+        while reads < BATCH && self.link_readable && self.rx_gate.is_open() {
             self.posts.collect(&mut self.rx.queue)?;
             if !self.posts.ready(self.rx.queue.size()) {
                 // Wait for buffers, not for packets.
@@ -141,10 +185,17 @@ impl NetWorker {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if is_bad_buffer(&error) => return Err(Broken::Buffer),
                 // An interface that is down, or an empty read: nothing to be had until the next edge.
-                Err(_) | Ok(0) => self.link_readable = false,
+                Err(error) => {
+                    self.link_readable = false;
+                    if error.raw_os_error() == Some(libc::EBADFD) {
+                        self.cable.lose(&error);
+                    }
+                }
+                Ok(0) => self.link_readable = false,
                 // The guest must not see half a packet. Its buffers are used for the next one.
                 Ok(len) if self.posts.perhaps_cut(len, room_bytes) => {}
                 Ok(len) => {
+                    self.rx_gate.charge(packet_bytes(len as u64));
                     self.posts.deliver(&self.memory, &mut self.rx.queue, len).ok_or(Broken::Buffer)??;
                     delivered = true;
                 }
@@ -161,9 +212,15 @@ impl NetWorker {
         let mut sent = 0usize;
         let mut empty = false;
         while sent < BATCH && self.link_writable {
-            if !self.outgoing_waits && !self.tx.queue.pop(&mut self.outgoing)? {
-                empty = true;
-                break;
+            if !self.outgoing_waits {
+                if !self.tx_gate.is_open() {
+                    break;
+                }
+                if !self.tx.queue.pop(&mut self.outgoing)? {
+                    empty = true;
+                    break;
+                }
+                self.tx_gate.charge(packet_bytes(self.outgoing.readable_len()));
             }
             if !transmit(self.link.as_fd(), &self.memory, &self.outgoing) {
                 self.outgoing_waits = true;
@@ -177,9 +234,18 @@ impl NetWorker {
         if sent > 0 && self.tx.queue.interrupt_wanted()? {
             self.tx.interrupt.trigger();
         }
-        let more = if empty { self.tx.queue.enable_kicks()? } else { self.link_writable };
+        let more = if empty {
+            self.tx.queue.enable_kicks()?
+        } else {
+            self.link_writable && !self.tx_gate.is_closed()
+        };
         Ok(if more { Turn::More } else { Turn::Idle })
     }
+}
+
+/// What counts of a packet: all behind its header.
+fn packet_bytes(len: u64) -> u64 {
+    len.saturating_sub(VNET_HEADER_BYTES as u64)
 }
 
 /// Sends one packet. `false`: the tap is full. Anything else that goes wrong loses the packet, as a cable would.

@@ -11,6 +11,8 @@
 
 pub mod blk;
 pub mod console;
+#[cfg(any(test, feature = "testing"))]
+pub mod hostile;
 pub mod limit;
 pub mod net;
 mod notice;

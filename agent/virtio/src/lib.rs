@@ -19,6 +19,8 @@
 #![forbid(unsafe_code)]
 
 mod device;
+#[cfg(any(test, feature = "testing"))]
+pub mod hostile;
 mod interrupt;
 mod msix;
 mod pci;

@@ -12,6 +12,8 @@
 //!   again (§5.2.5, a configuration change). Requests beyond what the driver knows are fine as soon as the volume has it.
 
 mod config;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod hostile;
 mod request;
 mod worker;
 

@@ -7,6 +7,8 @@
 //!
 //! Not offered: a control queue (so MAC filters and promiscuous mode stay with the bridge), several queue pairs.
 
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod hostile;
 mod rx;
 mod worker;
 

@@ -17,6 +17,8 @@
 
 mod control;
 mod host;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod hostile;
 mod worker;
 
 #[cfg(test)]

@@ -1,0 +1,29 @@
+//! For fuzzers and property tests: what a hostile driver says, as bytes, to each parser of requests.
+//!
+//! Built with the feature `testing`. Each panics when something holds no longer that always must.
+
+pub use crate::blk::hostile::requests as blk;
+pub use crate::net::hostile::buffers as net;
+pub use crate::ports::hostile::messages as ports;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_request_to_a_disk_does_harm(data in prop::collection::vec(any::<u8>(), 0..300)) {
+            super::blk(&data);
+        }
+
+        #[test]
+        fn no_receive_buffer_does_harm(data in prop::collection::vec(any::<u8>(), 0..300)) {
+            super::net(&data);
+        }
+
+        #[test]
+        fn no_control_message_does_harm(data in prop::collection::vec(any::<u8>(), 0..300)) {
+            super::ports(&data);
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Buffers for a network card to receive into.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| serio_devices::hostile::net(data));

@@ -10,7 +10,7 @@ use std::{
 
 use kvm_ioctls::{Cap, Kvm};
 use rustix::{
-    fs::statvfs,
+    fs::{AtFlags, Mode, OFlags, StatxFlags, open, statvfs, statx},
     process::{Resource, getrlimit},
 };
 
@@ -33,8 +33,17 @@ const MEMLOCK_BYTES_WARN: u64 = 8 << 20;
 
 /// All of them, in the order in which one would fix them.
 pub(super) fn all(state_dir: &Path) -> Vec<Check> {
-    let mut checks =
-        vec![kvm(), cgroup(), tap(), bridge(), vhost_net(), io_uring(), disk(state_dir), clock()];
+    let mut checks = vec![
+        kvm(),
+        cgroup(),
+        tap(),
+        bridge(),
+        vhost_net(),
+        io_uring(),
+        disk(state_dir),
+        direct_io(state_dir),
+        clock(),
+    ];
     checks.extend(limits());
     checks
 }
@@ -219,9 +228,38 @@ fn io_uring() -> Check {
     Check::warn("io_uring", format!("refused ({error}): disks work, slower"), remedy)
 }
 
+/// Before the first start the folder is not there yet: the one above it tells.
+fn existing(state_dir: &Path) -> &Path {
+    state_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+
+/// Whether volumes could go past the page cache there, and in which steps. A file without a name is asked, which leaves nothing.
+fn direct_io(state_dir: &Path) -> Check {
+    let existing = existing(state_dir);
+    let asked = open(existing, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
+        .and_then(|file| statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN));
+    let found = match asked {
+        Ok(told) if told.stx_mask & StatxFlags::DIOALIGN.bits() != 0 => {
+            judge_direct_io(told.stx_dio_mem_align, told.stx_dio_offset_align)
+        }
+        Ok(_) => "the kernel does not say".into(),
+        Err(error) => format!("cannot ask in {}: {error}", existing.display()),
+    };
+    Check::ok("direct_io", found)
+}
+
+fn judge_direct_io(memory: u32, offset: u32) -> String {
+    match (memory, offset) {
+        (0, _) | (_, 0) => "not on this file system: volumes go through the page cache".into(),
+        (..=512, ..=512) => format!("possible, at multiples of {offset} bytes, from memory at {memory}"),
+        _ => format!(
+            "only at multiples of {offset} bytes, from memory at {memory}: volumes go through the page cache"
+        ),
+    }
+}
+
 fn disk(state_dir: &Path) -> Check {
-    // Before the first start the folder is not there yet: the one above it tells.
-    let existing = state_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let existing = existing(state_dir);
     match statvfs(existing) {
         Ok(fs) => {
             let unit = fs.f_frsize.max(1);
@@ -337,6 +375,8 @@ mod tests {
         assert_eq!(judge_disk(dir, 1, 1 << 40).level, Level::Fail);
         assert_eq!(judge_disk(dir, 2 << 30, 1 << 40).level, Level::Warn);
         assert_eq!(judge_disk(dir, 20 << 30, 1 << 40).level, Level::Ok);
+        assert!(judge_direct_io(4, 512).starts_with("possible"));
+        assert!(judge_direct_io(0, 0).starts_with("not") && judge_direct_io(4096, 4096).starts_with("only"));
         assert_eq!(judge_clock(Some("yes\n"), None).level, Level::Ok);
         assert_eq!(judge_clock(Some("no\n"), None).level, Level::Warn);
         assert_eq!(judge_clock(Some("no\n"), Some("A29FC87B,1.2.3.4,3,0.1,Normal\n")).level, Level::Ok);

@@ -93,7 +93,7 @@ fn half_a_line_is_cut_off_and_told() {
     let path = dir.path().join("audit.log");
     let good = fs::read(&path).unwrap();
     fs::write(&path, [&good[..], b"{\"n\":3,\"ti"].concat()).unwrap();
-    assert_eq!(check(&[path.clone()]).unwrap().lines, 2, "it may be being written");
+    assert_eq!(check(std::slice::from_ref(&path)).unwrap().lines, 2, "it may be being written");
     let log = AuditLog::open(dir.path(), Limits::default()).unwrap();
     log.append(&action("vdcs/after")).unwrap();
     let mut what = Vec::new();

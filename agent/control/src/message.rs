@@ -16,7 +16,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 60, 61, 62, 63, 64, 65"
+                53, 54, 55, 60, 61, 62, 63, 64, 65"
     )]
     pub body: Option<Body>,
 }
@@ -116,6 +116,9 @@ pub enum Body {
     /// → vmm: how far is the merge?
     #[prost(message, tag = "54")]
     MergeQuery(MergeQuery),
+    /// → vmm: hold the writes of what is frozen.
+    #[prost(message, tag = "55")]
+    HoldSnapshot(HoldSnapshot),
 
     /// → volumed: make a volume over shared layers.
     #[prost(message, tag = "60")]

@@ -62,6 +62,18 @@ pub struct PrepareSnapshot {
     /// After so long without a [`FinishSnapshot`] the process lets go by itself, milliseconds; 0: 5,000.
     #[prost(uint32, tag = "6")]
     pub hold_ms: u32,
+    /// Freeze only, and answer; hold when [`HoldSnapshot`] comes. So a guest that freezes fast is not held while others freeze.
+    /// Who does not know this holds at once, and its answer says so.
+    #[prost(bool, tag = "7")]
+    pub freeze_first: bool,
+}
+
+/// Hold what [`PrepareSnapshot`] with `freeze_first` has frozen → [`Prepared`].
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct HoldSnapshot {
+    /// As in [`PrepareSnapshot`].
+    #[prost(string, tag = "1")]
+    pub snapshot_id: String,
 }
 
 /// What a point is good for.
@@ -88,6 +100,9 @@ pub struct Prepared {
     /// How many file systems are frozen.
     #[prost(uint32, tag = "3")]
     pub frozen: u32,
+    /// Nothing is held yet: [`HoldSnapshot`] is waited for.
+    #[prost(bool, tag = "4")]
+    pub waits: bool,
 }
 
 /// End a [`PrepareSnapshot`]: seal or let go; both thaw. On any connection: a prepared snapshot belongs to the process.

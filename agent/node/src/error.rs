@@ -220,7 +220,9 @@ impl Error {
                 Self::Deadline { resource: doing.to_owned(), what: format!("failed: {error}") }
             }
             JobError::Key(_) => Self::precondition(doing, format!("failed: {}", chain(error))),
-            JobError::NotApp { .. } => Self::precondition(doing, format!("failed: {error}")),
+            JobError::NotApp { .. } | JobError::VmEnded { .. } => {
+                Self::precondition(doing, format!("failed: {error}"))
+            }
             _ => Self::from_peer(doing, error.refusal(), error),
         }
     }

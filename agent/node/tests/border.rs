@@ -5,12 +5,13 @@
 
 mod common;
 
-use common::Seriod;
+use common::{Seriod, import_image};
 use serio_api::v1::{
-    AuditEntry, CreateVdcRequest, CreateVolumeRequest, DeleteVdcRequest, DeleteVolumeRequest,
-    ListVdcsRequest, Quota, UpdateVdcRequest, VerifyAuditRequest, WatchAuditRequest, WatchEventsRequest,
-    node_service_client::NodeServiceClient, vdc_service_client::VdcServiceClient,
-    volume_service_client::VolumeServiceClient,
+    AuditEntry, CancelOperationRequest, CheckVolumeRequest, CreateSnapshotRequest, CreateVdcRequest,
+    CreateVolumeRequest, DeleteVdcRequest, DeleteVolumeRequest, ListVdcsRequest, OperationState, Quota,
+    UpdateVdcRequest, VerifyAuditRequest, WatchAuditRequest, WatchEventsRequest, WatchOperationRequest,
+    node_service_client::NodeServiceClient, operation_service_client::OperationServiceClient,
+    vdc_service_client::VdcServiceClient, volume_service_client::VolumeServiceClient,
 };
 use tonic::{Code, transport::Channel};
 
@@ -155,6 +156,46 @@ async fn a_change_of_what_has_changed_is_refused() {
     vdcs.delete_vdc(delete.clone()).await.unwrap();
     delete.name = "vdcs/b".into();
     assert_eq!(vdcs.delete_vdc(delete).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_running_operation_is_cancelled_and_a_repeated_request_finds_the_same() {
+    let mut seriod = Seriod::new("");
+    if let Err(why) = seriod.with_programs() {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    seriod.start();
+    let channel = seriod.connect().await.unwrap();
+    create_vdc(&channel, "a").await;
+    import_image(channel.clone(), "full", "", &[], &[7; 4 << 20]).await;
+    let mut volumes = VolumeServiceClient::new(channel.clone());
+    let create = CreateVolumeRequest {
+        parent: "vdcs/a".into(),
+        volume_id: "v".into(),
+        source_image: "images/full".into(),
+        ..Default::default()
+    };
+    let volume = volumes.create_volume(create).await.unwrap().into_inner().name;
+    let point =
+        CreateSnapshotRequest { volume: volume.clone(), snapshot_id: "p".into(), ..Default::default() };
+    volumes.create_snapshot(point).await.unwrap();
+    // Slow enough to be found at it.
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let check = CheckVolumeRequest { name: volume, data: true, bytes_per_second: 64 << 10, request_id };
+    let begun = volumes.check_volume(check.clone()).await.unwrap().into_inner();
+    assert_eq!(begun.state(), OperationState::Running);
+    assert_eq!(volumes.check_volume(check).await.unwrap().into_inner().name, begun.name, "not another one");
+    let mut operations = OperationServiceClient::new(channel.clone());
+    let cancel = CancelOperationRequest { name: begun.name.clone() };
+    operations.cancel_operation(cancel).await.unwrap();
+    let watch = WatchOperationRequest { name: begun.name };
+    let mut watched = operations.watch_operation(watch).await.unwrap().into_inner();
+    let mut last = None;
+    while let Some(operation) = watched.message().await.unwrap() {
+        last = Some(operation);
+    }
+    assert_eq!(last.unwrap().state(), OperationState::Cancelled);
 }
 
 #[tokio::test]

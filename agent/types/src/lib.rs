@@ -17,4 +17,6 @@ pub use name::{Name, NameError, VdcName};
 pub use net::{Cidr, MacAddr, NetError};
 pub use resource::{ResourceError, SnapshotName};
 pub use size::{ByteSize, SizeError};
-pub use spec::{BootFrom, BootedKernel, CloudInit, Desired, Generation, NicSpec, Quota, RestartPolicy, VmSpec};
+pub use spec::{
+    BootFrom, BootedKernel, CloudInit, Desired, Generation, NicSpec, Quota, RestartPolicy, VmSpec,
+};

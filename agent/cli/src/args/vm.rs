@@ -94,6 +94,9 @@ pub struct VmArgs {
     /// The root disk's size; the image's if left out
     #[arg(long, value_name = "SIZE")]
     pub disk_size: Option<ByteSize>,
+    /// A volume that no VM has as the root, instead of a new one: a clone, an imported disk
+    #[arg(long, value_name = "VDC/NAME", value_parser = in_vdc, conflicts_with = "disk_size")]
+    pub root_volume: Option<VdcName>,
     /// One more volume, VDC/NAME; may be repeated
     #[arg(long = "volume", value_name = "VDC/NAME", value_parser = in_vdc)]
     pub volumes: Vec<VdcName>,

@@ -3,9 +3,9 @@
 use std::{fs, path::Path, time::Duration};
 
 use serio_api::v1::{
-    BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec, ReadLogRequest,
-    RebootVmRequest, RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, VmStatus,
-    vm_service_client::VmServiceClient,
+    BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec,
+    ReadLogRequest, RebootVmRequest, RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState,
+    VmStatus, vm_service_client::VmServiceClient,
 };
 use serio_types::{Name, VdcName};
 
@@ -91,9 +91,9 @@ async fn create(client: &Client, args: VmArgs, start: bool, output: Output) -> R
         request_id: request_id(),
         parent: names::vdc(&name.vdc),
         vm_id: name.name.to_string(),
+        root_volume: args.root_volume.as_ref().map(names::volume).unwrap_or_default(),
         spec: Some(spec(args)?),
         start,
-        ..Default::default()
     };
     let doing = format!("{} vm {name}", if start { "run" } else { "create" });
     let vm = client

@@ -1,9 +1,8 @@
 //! Protobuf ⇄ inner types. Requests are checked whole: an answer names every wrong field at once.
 
-use std::{fmt::Display, time::Duration};
+use std::time::Duration;
 
 use pbjson_types::{Duration as ProtoDuration, Timestamp};
-use prost::Message;
 use serio_api::v1;
 use serio_store::record::{
     Encryption, EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
@@ -11,13 +10,12 @@ use serio_store::record::{
 use serio_types::{
     BootFrom, CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource,
 };
-use uuid::Uuid;
 
+pub(super) use super::fields::request_of;
+pub use super::fields::{Fields, field};
 use crate::{
-    error::{Error, FieldError, chain},
-    state::command::{
-        ExportView, Request, SnapshotView, VdcSnapshotView, VdcView, VmState, VmView, VolumeView,
-    },
+    error::{Error, chain},
+    state::command::{ExportView, SnapshotView, VdcSnapshotView, VdcView, VmState, VmView, VolumeView},
     supervise::Allocated,
 };
 
@@ -26,73 +24,6 @@ const USER_DATA_BYTES_MAX: usize = 512 << 10;
 /// The most keys of a VM, and bytes of one.
 const SSH_KEYS_MAX: usize = 64;
 const SSH_KEY_BYTES_MAX: usize = 16 << 10;
-
-/// Collects wrong fields, so that a caller reads them all.
-#[derive(Debug, Default)]
-pub struct Fields(Vec<FieldError>);
-
-impl Fields {
-    /// Takes a value, or notes what is wrong with the field.
-    pub fn take<T, E: std::error::Error>(&mut self, field: impl Display, value: Result<T, E>) -> Option<T> {
-        value.map_err(|e| self.wrong(field, chain(&e))).ok()
-    }
-
-    /// Notes what is wrong with a field.
-    pub fn wrong(&mut self, field: impl Display, problem: impl Into<String>) {
-        self.0.push(FieldError::new(field.to_string(), problem));
-    }
-
-    /// The value if nothing was wrong.
-    ///
-    /// # Errors
-    /// All that was noted.
-    pub fn done<T>(self, value: Option<T>) -> Result<T, Error> {
-        match value {
-            Some(value) if self.0.is_empty() => Ok(value),
-            _ => Err(Error::Invalid(self.0)),
-        }
-    }
-}
-
-/// One field.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn field<T, E: std::error::Error>(name: &str, value: Result<T, E>) -> Result<T, Error> {
-    value.map_err(|e| Error::invalid(name, chain(&e)))
-}
-
-/// The request's id, if the client gave one. `clear` empties it in the message, so that the digest is of the rest.
-///
-/// # Errors
-/// It is not a UUID.
-pub fn request<M: Message + Clone>(
-    method: &'static str,
-    message: &M,
-    clear: impl FnOnce(&mut M) -> String,
-) -> Result<Option<Request>, Error> {
-    let mut rest = message.clone();
-    let id = clear(&mut rest);
-    if id.is_empty() {
-        return Ok(None);
-    }
-    let id = Uuid::parse_str(&id).map_err(|_| {
-        Error::invalid(
-            "request_id",
-            format!("`{id}` is not a UUID: use a new one for each request, or leave it empty"),
-        )
-    })?;
-    let digest = blake3::hash(&rest.encode_to_vec()).to_hex().to_string();
-    Ok(Some(Request { id, method, digest }))
-}
-
-/// `[T]` of a message: its request id, taken out.
-macro_rules! request_of {
-    ($method:literal, $message:expr) => {
-        crate::grpc::convert::request($method, $message, |m| std::mem::take(&mut m.request_id))
-    };
-}
-pub(super) use request_of;
 
 /// A quota; all of it must be given.
 ///

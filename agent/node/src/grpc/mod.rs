@@ -15,6 +15,7 @@ mod changes;
 mod check;
 mod console;
 pub mod convert;
+mod fields;
 mod image;
 mod image_disk;
 mod kernel;

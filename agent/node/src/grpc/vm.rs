@@ -57,7 +57,19 @@ impl VmService for VmApi {
         let id = request_of!("CreateVm", &message)?;
         let name = convert::in_vdc(&message.parent, "vm_id", &message.vm_id)?;
         let spec = Box::new(convert::vm_spec(&name.vdc, message.spec)?);
-        Ok(one(self.0.mutate(Mutation::CreateVm { name, spec, start: message.start }, id).await?)?)
+        let start = message.start;
+        if message.root_volume.is_empty() {
+            return Ok(one(self.0.mutate(Mutation::CreateVm { name, spec, start }, id).await?)?);
+        }
+        let root = field("root_volume", resource::parse_volume(&message.root_volume))?;
+        if root.vdc != name.vdc {
+            return Err(Error::invalid("root_volume", format!("is not of vdc {}", name.vdc)).into());
+        }
+        if spec.root_disk.is_some() {
+            let problem = "is the size of a new root volume: resize the one that is given instead";
+            return Err(Error::invalid("spec.root_disk_bytes", problem).into());
+        }
+        Ok(one(self.0.mutate(Mutation::CreateVmOn { name, spec, root, start }, id).await?)?)
     }
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {

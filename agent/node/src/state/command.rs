@@ -38,6 +38,8 @@ pub enum Mutation {
     DeleteVdc { name: Name },
     /// → [`Answer::Vm`].
     CreateVm { name: VdcName, spec: Box<VmSpec>, start: bool },
+    /// The same with a root that is there → [`Answer::Vm`].
+    CreateVmOn { name: VdcName, spec: Box<VmSpec>, root: VdcName, start: bool },
     /// → [`Answer::Vm`].
     StartVm { name: VdcName },
     /// → [`Answer::Vm`].
@@ -102,6 +104,7 @@ impl Mutation {
             | Self::EraseVdc { name, .. }
             | Self::DeleteVdc { name } => resource::vdc(name),
             Self::CreateVm { name, .. }
+            | Self::CreateVmOn { name, .. }
             | Self::StartVm { name }
             | Self::StopVm { name, .. }
             | Self::RebootVm { name }

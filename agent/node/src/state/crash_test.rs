@@ -37,6 +37,10 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
             if rng.random_bool(0.3) {
                 spec.volumes.push(name(rng, "disk").name);
             }
+            if rng.random_bool(0.2) {
+                let (name, start, root) = (name(rng, "vm"), rng.random(), volume(rng));
+                return Mutation::CreateVmOn { name, spec, root, start };
+            }
             Mutation::CreateVm { name: name(rng, "vm"), spec, start: rng.random() }
         }
         5..=7 => Mutation::StartVm { name: name(rng, "vm") },

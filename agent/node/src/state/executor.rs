@@ -22,7 +22,9 @@ use crate::{
     error::{Error, chain},
     net,
     seed::{self, SeedNic, SeedSpec},
-    supervise::{BootPlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle},
+    supervise::{
+        BootPlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle,
+    },
 };
 
 /// Bytes of a guest's frames: what every network takes.

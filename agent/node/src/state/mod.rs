@@ -32,6 +32,7 @@ pub mod command;
 pub mod effect;
 mod executor;
 mod exports;
+mod given_root;
 mod images;
 mod merges;
 pub mod model;
@@ -206,6 +207,9 @@ impl State {
             }
             Mutation::DeleteVdc { name } => self.delete_vdc(&name, op),
             Mutation::CreateVm { name, spec, start } => self.create_vm(name, *spec, start, op),
+            Mutation::CreateVmOn { name, spec, root, start } => {
+                self.create_vm_on(&name, (*spec, &root), start, op)
+            }
             Mutation::StartVm { name } => self.start_vm(&name, op),
             Mutation::StopVm { name, force, timeout } => self.stop_vm(&name, force, timeout, op),
             Mutation::RebootVm { name } => self.reboot_vm(&name, op),

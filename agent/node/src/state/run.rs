@@ -99,7 +99,8 @@ impl State {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         vm.run = Run::Running;
         vm.start_time = Some(self.now);
-        let what = kernel.as_ref().map_or_else(String::new, |kernel| format!(", with {} of its disk", kernel.path));
+        let what =
+            kernel.as_ref().map_or_else(String::new, |kernel| format!(", with {} of its disk", kernel.path));
         vm.kernel = kernel;
         let (kind, message) = match cause {
             Cause::Again => ("restarted", format!("it was started again, as process {pid}{what}")),
@@ -144,10 +145,11 @@ impl State {
     /// A creation that failed leaves nothing: its row becomes one of a deletion.
     pub(super) fn undo_create(&mut self, uid: Uuid, error: Error, op: Op) {
         let Some(vm) = self.model.vms.get(&uid).cloned() else { return };
-        let mut changes = self.deletion(&vm, false);
+        let keep_root = self.root_was_given(&vm);
+        let mut changes = self.deletion(&vm, keep_root);
         changes.extend(Self::forget(op.request.as_ref()));
         self.record(changes);
-        self.out.push(Effect::RemoveVm { vm: uid, volume: Some(vm.root_volume) });
+        self.out.push(Effect::RemoveVm { vm: uid, volume: (!keep_root).then_some(vm.root_volume) });
         self.phases.insert(uid, Phase::Deleting { op, undone: Some(error) });
     }
 

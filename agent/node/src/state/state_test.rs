@@ -104,6 +104,45 @@ fn a_failed_creation_leaves_nothing() {
 }
 
 #[test]
+fn a_given_root_outlives_a_creation_that_failed() {
+    let mut sim = Sim::new();
+    sim.furnish();
+    let disk: VdcName = "ardesio/disk".parse().unwrap();
+    let size = Some((1 << 20).try_into().unwrap());
+    sim.ask(Mutation::CreateVolume { name: disk.clone(), size, image: None }).unwrap();
+    let on = |start| Mutation::CreateVmOn { name: web(), spec: spec(1), root: disk.clone(), start };
+    let mut create = sim.send(on(true), None);
+    sim.world.fail = true;
+    let launch = sim.todo.pop().unwrap();
+    let failed = sim.world.perform(launch);
+    sim.ready.extend(failed);
+    sim.world.fail = false;
+    sim.settle();
+    assert!(matches!(create.try_recv().unwrap(), Err(Error::Failed { .. })));
+    assert!(sim.vm("ardesio/web").is_none());
+    assert_eq!(sim.world.volumes.len(), 1, "the volume is there");
+    sim.assert_agreement();
+
+    sim.ask(on(true)).unwrap();
+    let view = sim.vm("ardesio/web").unwrap();
+    assert_eq!((view.state, view.root_volume.unwrap()), (VmState::Running, disk.clone()));
+    let second = Mutation::CreateVmOn {
+        name: "ardesio/b".parse().unwrap(),
+        spec: spec(1),
+        root: disk.clone(),
+        start: false,
+    };
+    assert!(matches!(sim.ask(second), Err(Error::Precondition { .. })), "a volume has one VM");
+    sim.ask(Mutation::DeleteVm { name: web(), keep_root_volume: true, force: true }).unwrap();
+    sim.ask(on(false)).unwrap();
+    assert_eq!(sim.vm("ardesio/web").unwrap().state, VmState::Stopped);
+    sim.ask(Mutation::StartVm { name: web() }).unwrap();
+    sim.ask(Mutation::DeleteVm { name: web(), keep_root_volume: false, force: true }).unwrap();
+    assert!(sim.world.volumes.is_empty());
+    sim.assert_agreement();
+}
+
+#[test]
 fn a_vm_that_breaks_is_started_again_with_growing_pauses() {
     let mut sim = running();
     let uid = sim.vm("ardesio/web").unwrap().record.uid;

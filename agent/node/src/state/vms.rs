@@ -6,7 +6,9 @@ use serio_store::{
     Change,
     record::{ImageRecord, Made, Run, VdcRecord, VmRecord, VolumeRecord},
 };
-use serio_types::{BootFrom, Desired, Generation, MacAddr, Name, Quota, VdcName, VmSpec, VolumeSize, resource};
+use serio_types::{
+    BootFrom, Desired, Generation, MacAddr, Name, Quota, VdcName, VmSpec, VolumeSize, resource,
+};
 use serio_vdc::{Owner, Pool};
 use uuid::Uuid;
 
@@ -133,7 +135,7 @@ impl State {
     }
 
     /// The rows of the volumes that a new VM takes.
-    fn attach(&self, vdc: &VdcRecord, spec: &VmSpec, vm: Uuid) -> Result<Vec<Change>, Error> {
+    pub(super) fn attach(&self, vdc: &VdcRecord, spec: &VmSpec, vm: Uuid) -> Result<Vec<Change>, Error> {
         if spec.volumes.len() > VOLUMES_MAX {
             return Err(Error::invalid(
                 "spec.volumes",
@@ -162,7 +164,7 @@ impl State {
     }
 
     /// Says whether a VM or its creation may take a volume.
-    fn volume_free(&self, volume: &VolumeRecord) -> Result<(), Error> {
+    pub(super) fn volume_free(&self, volume: &VolumeRecord) -> Result<(), Error> {
         let name = resource::volume(&self.model.volume_name(volume));
         if let Some(vm) = volume.vm {
             let why = format!(
@@ -181,7 +183,7 @@ impl State {
     }
 
     /// Gives each card an address: its own, or one derived from the VM's id.
-    fn choose_macs(&self, mut spec: VmSpec, vm: Uuid) -> Result<VmSpec, Error> {
+    pub(super) fn choose_macs(&self, mut spec: VmSpec, vm: Uuid) -> Result<VmSpec, Error> {
         if spec.nics.len() > NICS_MAX {
             return Err(Error::invalid(
                 "spec.nics",

@@ -238,6 +238,12 @@ pub enum JobError {
         /// The announced size.
         end: u64,
     },
+    /// A VM ended while its volumes were to be sealed with others.
+    #[error("the VM of {who} ended meanwhile, so the snapshot was not made: take it again")]
+    VmEnded {
+        /// Its volumes.
+        who: String,
+    },
     /// An earlier snapshot of this volume was not answered, and may still be going on.
     #[error(
         "an earlier snapshot of volume {0} was not answered and may still be going on: try again later, or stop the VM first"

@@ -1,14 +1,15 @@
-//! The files of volumes: which there are, opened to be passed on. seriod never reads or writes their bytes.
+//! The files of volumes: which there are, opened to be passed on. seriod never reads or writes their bytes; a sealed layer
+//! that cannot be shared is copied by the kernel.
 //!
 //! A volume is `STATE/volumes/<uuid>/`, a layer `{k:08}.data` and `{k:08}.map`. Which of them are in the chain is
 //! said by their headers, which only the process that opens the volume reads.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::{
         fd::OwnedFd,
-        unix::fs::{MetadataExt, OpenOptionsExt},
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
 };
@@ -17,7 +18,7 @@ use serio_control::message::LayerFds;
 use uuid::Uuid;
 
 use super::{
-    error::{FileError, VolumeFilesError},
+    error::{FileError, JobError, VolumeFilesError},
     rundir,
 };
 
@@ -215,6 +216,47 @@ pub(super) fn allocated_bytes(dir: &Path) -> Result<Allocated, FileError> {
         *part = part.saturating_add(bytes);
     }
     Ok(sum)
+}
+
+/// The directory of a new volume.
+pub(super) fn new_volume_dir(dir: &Path, uid: Uuid) -> Result<(), JobError> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(JobError::Exists(uid)),
+        other => Ok(other.map_err(FileError::at("create", dir))?),
+    }
+}
+
+/// Copies a file that nobody writes, holes as holes, and syncs it.
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    use std::os::fd::AsFd;
+
+    use rustix::fs::{SeekFrom, seek};
+
+    let source = File::open(from)?;
+    let target = rundir::create_new(to).map_err(|error| error.source)?;
+    let len = source.metadata()?.len();
+    target.set_len(len)?;
+    let mut at = 0;
+    while at < len {
+        let start = match seek(source.as_fd(), SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Only a hole is left.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(source.as_fd(), SeekFrom::Hole(start))?.min(len);
+        let (mut from_at, mut to_at) = (start, start);
+        while from_at < end {
+            let want = usize::try_from(end - from_at).unwrap_or(usize::MAX).min(1 << 30);
+            let copied =
+                rustix::fs::copy_file_range(&source, Some(&mut from_at), &target, Some(&mut to_at), want)?;
+            if copied == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        at = end;
+    }
+    target.sync_all()
 }
 
 #[cfg(test)]

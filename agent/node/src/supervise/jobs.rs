@@ -5,9 +5,7 @@
 //! A job that shows no progress for [`STALL_MAX`] is killed, so that a broken disk does not collect processes.
 
 use std::{
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::DirBuilderExt,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -172,10 +170,7 @@ pub(super) async fn create_volume(
     from_image: Option<PathBuf>,
 ) -> Result<(), JobError> {
     let dir = inner.volume_dir(uid);
-    match DirBuilder::new().mode(0o700).create(&dir) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(JobError::Exists(uid)),
-        other => other.map_err(FileError::at("create", &dir))?,
-    }
+    files::new_volume_dir(&dir, uid)?;
     let made = fill_volume(&inner, &dir, uid, size_bytes, from_image).await;
     if made.is_err() {
         rundir::remove_quietly(&dir);

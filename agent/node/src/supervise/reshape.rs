@@ -3,9 +3,7 @@
 //! Owns: the files that the jobs are given, the hard links of shared layers. Never: their content.
 
 use std::{
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::DirBuilderExt,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -172,10 +170,7 @@ async fn rollback(
 
 async fn clone(inner: Arc<Inner>, uid: Uuid, size_bytes: u64, source: CloneSource) -> Result<(), JobError> {
     let dir = inner.volume_dir(uid);
-    match DirBuilder::new().mode(0o700).create(&dir) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(JobError::Exists(uid)),
-        other => other.map_err(FileError::at("create", &dir))?,
-    }
+    files::new_volume_dir(&dir, uid)?;
     let made = fill_clone(&inner, &dir, uid, size_bytes, source).await;
     if made.is_err() {
         rundir::remove_quietly(&dir);
@@ -207,7 +202,7 @@ async fn fill_clone(
             let from = inner.volume_dir(volume);
             let layers = layers_of(inner, volume, &name).await?;
             for layer in &layers {
-                link(&files::layer_paths(&from, *layer).0, &files::layer_paths(dir, *layer).0)?;
+                share(files::layer_paths(&from, *layer).0, files::layer_paths(dir, *layer).0).await?;
             }
             descriptors.push_chain(&from, &layers, true)?;
             (Some(entered), false, name, layers)
@@ -237,6 +232,24 @@ async fn layers_of(inner: &Inner, volume: Uuid, snapshot: &str) -> Result<Vec<u6
 
 fn link(from: &Path, to: &Path) -> Result<(), JobError> {
     fs::hard_link(from, to).map_err(|source| JobError::Link { path: from.to_owned(), source })
+}
+
+/// A sealed layer for one more volume: the same file under another name, or, where the file system gives it no more names, a
+/// copy of it.
+async fn share(from: PathBuf, to: PathBuf) -> Result<(), JobError> {
+    match link(&from, &to) {
+        Err(error) if is_unlinkable(&error) => {
+            tracing::warn!(layer = %from.display(), "it is copied: {}", crate::error::chain(&error));
+            let copied = tokio::task::spawn_blocking(move || {
+                files::copy_sparse(&from, &to).map_err(FileError::at("copy a layer to", &to))
+            });
+            copied
+                .await
+                .unwrap_or_else(|_| Err(FileError::at("copy", "a layer")(io::ErrorKind::Other.into())))?;
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Whether sharing failed in a way that copying helps against: another file system, one without links, too many links.

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   enter all gates, read headers, make the new layers' files         nothing is held yet
-//!   PrepareSnapshot to each VMM, at once      ── held ──┐             from the first `Prepared` on
+//!   PrepareSnapshot to each VMM, at once: freeze        each within FREEZE_MAX; only if that is asked
+//!   HoldSnapshot to each VMM, at once         ── held ──┐             from the first answer on
 //!   stopped volumes are sealed by jobs                  │ HOLD_MAX
 //!   FinishSnapshot{commit} to each VMM        ── let go ┘
 //! ```
@@ -14,7 +15,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serio_control::{
     ChannelError,
     message::{
-        Body, FinishSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
+        Body, FinishSnapshot, HoldSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
         SnapshotStopped, VdcKey,
     },
 };
@@ -33,8 +34,10 @@ use super::{
 
 /// How long writes may be held.
 const HOLD_MAX: Duration = Duration::from_secs(3);
-/// How long a guest's agent may take to freeze: the other guests wait for it meanwhile.
+/// How long a guest's agent may take to freeze. The other guests, frozen too, wait for it, but are not held.
 const FREEZE_MAX: Duration = Duration::from_secs(2);
+/// How long the end of a VM is waited for that does not answer any more.
+const END_WAIT: Duration = Duration::from_millis(500);
 /// How long a VMM may take to seal or let go once it was told.
 const FINISH_WAIT: Duration = Duration::from_secs(60);
 
@@ -156,6 +159,7 @@ fn hosts(inner: &Inner, plan: &VdcSnapshotPlan, ready: &[Ready]) -> Result<Vec<H
                 freeze: plan.app,
                 freeze_timeout_ms: u32::try_from(FREEZE_MAX.as_millis()).unwrap_or(u32::MAX),
                 hold_ms: u32::try_from(HOLD_MAX.as_millis()).unwrap_or(u32::MAX),
+                freeze_first: plan.app,
             },
             descriptors: Descriptors::default(),
         });
@@ -205,42 +209,88 @@ async fn seal_all(
     Ok(sealed.collect())
 }
 
-/// Has every VMM hold its writes. With when they must be let go, and what each said.
+/// Has every VMM hold its writes, all guests frozen before the first is held. With when they must be let go, and what each said.
 async fn prepare_all(plan: &VdcSnapshotPlan, hosts: &[Host]) -> Result<(Instant, Vec<Prepared>), JobError> {
-    let freeze = if plan.app { FREEZE_MAX } else { Duration::ZERO };
-    let mut deadline = Instant::now() + freeze + HOLD_MAX;
+    let mut frozen = Vec::new();
+    let mut deadline = None;
+    if plan.app {
+        let until = Instant::now() + FREEZE_MAX + HOLD_MAX;
+        let all: Vec<usize> = (0..hosts.len()).collect();
+        let (first, said) = ask_all(plan, hosts, (&all, Step::Prepare), until).await?;
+        // One of an earlier version holds already.
+        deadline = first.filter(|_| said.iter().any(|(_, said)| !said.waits)).map(|first| first + HOLD_MAX);
+        frozen = said;
+    }
+    let step = if plan.app { Step::Hold } else { Step::Prepare };
+    let waiting = frozen.iter().filter(|(_, said)| said.waits).map(|(at, _)| *at);
+    let to_hold: Vec<usize> = if plan.app { waiting.collect() } else { (0..hosts.len()).collect() };
+    let until = deadline.unwrap_or_else(|| Instant::now() + HOLD_MAX);
+    let (first, held) = ask_all(plan, hosts, (&to_hold, step), until).await?;
+    let deadline = first.map_or(until, |first| until.min(first + HOLD_MAX));
+    let mut said: BTreeMap<usize, Prepared> = frozen.into_iter().collect();
+    said.extend(held);
+    Ok((deadline, said.into_values().collect()))
+}
+
+/// What VMMs are asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Prepare,
+    Hold,
+}
+
+/// Asks some VMMs at once; when the first answered, and what each said.
+async fn ask_all(
+    plan: &VdcSnapshotPlan,
+    hosts: &[Host],
+    (which, step): (&[usize], Step),
+    until: Instant,
+) -> Result<(Option<Instant>, Vec<(usize, Prepared)>), JobError> {
     let mut asked = JoinSet::new();
-    for (at, host) in hosts.iter().enumerate() {
-        let (vm, body) = (host.vm.clone(), Body::PrepareSnapshot(host.body.clone()));
-        let descriptors = host.descriptors.duplicate()?;
+    for (at, host) in which.iter().filter_map(|at| Some((*at, hosts.get(*at)?))) {
+        let (body, descriptors) = match step {
+            Step::Prepare => (Body::PrepareSnapshot(host.body.clone()), host.descriptors.duplicate()?),
+            Step::Hold => {
+                (Body::HoldSnapshot(HoldSnapshot { snapshot_id: plan.name.clone() }), Descriptors::default())
+            }
+        };
+        let vm = host.vm.clone();
         asked.spawn(async move {
             (at, vm.ask(body, descriptors.as_slice(), FREEZE_MAX + HOLD_MAX + HOLD_MAX).await)
         });
     }
-    let mut said: Vec<Option<Prepared>> = vec![None; hosts.len()];
-    let mut first = true;
+    let mut said: Vec<(usize, Prepared)> = Vec::new();
+    let mut first = None;
     while !asked.is_empty() {
-        let Ok(next) = timeout_at(deadline, asked.join_next()).await else {
-            let late = hosts.iter().zip(&said).filter(|(_, said)| said.is_none());
-            let who = late.map(|(host, _)| host.labels.as_str()).collect::<Vec<_>>().join(", ");
-            return Err(JobError::Late { who, waited: HOLD_MAX });
+        let Ok(next) = timeout_at(until, asked.join_next()).await else {
+            let late = which.iter().filter(|at| !said.iter().any(|(other, _)| other == *at));
+            let who = late.filter_map(|at| hosts.get(*at)).map(|host| host.labels.as_str());
+            return Err(JobError::Late { who: who.collect::<Vec<_>>().join(", "), waited: HOLD_MAX });
         };
         let Some(Ok((at, answer))) = next else { return Err(JobError::Ending) };
-        let Body::Prepared(prepared) = answer? else {
+        let Some(host) = hosts.get(at) else { continue };
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return Err(why_not(host, error).await),
+        };
+        let Body::Prepared(prepared) = answer else {
             return Err(TalkError::from(ChannelError::Unexpected).into());
         };
-        if std::mem::take(&mut first) {
-            deadline = deadline.min(Instant::now() + HOLD_MAX);
-        }
-        let label = hosts.get(at).map_or("", |h| h.labels.as_str());
+        first = first.or_else(|| Some(Instant::now()));
         if plan.app_required && prepared.class() != PointClass::App {
-            return Err(JobError::NotApp { who: label.to_owned(), why: prepared.reason });
+            return Err(JobError::NotApp { who: host.labels.clone(), why: prepared.reason });
         }
-        if let Some(slot) = said.get_mut(at) {
-            *slot = Some(prepared);
-        }
+        said.push((at, prepared));
     }
-    Ok((deadline, said.into_iter().flatten().collect()))
+    Ok((first, said))
+}
+
+/// A VMM did not do it: perhaps its VM has just ended, which is nobody's fault.
+async fn why_not(host: &Host, error: TalkError) -> JobError {
+    if error.refusal().is_none() && host.vm.exit_within(END_WAIT).await {
+        return JobError::VmEnded { who: host.labels.clone() };
+    }
+    error.into()
 }
 
 /// Seals the volumes that nobody has open.
@@ -306,7 +356,12 @@ async fn finish_all(
             }
         }
         if commit {
-            result = result.and(answer.map_err(JobError::from).and_then(|body| jobs::done(&body)));
+            let done = match (answer, hosts.get(at)) {
+                (Ok(body), _) => jobs::done(&body),
+                (Err(error), Some(host)) => Err(why_not(host, error).await),
+                (Err(error), None) => Err(error.into()),
+            };
+            result = result.and(done);
         }
     }
     result

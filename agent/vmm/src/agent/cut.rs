@@ -1,7 +1,8 @@
-//! Snapshots of several volumes at one instant, in two steps: `PrepareSnapshot`, then `FinishSnapshot`.
+//! Snapshots of several volumes at one instant, in two steps: `PrepareSnapshot`, then `FinishSnapshot`; between them
+//! `HoldSnapshot`, when the guests of several VMs shall all be frozen before the first of them is held.
 //!
 //! ```text
-//!   PrepareSnapshot ──► thread "cut":  freeze (if asked) ─► flush all ─► hold all ─► still frozen? ─► Prepared
+//!   PrepareSnapshot ──► thread "cut":  freeze (if asked) ─► [Prepared, HoldSnapshot ─►] flush all ─► hold all ─► still frozen? ─► Prepared
 //!   FinishSnapshot  ──►                seal all | let go ─► answer ─► thaw
 //!   hold_ms is over ──►                let go ─► thaw
 //! ```
@@ -24,7 +25,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serio_control::message::{Body, Code, Failed, FinishSnapshot, PointClass, PrepareSnapshot, Prepared};
+use serio_control::message::{
+    Body, Code, Failed, FinishSnapshot, HoldSnapshot, PointClass, PrepareSnapshot, Prepared,
+};
 use serio_sandbox::{Kind, threads};
 use serio_volume::{Held, LayerFiles, SnapshotError, Volume};
 
@@ -56,9 +59,19 @@ struct Now {
     orders: SyncSender<Order>,
 }
 
-/// What `FinishSnapshot` says, and where its answer goes.
+/// What is asked of the cut that is under way.
+enum What {
+    /// `HoldSnapshot`.
+    Hold,
+    /// `FinishSnapshot`: seal.
+    Commit,
+    /// `FinishSnapshot`: let go.
+    LetGo,
+}
+
+/// That, and where its answer goes.
 struct Order {
-    commit: bool,
+    what: What,
     answer: SyncSender<Body>,
 }
 
@@ -76,6 +89,8 @@ struct Cut {
     parts: Vec<Part>,
     /// How long the guest agent may take, if it is to be asked.
     freeze: Option<Duration>,
+    /// Freeze, then wait for `HoldSnapshot`, so long.
+    wait: Option<Duration>,
     hold: Duration,
     paused: bool,
     devices: Arc<Devices>,
@@ -137,19 +152,28 @@ impl Cuts {
         answered.recv().unwrap_or_else(lost)
     }
 
+    /// Holds what is frozen.
+    pub(super) fn hold(&self, request: &HoldSnapshot) -> Body {
+        self.order(&request.snapshot_id, What::Hold)
+    }
+
     /// Seals what was prepared, or lets go.
     pub(super) fn finish(&self, request: &FinishSnapshot) -> Body {
+        self.order(&request.snapshot_id, if request.commit { What::Commit } else { What::LetGo })
+    }
+
+    fn order(&self, id: &str, what: What) -> Body {
         let gone = || {
             let why =
                 "it was let go: it was finished before, its time was over, or it was never prepared here";
-            failed(Code::Precondition, "snapshot_id", format!("snapshot {}: {why}", request.snapshot_id))
+            failed(Code::Precondition, "snapshot_id", format!("snapshot {id}: {why}"))
         };
         let orders = match &*self.lock() {
-            Some(now) if now.id == request.snapshot_id => now.orders.clone(),
+            Some(now) if now.id == id => now.orders.clone(),
             _ => return gone(),
         };
         let (answer, answered) = sync_channel(1);
-        let order = Order { commit: request.commit, answer };
+        let order = Order { what, answer };
         if orders.try_send(order).is_err() {
             return gone();
         }
@@ -222,6 +246,9 @@ impl Cut {
             snapshot: request.snapshot.clone(),
             parts,
             freeze: request.freeze.then(|| wait_of(request.freeze_timeout_ms, FREEZE_MS)),
+            // The others freeze meanwhile.
+            wait: (request.freeze && request.freeze_first)
+                .then(|| wait_of(request.freeze_timeout_ms, FREEZE_MS) + wait_of(request.hold_ms, HOLD_MS)),
             hold: wait_of(request.hold_ms, HOLD_MS),
             paused,
             devices: devices.clone(),
@@ -240,6 +267,16 @@ impl Cut {
 
     fn cut(self, slot: Slot, answer: &SyncSender<Body>, orders: &Receiver<Order>) {
         let mut prepared = self.freeze();
+        let asked;
+        let answer = match self.wait {
+            Some(limit) => {
+                let _ = answer.send(Body::Prepared(Prepared { waits: true, ..prepared.clone() }));
+                let Some(told) = self.told_to_hold(orders, limit) else { return };
+                asked = told;
+                &asked
+            }
+            None => answer,
+        };
         let (held, deadline) = match self.hold_all() {
             Ok(held) => held,
             Err(refusal) => {
@@ -253,7 +290,7 @@ impl Cut {
         let _ = answer.send(Body::Prepared(prepared));
         let left = deadline.saturating_duration_since(Instant::now());
         let (order, body) = match orders.recv_timeout(left) {
-            Ok(order) if order.commit => {
+            Ok(order) if matches!(order.what, What::Commit) => {
                 let body = seal_all(self.parts, held, &snapshot);
                 (Some(order), body)
             }
@@ -272,15 +309,33 @@ impl Cut {
         }
     }
 
+    /// Waits, frozen, for the word to hold; where that is answered. `None`: it was let go.
+    fn told_to_hold(&self, orders: &Receiver<Order>, limit: Duration) -> Option<SyncSender<Body>> {
+        match orders.recv_timeout(limit) {
+            Ok(Order { what: What::Hold, answer }) => return Some(answer),
+            Ok(Order { what: What::LetGo, answer }) => drop(answer.send(done())),
+            Ok(Order { what: What::Commit, answer }) => {
+                let why = format!("snapshot {}: nothing is held yet: ask for that first", self.id);
+                let _ = answer.send(failed(Code::Precondition, "snapshot_id", why));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let ms = limit.as_millis();
+                super::say(format_args!("snapshot {}: let go, since nobody held it in {ms} ms", self.id));
+            }
+            Err(RecvTimeoutError::Disconnected) => {}
+        }
+        None
+    }
+
     /// Asks the guest agent, if that is wanted. What the snapshot is good for so far.
     fn freeze(&self) -> Prepared {
-        let crash = |reason| Prepared { class: PointClass::Crash.into(), reason, frozen: 0 };
+        let crash = |reason| Prepared { class: PointClass::Crash.into(), reason, ..Prepared::default() };
         let Some(limit) = self.freeze else { return crash(String::new()) };
         if self.paused {
             return crash("the VM is paused, so its agent cannot freeze it".to_owned());
         }
         match self.devices.guest_agent.freeze(Instant::now() + limit) {
-            Ok(frozen) => Prepared { class: PointClass::App.into(), reason: String::new(), frozen },
+            Ok(frozen) => Prepared { class: PointClass::App.into(), frozen, ..Prepared::default() },
             Err(error) => crash(chain(&error)),
         }
     }
@@ -291,7 +346,8 @@ impl Cut {
             return;
         }
         if let Err(error) = self.devices.guest_agent.confirm(Instant::now() + CONFIRM) {
-            *prepared = Prepared { class: PointClass::Crash.into(), reason: chain(&error), frozen: 0 };
+            let reason = chain(&error);
+            *prepared = Prepared { class: PointClass::Crash.into(), reason, ..Prepared::default() };
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serio_control::message::{
-    Body, Code, FinishSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
+    Body, Code, FinishSnapshot, HoldSnapshot, NewHead, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
 };
 use serio_volume::{Access, Buffers, IoQueue, LayerFiles, Op, Volume, VolumeFiles, create_layer};
 use tempfile::TempDir;
@@ -325,4 +325,38 @@ fn the_end_of_the_vm_lets_go() {
         asked.join().expect("answered");
     });
     assert!(!bench.cuts.is_busy());
+}
+
+#[test]
+fn frozen_first_nothing_is_held_until_the_word_comes() {
+    let guest = FakeGuest::good();
+    let bench = Bench::new(Some(&guest));
+    let frozen_first = |request: &mut PrepareSnapshot| {
+        (request.freeze, request.freeze_first, request.hold_ms) = (true, true, 60_000);
+    };
+    let hold = |number: u32| bench.cuts.hold(&HoldSnapshot { snapshot_id: format!("s{number}") });
+    let prepared = bench.prepared(1, frozen_first);
+    assert!(prepared.waits && prepared.class() == PointClass::App, "{prepared:?}");
+    // Not held: a write is answered. Nor can it be sealed.
+    write(&mut bench.volume("a").queue(1).expect("a queue"), 1);
+    assert_eq!(refused(bench.finish(1, true)).0, Code::Precondition);
+    assert_eq!(refused(hold(1)).0, Code::Precondition, "that ended it");
+
+    bench.prepared(2, frozen_first);
+    match hold(2) {
+        Body::Prepared(held) => assert!(!held.waits && held.class() == PointClass::App, "{held:?}"),
+        other => panic!("{other:?}"),
+    }
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write(&mut bench.volume("a").queue(1).expect("a queue"), 2));
+        assert!(!writer.is_finished());
+        assert_done(&bench.finish(2, true));
+        writer.join().expect("it went on");
+    });
+    assert_eq!((bench.snapshots("a"), bench.snapshots("b")), (vec!["s2".to_owned()], vec!["s2".to_owned()]));
+
+    // Let go before it is held.
+    bench.prepared(3, frozen_first);
+    assert_done(&bench.finish(3, false));
+    assert_eq!(refused(hold(3)).0, Code::Precondition);
 }

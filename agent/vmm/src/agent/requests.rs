@@ -59,6 +59,7 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
         Some(Body::PrepareSnapshot(request)) => {
             with_vm(state, |vm, devices| state.cuts().prepare(devices, vm.is_paused(), &request, descriptors))
         }
+        Some(Body::HoldSnapshot(request)) => state.cuts().hold(&request),
         Some(Body::FinishSnapshot(request)) => state.cuts().finish(&request),
         Some(Body::MergeLayer(request)) => {
             with_vm(state, |_, devices| state.merges().begin(devices, &request))

@@ -37,7 +37,7 @@ pub enum Body {
     /// → either: end now; a VM loses what it has not flushed, as by a power cut.
     #[prost(message, tag = "13")]
     Stop(Empty),
-    /// → vmm: reset the machine.
+    /// → vmm: reset the machine, as the guest could; `OnReset` says what follows.
     #[prost(message, tag = "14")]
     Reset(Empty),
     /// → vmm: stop the vcpus.

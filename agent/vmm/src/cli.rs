@@ -39,7 +39,7 @@ pub enum Command {
 /// `serio-vmm run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Kernel: bzImage (vmlinuz) or vmlinux
+    /// Kernel: bzImage (vmlinuz) or vmlinux. One that lies on the disk is found by `serio vm run` only
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// Initial RAM disk

@@ -224,8 +224,7 @@ impl Agent {
         vm.console.spread(&vm.launched.output.take());
         // A vcpu that waits for room in its output shall not wait for us.
         vm.launched.output.close();
-        let asked = self.state.take_reset_request();
-        let again = asked || vm.launched.on_reset == OnReset::Reboot;
+        let again = vm.launched.on_reset == OnReset::Reboot;
         if !(again && vm.launched.end.get() == Some(End::Reset)) {
             // I/O that a held volume keeps from ending would keep the machine from ending.
             self.state.cuts().abandon(&vm.launched.devices);

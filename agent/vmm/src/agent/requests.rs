@@ -39,7 +39,6 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             Err(error) => failed(Code::Io, "", format!("the power button could not be pressed: {error}")),
         }),
         Some(Body::Reset(_)) => with_vm(state, |vm, _| {
-            state.ask_reset();
             vm.stop(End::Reset);
             done()
         }),

@@ -36,7 +36,6 @@ struct Inner {
     phase: Phase,
     vm_id: String,
     resets: u64,
-    reset_asked: bool,
     since: Option<Instant>,
     bells: Vec<Weak<EventFd>>,
 }
@@ -59,7 +58,6 @@ impl State {
             phase: Phase::Waiting,
             vm_id: String::new(),
             resets: 0,
-            reset_asked: false,
             since: None,
             bells: Vec::new(),
         };
@@ -176,15 +174,6 @@ impl State {
             return true;
         }
         self.give_up_waiting() || self.is_over()
-    }
-
-    /// Remembers that a reset was asked from outside, so that it reboots whatever the policy says.
-    pub(super) fn ask_reset(&self) {
-        self.lock().reset_asked = true;
-    }
-
-    pub(super) fn take_reset_request(&self) -> bool {
-        std::mem::take(&mut self.lock().reset_asked)
     }
 
     /// Something that `status` shows was changed.

@@ -13,6 +13,8 @@ mod export;
 mod formats;
 #[path = "e2e/life.rs"]
 mod life;
+#[path = "e2e/own_kernel.rs"]
+mod own_kernel;
 #[path = "e2e/region.rs"]
 mod region;
 #[path = "e2e/secrets.rs"]

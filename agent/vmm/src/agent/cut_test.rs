@@ -257,7 +257,7 @@ fn a_guest_that_freezes_gives_an_application_consistent_cut() {
     let bench = Bench::new(Some(&guest));
     for number in 1..=3 {
         let prepared = bench.prepared(number, |request| request.freeze = true);
-        let want = Prepared { class: PointClass::App.into(), reason: String::new(), frozen: 2 };
+        let want = Prepared { class: PointClass::App.into(), frozen: 2, ..Prepared::default() };
         assert_eq!(prepared, want);
         assert_done(&bench.finish(number, number != 2));
     }

@@ -11,7 +11,9 @@ use std::{
 use anyhow::{Context, bail};
 use clap::Args;
 use serio_formats::{
-    self as formats, Format, GRAIN, Image, allowed::Allowed, is_zero, qcow2_out,
+    self as formats, Format, GRAIN, Image,
+    allowed::Allowed,
+    is_zero, qcow2_out,
     raw::RawNbd,
     sinks::{ImageSink, NbdSink, PipeSink, RawSink, Sink, SinkError},
     source::Source,

@@ -58,6 +58,12 @@ impl Budget {
         Ok(Share { budget: Arc::clone(self), ticket, leased: 0, asked: 0 })
     }
 
+    /// How many stand in line.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.lock().line.len()
+    }
+
     fn give(&self, bytes: usize) {
         let mut state = self.lock();
         state.free += bytes;

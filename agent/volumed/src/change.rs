@@ -15,6 +15,7 @@ use serio_volume::{Access, Volume, VolumeDir};
 use crate::{
     check::with_bar,
     copy::{Progress, clone_file},
+    key::Dirs,
     layers,
 };
 
@@ -109,16 +110,16 @@ pub struct ChangesArgs {
 }
 
 /// Grows a volume.
-pub fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
-    let volume = VolumeDir::new(&args.volume).open(Access::ReadWrite)?;
+pub fn resize(args: &ResizeArgs, dirs: &Dirs) -> anyhow::Result<()> {
+    let volume = dirs.at(&args.volume).open(Access::ReadWrite)?;
     volume
         .resize(args.size.bytes())
         .with_context(|| format!("cannot resize the volume in {}", args.volume.display()))
 }
 
 /// Makes a volume that shares the data of a snapshot or of an image.
-pub fn clone(args: &CloneArgs) -> anyhow::Result<()> {
-    let dir = VolumeDir::new(&args.volume);
+pub fn clone(args: &CloneArgs, dirs: &Dirs) -> anyhow::Result<()> {
+    let dir = dirs.at(&args.volume);
     let size = args.size.map(ByteSize::bytes);
     if args.source.is_file() {
         return Ok(dir.clone_image(&args.source, size, &mut share)?);
@@ -129,7 +130,7 @@ pub fn clone(args: &CloneArgs) -> anyhow::Result<()> {
             args.source.display()
         );
     };
-    Ok(dir.clone_point(&VolumeDir::new(&point.dir), &point.snapshot, size, &mut share)?)
+    Ok(dir.clone_point(&dirs.at(&point.dir), &point.snapshot, size, &mut share)?)
 }
 
 /// A second name; or a copy, where the file system cannot give one.
@@ -147,16 +148,16 @@ fn share(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Puts a volume back to a snapshot.
-pub fn rollback(args: &RollbackArgs) -> anyhow::Result<()> {
+pub fn rollback(args: &RollbackArgs, dirs: &Dirs) -> anyhow::Result<()> {
     let Point { dir, snapshot } = &args.point;
-    VolumeDir::new(dir).rollback(snapshot, args.discard_later)?;
+    dirs.at(dir).rollback(snapshot, args.discard_later)?;
     Ok(())
 }
 
 /// Deletes a snapshot; what only it has, the next newer point gets.
-pub fn delete_snapshot(args: &DeleteArgs) -> anyhow::Result<()> {
+pub fn delete_snapshot(args: &DeleteArgs, dirs: &Dirs) -> anyhow::Result<()> {
     let Point { dir, snapshot } = &args.point;
-    let dir = VolumeDir::new(dir);
+    let dir = dirs.at(dir);
     let volume = dir.open(Access::ReadWrite)?;
     let found = volume.snapshots().into_iter().find(|s| s.name == *snapshot);
     let Some(found) = found else { bail!("{} has no snapshot named `{snapshot}`", dir.path().display()) };
@@ -164,8 +165,8 @@ pub fn delete_snapshot(args: &DeleteArgs) -> anyhow::Result<()> {
 }
 
 /// Copies what a volume shares with others into its own files.
-pub fn flatten(args: &FlattenArgs) -> anyhow::Result<()> {
-    let dir = VolumeDir::new(&args.volume);
+pub fn flatten(args: &FlattenArgs, dirs: &Dirs) -> anyhow::Result<()> {
+    let dir = dirs.at(&args.volume);
     let volume = dir.open(Access::ReadWrite)?;
     for layer in dir.inherited(&volume)? {
         merge(&dir, &volume, layer, args.pace)?;

@@ -20,6 +20,7 @@ use crate::{
     check::{self, CheckArgs, ScrubArgs},
     export::VolumeExport,
     import::verbs,
+    key::Dirs,
 };
 
 /// Volumes without a VM: make them, fill them, snapshot them, serve them over NBD.
@@ -37,6 +38,9 @@ use crate::{
   nbdcopy nbd+unix:///?socket=/tmp/vol.sock monday.raw"
 )]
 pub struct Cli {
+    /// Key of an encrypted volume: a file with 32 random bytes, or 64 hex digits. What is created with it is encrypted.
+    #[arg(long, value_name = "FILE", global = true)]
+    key: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -44,7 +48,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Make an empty volume in a directory.
-    #[command(after_help = "Example:\n  serio-volumed create vol --size 10GiB")]
+    #[command(after_help = "Examples:\n  serio-volumed create vol --size 10GiB\n  (umask 077; head -c 32 /dev/urandom > vol.key)\n  serio-volumed create vol --size 10GiB --key vol.key")]
     Create(CreateArgs),
     /// Make a volume from an image: a file, a block device, an NBD export, or - for standard input.
     #[command(after_help = "Examples:
@@ -121,6 +125,7 @@ goes on where it was when it is given again.")]
   serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --export-name monday
   nbdinfo nbd+unix:///monday?socket=/tmp/vol.sock
   serio-volumed serve vol --socket /tmp/vol.sock --snapshot monday --release
+  serio-volumed serve vol --socket /tmp/vol.sock --key vol.key
   nbdinfo --map=qemu:dirty-bitmap:monday nbd+unix:///?socket=/tmp/vol.sock   # what has changed since monday")]
     Serve(ServeArgs),
     /// One job for seriod (not for people).
@@ -171,28 +176,28 @@ struct ServeArgs {
 impl Cli {
     /// Does what was asked.
     pub fn run(self) -> anyhow::Result<()> {
+        let dirs = Dirs::with_key(self.key.as_deref())?;
         match self.command {
-            Command::Create(args) => Ok(VolumeDir::new(args.volume).create(args.size.bytes())?),
-            Command::Import(args) => verbs::import(&args),
-            Command::Export(args) => verbs::export(&args),
-            Command::Snapshot { volume, name } => snapshot(volume, &name),
-            Command::DeleteSnapshot(args) => change::delete_snapshot(&args),
-            Command::Rollback(args) => change::rollback(&args),
-            Command::Clone(args) => change::clone(&args),
-            Command::Flatten(args) => change::flatten(&args),
-            Command::Resize(args) => change::resize(&args),
+            Command::Create(args) => Ok(dirs.at(args.volume).create(args.size.bytes())?),
+            Command::Import(args) => verbs::import(&args, &dirs),
+            Command::Export(args) => verbs::export(&args, &dirs),
+            Command::Snapshot { volume, name } => snapshot(&dirs.at(volume), &name),
+            Command::DeleteSnapshot(args) => change::delete_snapshot(&args, &dirs),
+            Command::Rollback(args) => change::rollback(&args, &dirs),
+            Command::Clone(args) => change::clone(&args, &dirs),
+            Command::Flatten(args) => change::flatten(&args, &dirs),
+            Command::Resize(args) => change::resize(&args, &dirs),
             Command::Changes(args) => change::changes(&args),
             Command::Info { volume, json } => info(&volume, json),
             Command::Check(args) => check::run(&args),
             Command::Scrub(args) => check::run(&args.into()),
-            Command::Serve(args) => serve(&args),
+            Command::Serve(args) => serve(&args, &dirs),
             Command::Agent { control_fd } => agent::main(control_fd),
         }
     }
 }
 
-fn snapshot(path: PathBuf, name: &str) -> anyhow::Result<()> {
-    let dir = VolumeDir::new(path);
+fn snapshot(dir: &VolumeDir, name: &str) -> anyhow::Result<()> {
     let volume = dir.open(Access::ReadWrite)?;
     dir.snapshot(&volume, name)?;
     Ok(())
@@ -220,10 +225,10 @@ fn info(path: &Path, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn open(args: &ServeArgs) -> anyhow::Result<Volume> {
+fn open(args: &ServeArgs, dirs: &Dirs) -> anyhow::Result<Volume> {
     let access = if args.read_only { Access::ReadOnly } else { Access::ReadWrite };
     if args.source.is_dir() {
-        let dir = VolumeDir::new(&args.source);
+        let dir = dirs.at(&args.source);
         return Ok(match &args.snapshot {
             Some(name) => dir.open_snapshot(name)?,
             None => dir.open(access)?,
@@ -241,13 +246,13 @@ fn open(args: &ServeArgs) -> anyhow::Result<Volume> {
     Volume::open_raw(file, access).with_context(|| format!("cannot serve {name}"))
 }
 
-fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+fn serve(args: &ServeArgs, dirs: &Dirs) -> anyhow::Result<()> {
     // Before any thread starts, so that all inherit it and only the waiter below gets them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
     signals.thread_block().context("cannot block signals")?;
-    let volume = open(args)?;
+    let volume = open(args, dirs)?;
     let socket = args.socket.display();
     // Only its owner may connect.
     let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));

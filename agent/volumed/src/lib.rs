@@ -8,6 +8,7 @@
 //! | [`integrity`] | checks and scrubs, in the words that people and `seriod` get |
 //! | [`agent`] | `serio-volumed agent`: one job or export at the request of `seriod`, over `serio-control` |
 //! | [`jobs`] | what each request does, on descriptors |
+//! | [`key`] | `--key FILE`, for people |
 //! | [`layers`] | the jobs that change which layers a volume has: growing, cloning, rolling back, merging |
 //! | [`bootdisk`] | the job that finds what a volume boots with |
 //! | [`copy`] | bytes into files: reflink, sparse copy, import of a stream |
@@ -28,4 +29,5 @@ pub mod export;
 pub mod import;
 pub mod integrity;
 pub mod jobs;
+pub mod key;
 pub mod layers;

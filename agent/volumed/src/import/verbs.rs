@@ -29,7 +29,10 @@ use super::{
     journal::{Entry, Journal, Keeping, hex},
     reading::{self, Piece, ReadError},
 };
-use crate::copy::{self, Imported, Progress};
+use crate::{
+    copy::{self, Imported, Progress},
+    key::Dirs,
+};
 
 /// What to import.
 #[derive(Debug, Args)]
@@ -160,7 +163,12 @@ fn begin(
 }
 
 /// Imports an image into a new volume.
-pub fn import(args: &ImportArgs) -> anyhow::Result<()> {
+pub fn import(args: &ImportArgs, dirs: &Dirs) -> anyhow::Result<()> {
+    if dirs.encrypt() {
+        bail!(
+            "--key: an image cannot be imported into an encrypted volume at once: create one with --key, serve it, and copy into it with nbdcopy or qemu-img"
+        );
+    }
     if args.image == "-" {
         return import_stdin(args);
     }
@@ -271,10 +279,10 @@ enum ExportError {
 }
 
 /// Copies a volume or a point of it out.
-pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
+pub fn export(args: &ExportArgs, dirs: &Dirs) -> anyhow::Result<()> {
     // Before any thread starts.
     let wish = Wish::listen().context("cannot listen for signals")?;
-    let volume = open_point(&args.volume)?;
+    let volume = open_point(&args.volume, dirs)?;
     let size = volume.size_bytes();
     if args.resume && (args.format != Format::Raw || args.image == "-") {
         bail!("--resume: only a raw file, device or NBD export can be gone on with");
@@ -316,14 +324,14 @@ fn image_sink(file: &File, format: Format, size: u64) -> anyhow::Result<ImageSin
     })
 }
 
-fn open_point(text: &str) -> anyhow::Result<Volume> {
+fn open_point(text: &str, dirs: &Dirs) -> anyhow::Result<Volume> {
     // A directory whose name has an @ is meant before a snapshot of a shorter one is.
     if !Path::new(text).is_dir()
         && let Some((dir, snapshot)) = text.rsplit_once('@')
     {
-        return Ok(VolumeDir::new(dir).open_snapshot(snapshot)?);
+        return Ok(dirs.at(dir).open_snapshot(snapshot)?);
     }
-    Ok(VolumeDir::new(text).open(Access::ReadOnly)?)
+    Ok(dirs.at(text).open(Access::ReadOnly)?)
 }
 
 /// The file or device, and whether it may hold something already.

@@ -48,7 +48,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Make an empty volume in a directory.
-    #[command(after_help = "Examples:\n  serio-volumed create vol --size 10GiB\n  (umask 077; head -c 32 /dev/urandom > vol.key)\n  serio-volumed create vol --size 10GiB --key vol.key")]
+    #[command(
+        after_help = "Examples:\n  serio-volumed create vol --size 10GiB\n  (umask 077; head -c 32 /dev/urandom > vol.key)\n  serio-volumed create vol --size 10GiB --key vol.key"
+    )]
     Create(CreateArgs),
     /// Make a volume from an image: a file, a block device, an NBD export, or - for standard input.
     #[command(after_help = "Examples:

@@ -35,6 +35,9 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
         0..=4 => {
             let mut spec = spec(rng.random_range(1..4));
             if rng.random_bool(0.3) {
+                spec.boot = serio_types::BootFrom::Disk;
+            }
+            if rng.random_bool(0.3) {
                 spec.volumes.push(name(rng, "disk").name);
             }
             if rng.random_bool(0.2) {
@@ -121,7 +124,7 @@ fn kill(sim: &mut Sim, rng: &mut StdRng) {
     let vms: Vec<Uuid> = sim.world.processes.keys().copied().collect();
     for vm in vms {
         if rng.random_bool(0.2) {
-            sim.world.end(vm, EndKind::PowerOff);
+            sim.world.end(vm, if rng.random() { EndKind::PowerOff } else { EndKind::Reset });
         }
     }
     sim.start();
@@ -188,7 +191,8 @@ fn step(sim: &mut Sim, rng: &mut StdRng, waiting: &mut Vec<Waiting>, repeats: &m
         96..=97 => {
             let vms: Vec<Uuid> = sim.world.processes.keys().copied().collect();
             if let Some(vm) = vms.choose(rng) {
-                let kind = *[EndKind::PowerOff, EndKind::GuestError, EndKind::Died].choose(rng).unwrap();
+                let kinds = [EndKind::PowerOff, EndKind::GuestError, EndKind::Died, EndKind::Reset];
+                let kind = *kinds.choose(rng).unwrap();
                 let input = sim.world.end(*vm, kind);
                 sim.ready.extend(input);
             }

@@ -353,6 +353,8 @@ use check;
 #[cfg(test)]
 mod agree_test;
 #[cfg(test)]
+mod bootdisk_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
 mod state_test;

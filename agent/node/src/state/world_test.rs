@@ -26,6 +26,7 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(super) struct Process {
     pub(super) pid: u32,
+    pub(super) from_disk: bool,
     volumes: Vec<Uuid>,
 }
 
@@ -60,7 +61,7 @@ pub(super) struct World {
 }
 
 impl World {
-    fn failure(&mut self) -> Result<(), Error> {
+    pub(super) fn failure(&mut self) -> Result<(), Error> {
         if std::mem::take(&mut self.fail) {
             return Err(Error::Failed { doing: "the test", why: "a failure was asked for".to_owned() });
         }
@@ -155,7 +156,8 @@ impl World {
         self.pids += 1;
         self.run_files.insert(launch.vm);
         self.ends.remove(&launch.vm);
-        self.processes.insert(launch.vm, Process { pid: self.pids, volumes: launch.volumes.clone() });
+        let (pid, from_disk, volumes) = (self.pids, launch.from_disk, launch.volumes.clone());
+        self.processes.insert(launch.vm, Process { pid, from_disk, volumes });
         self.pids
     }
 
@@ -211,7 +213,7 @@ impl World {
             Effect::Adopt { vm } => Input::Adopted { vm, found: self.adopt(vm) },
             Effect::PowerButton { .. } | Effect::Timer { .. } => return None,
             Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
-            Effect::Reset { vm } => Input::Reset { vm, result: self.failure() },
+            Effect::Reset { vm } => Input::Reset { vm, result: self.reset(vm) },
             Effect::Clean { vm } => {
                 // Its watcher would tell of the end: the state does not wait for it here.
                 let process = self.processes.remove(&vm);

@@ -26,6 +26,7 @@
 
 mod bootdisk;
 pub mod channel;
+mod device;
 pub mod frame;
 pub mod message;
 mod volumes;

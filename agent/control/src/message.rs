@@ -1,6 +1,7 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
+pub use crate::device::{Limits, Nic};
 pub use crate::{bootdisk::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
@@ -253,6 +254,9 @@ pub struct Disk {
     /// Opens the layers of an encrypted volume.
     #[prost(message, optional, tag = "4")]
     pub key: Option<VdcKey>,
+    /// What it may do.
+    #[prost(message, optional, tag = "5")]
+    pub limits: Option<Limits>,
 }
 
 /// The descriptors of a layer, as indexes into the frame's.
@@ -264,20 +268,6 @@ pub struct LayerFds {
     /// The map file; absent for a plain raw file.
     #[prost(uint32, optional, tag = "2")]
     pub map_fd: Option<u32>,
-}
-
-/// A NIC of a VM.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct Nic {
-    /// Six bytes.
-    #[prost(bytes = "vec", tag = "1")]
-    pub mac: Vec<u8>,
-    /// An open tap with `IFF_VNET_HDR`.
-    #[prost(uint32, tag = "2")]
-    pub tap_fd: u32,
-    /// Bytes.
-    #[prost(uint32, tag = "3")]
-    pub mtu: u32,
 }
 
 /// The states of a VM inside its process.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serio_devices::limit::{Limits, Rate};
 use serio_types::ByteSize;
 
 const EXAMPLES: &str = "\
@@ -55,10 +56,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
     pub cpus: u32,
     /// A disk: a raw file or a block device; again for more, in the order vda, vdb, …
-    #[arg(long = "disk", value_name = "FILE[,readonly]")]
+    #[arg(long = "disk", value_name = "FILE[,readonly][,iops=N][,bandwidth=SIZE]")]
     pub disks: Vec<DiskArg>,
     /// A network card on this tap device, which exists and may be opened; again for more
-    #[arg(long = "net", value_name = "TAP[,mac=MAC]")]
+    #[arg(long = "net", value_name = "TAP[,mac=MAC][,packets=N][,bandwidth=SIZE]")]
     pub nets: Vec<NetArg>,
     /// A virtio console (hvc0 in Linux) on this pseudo-terminal, pipe or file
     #[arg(long, value_name = "FILE")]
@@ -88,43 +89,73 @@ pub enum OnReset {
     Exit,
 }
 
-/// `FILE[,readonly]`.
+/// `FILE[,readonly][,iops=N][,bandwidth=SIZE]`: requests and bytes a second.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskArg {
     /// The file or device.
     pub path: PathBuf,
     /// The guest cannot write.
     pub read_only: bool,
+    /// What it may do.
+    pub limits: Limits,
+}
+
+/// Takes a last `,iops=N` (or what counts operations here) or `,bandwidth=SIZE` off; `None`: there is none.
+fn take_limit<'a>(text: &'a str, operations: &str, limits: &mut Limits) -> Result<Option<&'a str>, String> {
+    let Some((rest, last)) = text.rsplit_once(',') else { return Ok(None) };
+    let rate = |per_second: u64| Rate { per_second, burst: 0 };
+    if let Some(number) = last.strip_prefix("bandwidth=") {
+        let size = number.parse::<ByteSize>().map_err(|error| format!("bandwidth: {error}"))?;
+        limits.bytes = rate(size.bytes());
+    } else if let Some(number) = last.strip_prefix(operations).and_then(|rest| rest.strip_prefix('=')) {
+        let number = number.parse().map_err(|_| format!("{operations}: `{number}` is no number"))?;
+        limits.operations = rate(number);
+    } else {
+        return Ok(None);
+    }
+    Ok(Some(rest))
 }
 
 impl FromStr for DiskArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<DiskArg, String> {
-        let (path, read_only) = match text.strip_suffix(",readonly") {
-            Some(path) => (path, true),
-            None => (text, false),
-        };
+        let (mut path, mut read_only, mut limits) = (text, false, Limits::default());
+        loop {
+            if let Some(rest) = path.strip_suffix(",readonly") {
+                (path, read_only) = (rest, true);
+            } else if let Some(rest) = take_limit(path, "iops", &mut limits)? {
+                path = rest;
+            } else {
+                break;
+            }
+        }
         if path.is_empty() {
             return Err("no file name: write FILE or FILE,readonly".to_owned());
         }
-        Ok(DiskArg { path: path.into(), read_only })
+        Ok(DiskArg { path: path.into(), read_only, limits })
     }
 }
 
-/// `TAP[,mac=MAC]`.
+/// `TAP[,mac=MAC][,packets=N][,bandwidth=SIZE]`: packets and bytes a second in each direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetArg {
     /// The tap device's name.
     pub tap: String,
     /// The card's address; without one it follows from the name, so that it stays the same.
     pub mac: [u8; 6],
+    /// What it may do, in each direction.
+    pub limits: Limits,
 }
 
 impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<NetArg, String> {
+        let (mut text, mut limits) = (text, Limits::default());
+        while let Some(rest) = take_limit(text, "packets", &mut limits)? {
+            text = rest;
+        }
         let (tap, mac) = match text.split_once(",mac=") {
             Some((tap, mac)) => (tap, Some(mac)),
             None => (text, None),
@@ -137,7 +168,7 @@ impl FromStr for NetArg {
             Some(mac) => parse_mac(mac)?,
             None => mac_of(tap),
         };
-        Ok(NetArg { tap: tap.to_owned(), mac })
+        Ok(NetArg { tap: tap.to_owned(), mac, limits })
     }
 }
 
@@ -206,11 +237,30 @@ mod tests {
         ])
         .expect("understood");
         assert_eq!(args.memory.bytes(), 256 << 20);
-        assert_eq!(args.disks[0], DiskArg { path: "a.raw".into(), read_only: false });
-        assert_eq!(args.disks[1], DiskArg { path: "b,c.raw".into(), read_only: true });
+        assert_eq!(
+            args.disks[0],
+            DiskArg { path: "a.raw".into(), read_only: false, limits: Limits::default() }
+        );
+        assert_eq!(
+            args.disks[1],
+            DiskArg { path: "b,c.raw".into(), read_only: true, limits: Limits::default() }
+        );
         assert_eq!(args.nets[0].mac, mac_of("tap0"));
         assert_eq!(args.nets[1].mac, [2, 0, 0, 0, 0, 1]);
         assert_eq!(args.on_reset, OnReset::Exit);
+    }
+
+    #[test]
+    fn limits_are_taken_off_the_end_in_any_order() {
+        let disk: DiskArg = "a,b.raw,iops=500,readonly,bandwidth=10MiB".parse().expect("a disk");
+        assert_eq!((disk.path.as_path(), disk.read_only), (std::path::Path::new("a,b.raw"), true));
+        assert_eq!(disk.limits.operations, Rate { per_second: 500, burst: 0 });
+        assert_eq!(disk.limits.bytes, Rate { per_second: 10 << 20, burst: 0 });
+        let net: NetArg = "tap0,mac=02:00:00:00:00:01,packets=1000".parse().expect("a card");
+        assert_eq!((net.tap.as_str(), net.mac), ("tap0", [2, 0, 0, 0, 0, 1]));
+        assert_eq!(net.limits.operations, Rate { per_second: 1000, burst: 0 });
+        assert!("a.raw,iops=many".parse::<DiskArg>().is_err());
+        assert!("tap0,bandwidth=fast".parse::<NetArg>().is_err());
     }
 
     #[test]

@@ -7,8 +7,10 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::sync::Arc;
 
+use serio_devices::Notices;
 use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
+use serio_devices::limit::{Limiter, Limits};
 use serio_devices::net::{Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::Rng;
@@ -94,13 +96,25 @@ pub struct Disk {
     pub volume: Volume,
     /// Rung when it has grown.
     pub bell: CapacityBell,
+    /// What it may do. Kept here, so that a reset fills no bucket.
+    pub limiter: Option<Arc<Limiter>>,
+    /// For the host's errors.
+    pub notices: Notices,
 }
 
 impl Disk {
-    /// A disk that nobody has been told of.
+    /// A disk that nobody has been told of, without limits.
     #[must_use]
     pub fn new(name: String, volume: Volume) -> Disk {
-        Disk { name, volume, bell: CapacityBell::default() }
+        let notices = notices(format!("disk {name}"));
+        Disk { name, volume, bell: CapacityBell::default(), limiter: None, notices }
+    }
+
+    /// The same, with limits.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Disk {
+        self.limiter = Limiter::new(limits);
+        self
     }
 }
 
@@ -113,6 +127,25 @@ pub struct Nic {
     pub mac: [u8; 6],
     /// Bytes of its largest packet, without the header, if the guest shall be told.
     pub mtu: Option<u16>,
+    /// What it may receive and send. Kept here, so that a reset fills no bucket.
+    pub limiters: [Option<Arc<Limiter>>; 2],
+    /// For a cable that was pulled.
+    pub notices: Notices,
+}
+
+impl Nic {
+    /// A card on this tap; its limits hold in each direction.
+    #[must_use]
+    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: Limits) -> Nic {
+        let [a, b, c, d, e, f] = mac;
+        let notices = notices(format!("nic {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"));
+        Nic { tap: Arc::new(tap), mac, mtu, limiters: [Limiter::new(limits), Limiter::new(limits)], notices }
+    }
+}
+
+/// Lines in the process' own log, which is its standard error.
+fn notices(device: String) -> Notices {
+    Notices::new(move |text| eprintln!("serio-vmm: {device}: {text}"))
 }
 
 /// All that a VM's devices are made from.
@@ -151,11 +184,19 @@ impl Devices {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for disk in &self.disks {
             let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
-            devices.push(Box::new(Blk::new(disk.volume.clone(), &config).with_bell(disk.bell.clone())));
+            let blk = Blk::new(disk.volume.clone(), &config)
+                .with_bell(disk.bell.clone())
+                .with_limiter(disk.limiter.clone())
+                .with_notices(disk.notices.clone());
+            devices.push(Box::new(blk));
         }
         for nic in &self.nics {
             let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
-            devices.push(Box::new(Net::new(nic.tap.clone(), config)));
+            let [receive, send] = nic.limiters.clone();
+            let net = Net::new(nic.tap.clone(), config)
+                .with_limiters(receive, send)
+                .with_notices(nic.notices.clone());
+            devices.push(Box::new(net));
         }
         for console in &self.consoles {
             devices.push(Box::new(Console::new(console.clone())));
@@ -192,12 +233,12 @@ fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
         .map_err(|source| DeviceError::Volume { name: name.clone(), source })?;
     // The serial number is short: the file's name says more than the start of its path.
     let serial = disk.path.file_name().map_or(name, |name| name.to_string_lossy().into_owned());
-    Ok(Disk::new(serial, volume))
+    Ok(Disk::new(serial, volume).with_limits(disk.limits))
 }
 
 fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {
     let tap = Tap::open(&net.tap).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
-    Ok(Nic { tap: Arc::new(tap), mac: net.mac, mtu: None })
+    Ok(Nic::new(tap, net.mac, None, net.limits))
 }
 
 fn open_console(path: &Path) -> Result<Arc<ConsoleEnds>, DeviceError> {

@@ -58,7 +58,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
     for nic in &plan.nics {
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
-        launch.nics.push(Nic { mac: nic.mac.to_vec(), tap_fd: descriptors.push(tap), mtu: nic.mtu });
+        launch.nics.push(Nic { mac: nic.mac.to_vec(), tap_fd: descriptors.push(tap), mtu: nic.mtu, limits: None });
     }
     let watched = spawn::spawn(&inner.settings.vmm_path, control, &run.stderr()).await?;
     let pid = watched.process().pid();
@@ -118,7 +118,7 @@ fn describe(
     for (index, disk) in plan.disks.iter().enumerate() {
         let opened = open_disk(inner, &disk.source, disk.read_only, &mut descriptors);
         let (volume_id, layers) = opened.map_err(|source| LaunchError::Disk { index, source })?;
-        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None });
+        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None, limits: None });
     }
     let log = inner.log_path(plan.uid);
     if let Some(dir) = log.parent() {

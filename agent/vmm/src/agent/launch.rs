@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use prost::Message;
 use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, VdcKey};
+use serio_devices::limit::{Limits, Rate};
 use serio_hv::{Kvm, OpenError, Tap};
 use serio_sandbox::{SandboxError, Seal};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
@@ -165,7 +166,7 @@ fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchE
     let mut devices = Devices::new(launch.vcpus)?;
     for disk in &launch.disks {
         let volume = open_volume(disk, passed)?;
-        devices.disks.push(Disk::new(disk.volume_id.clone(), volume));
+        devices.disks.push(Disk::new(disk.volume_id.clone(), volume).with_limits(limits(disk.limits)));
     }
     for nic in &launch.nics {
         let mac = <[u8; 6]>::try_from(nic.mac.as_slice())
@@ -174,9 +175,17 @@ fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchE
             .map_err(|_| LaunchError::invalid("nics", format!("an MTU of {} is too large", nic.mtu)))?;
         let tap = Tap::from_fd(passed.take("nics", nic.tap_fd)?)
             .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
-        devices.nics.push(Nic { tap: Arc::new(tap), mac, mtu: (mtu != 0).then_some(mtu) });
+        devices.nics.push(Nic::new(tap, mac, (mtu != 0).then_some(mtu), limits(nic.limits)));
     }
     Ok(devices)
+}
+
+fn limits(limits: Option<serio_control::message::Limits>) -> Limits {
+    let limits = limits.unwrap_or_default();
+    Limits {
+        bytes: Rate { per_second: limits.bytes_per_second, burst: limits.bytes_burst },
+        operations: Rate { per_second: limits.operations_per_second, burst: limits.operations_burst },
+    }
 }
 
 fn open_volume(disk: &serio_control::message::Disk, passed: &mut Passed) -> Result<Volume, LaunchError> {

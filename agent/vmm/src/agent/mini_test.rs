@@ -35,7 +35,7 @@ fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<File>) {
         let LayerFiles { data, map } = layer(bench, name, 0);
         files.extend([data, map]);
         let layers = vec![LayerFds { data_fd: 5 + 2 * at, map_fd: Some(6 + 2 * at) }];
-        disks.push(Disk { volume_id: (*name).to_owned(), layers, read_only: false, key: None });
+        disks.push(Disk { volume_id: (*name).to_owned(), layers, read_only: false, key: None, limits: None });
     }
     (disks, files)
 }
@@ -228,8 +228,13 @@ fn an_encrypted_disk_opens_with_its_key_only() {
         create_encrypted(&bottom, &head, SIZE, [7; 16], &key).expect("created");
         let files = [bottom.data, bottom.map, head.data, head.map];
         let layers = [5, 7].map(|at| LayerFds { data_fd: at, map_fd: Some(at + 1) });
-        let disk =
-            Disk { volume_id: "a".to_owned(), layers: layers.into(), read_only: false, key: key_given };
+        let disk = Disk {
+            volume_id: "a".to_owned(),
+            layers: layers.into(),
+            read_only: false,
+            key: key_given,
+            limits: None,
+        };
         let change = |launch: &mut Launch| launch.disks = vec![disk];
         if words.is_empty() {
             let mut channel = bench.launch_mini("mini.test=blk", change, &files);

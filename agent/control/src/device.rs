@@ -1,0 +1,35 @@
+//! What a `Launch` says of a VM's devices beyond its disks' files.
+
+/// A NIC of a VM.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Nic {
+    /// Six bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub mac: Vec<u8>,
+    /// An open tap with `IFF_VNET_HDR`.
+    #[prost(uint32, tag = "2")]
+    pub tap_fd: u32,
+    /// Bytes.
+    #[prost(uint32, tag = "3")]
+    pub mtu: u32,
+    /// What it may do, in each direction.
+    #[prost(message, optional, tag = "4")]
+    pub limits: Option<Limits>,
+}
+
+/// Bounds of a device, each with what may pass at once after a rest. 0: no bound, or the usual burst.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Limits {
+    /// Bytes.
+    #[prost(uint64, tag = "1")]
+    pub bytes_per_second: u64,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub bytes_burst: u64,
+    /// Requests of a disk, packets of a network card.
+    #[prost(uint64, tag = "3")]
+    pub operations_per_second: u64,
+    /// As many.
+    #[prost(uint64, tag = "4")]
+    pub operations_burst: u64,
+}

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
-use crate::Kind;
+use crate::{Kind, SandboxError, filter, step};
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -32,7 +32,7 @@ static MAKER: OnceLock<SyncSender<Order>> = OnceLock::new();
 /// Orders that wait: more than threads that ask at the same time.
 const ORDERS_MAX: usize = 64;
 /// It allocates a little and clones.
-const STACK_BYTES: usize = 64 * 1024;
+const STACK_BYTES: usize = 128 * 1024;
 
 /// Starts a thread of this kind with this name (15 bytes are shown by the kernel) and stack.
 ///
@@ -55,24 +55,42 @@ pub fn spawn(
     made.recv().map_err(|_| gone())?
 }
 
-/// Starts the thread that makes all others from now on. Does nothing when there is one.
-///
-/// # Errors
-/// No thread can be started.
-pub fn start_maker() -> io::Result<()> {
+/// Starts the thread that makes all others from now on, with its filter. Does nothing when there is one.
+pub(crate) fn start_maker() -> Result<(), SandboxError> {
     if MAKER.get().is_some() {
         return Ok(());
     }
     let (orders, wanted) = sync_channel(ORDERS_MAX);
-    Builder::new().name("maker".to_owned()).stack_size(STACK_BYTES).spawn(move || make(&wanted))?;
-    MAKER.set(orders).map_err(|_| io::Error::other("two threads started the maker"))
+    let (sealed, is_sealed) = sync_channel(1);
+    let maker = Builder::new().name("maker".to_owned()).stack_size(STACK_BYTES);
+    let run = move || {
+        let enforced = filter::enforce(Kind::Maker);
+        let go_on = enforced.is_ok();
+        // Who waits for it is in the next lines.
+        let _ = sealed.send(enforced);
+        if go_on {
+            make(&wanted);
+        }
+    };
+    maker.spawn(run).map_err(step("start a thread"))?;
+    is_sealed.recv().unwrap_or(Err(SandboxError::NoTable(Kind::Maker)))?;
+    // Only the first thread of the process calls this.
+    let _ = MAKER.set(orders);
+    Ok(())
 }
 
 fn make(wanted: &Receiver<Order>) {
     for order in wanted {
         let Order { kind, name, stack_bytes, work, reply } = order;
-        let _ = kind;
+        let run = move || {
+            if let Err(error) = filter::enforce(kind) {
+                // The maker's filter was taken, so this means a kernel without memory. Unfiltered it must not run.
+                eprintln!("no filter for a thread: {error}");
+                std::process::abort();
+            }
+            work();
+        };
         // Whoever asked waits for it; a thread that ended meanwhile wants none.
-        let _ = reply.send(Builder::new().name(name).stack_size(stack_bytes).spawn(work));
+        let _ = reply.send(Builder::new().name(name).stack_size(stack_bytes).spawn(run));
     }
 }

@@ -30,7 +30,7 @@ use serio_control::{
     message::{Body, Code, Empty, Failed, JobStatus},
 };
 use serio_nbd::{Event, Limits, Server, Stop};
-use serio_sandbox::{Kind, Seal, threads};
+use serio_sandbox::{Kind, Start, threads};
 
 use crate::{
     bootdisk,
@@ -43,6 +43,8 @@ use crate::{
 const CONNECTIONS_MAX: usize = 8;
 /// What a client of 128 operations, a few layers and the control sockets need.
 const DESCRIPTORS_MAX: u64 = 1024;
+/// A thread for each client, and a few of its own.
+const THREADS_MAX: u64 = 1200;
 /// Of a thread that waits.
 const STACK_BYTES: usize = 64 << 10;
 /// Of one that works: formats and maps have large buffers on the heap, but some on the stack.
@@ -80,9 +82,18 @@ impl Agent {
 }
 
 /// Takes the listening control socket over and serves it until the job or the export is done.
-pub fn main(control_fd: RawFd) -> anyhow::Result<()> {
-    serio_sandbox::at_start(&[control_fd])?;
+pub fn main(control_fd: RawFd, first_uid: u32) -> anyhow::Result<()> {
     let listener = UnixListener::from(serio_sandbox::take_descriptor(control_fd)?);
+    let missing = serio_sandbox::seal_at_start(&Start {
+        keep: &[control_fd],
+        uid: serio_sandbox::own_uid(first_uid),
+        descriptors_max: DESCRIPTORS_MAX,
+        threads_max: THREADS_MAX,
+        main: Kind::Jobs,
+    })?;
+    if !missing.is_empty() {
+        eprintln!("sealed, but for what this host did not allow: {}", missing.join(", "));
+    }
     listener.set_nonblocking(true).context("cannot use the control socket")?;
     let agent = Arc::new(Agent {
         state: Mutex::new(State::Waiting),
@@ -178,13 +189,6 @@ fn answer(agent: &Arc<Agent>, channel: &Channel, body: Body, descriptors: Vec<Ow
         }
         *state = State::Busy;
     }
-    let uid = match &body {
-        Body::Export(ask) => ask.uid,
-        Body::FindKernel(ask) => ask.uid,
-        _ => 0,
-    };
-    serio_sandbox::seal(&Seal { uid, descriptors_max: DESCRIPTORS_MAX })
-        .map_err(|e| jobs::failed(Code::Internal, "", &e))?;
     if let Body::Export(ask) = &body {
         return export(agent, ask, descriptors);
     }

@@ -136,6 +136,9 @@ goes on where it was when it is given again.")]
         /// Descriptor of the listening control socket.
         #[arg(long)]
         control_fd: RawFd,
+        /// It becomes the user and group of this number plus its process number; 0: it does not.
+        #[arg(long, default_value_t = 0)]
+        first_uid: u32,
     },
 }
 
@@ -194,7 +197,7 @@ impl Cli {
             Command::Check(args) => check::run(&args),
             Command::Scrub(args) => check::run(&args.into()),
             Command::Serve(args) => serve(&args, &dirs),
-            Command::Agent { control_fd } => agent::main(control_fd),
+            Command::Agent { control_fd, first_uid } => agent::main(control_fd, first_uid),
         }
     }
 }

@@ -1,14 +1,19 @@
-//! For tests: the whole agent behind its socket, on a thread, with guests of a few bytes or the mini guest.
+//! For tests: the whole agent behind its socket, with guests of a few bytes or the mini guest.
+//!
+//! It runs on a thread of the test. With [`SEALED`] in the environment it runs as `seriod` starts it, as a sealed process: the
+//! test program again, which then does nothing else.
 
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use prost::Message;
 use serio_control::message::{Body, Empty, EndRecord, Launch, VmState, VmStatus};
 use serio_control::{Channel, ChannelError};
@@ -20,7 +25,66 @@ pub(super) mod guest;
 /// A process' worth of agent, on a thread.
 pub(super) struct Bench {
     pub(super) dir: TempDir,
-    agent: Cell<Option<JoinHandle<Result<(), super::AgentError>>>>,
+    agent: Cell<Option<Agent>>,
+}
+
+/// Names a directory for traces of system calls, or is empty for none.
+pub(super) const SEALED: &str = "SERIO_TEST_SEALED";
+/// The control socket's descriptor, for the process that [`SEALED`] makes.
+const FD: &str = "SERIO_TEST_CONTROL_FD";
+/// Nobody's on this host, nor those after it.
+const FIRST_UID: u32 = 1_999_999_000;
+
+enum Agent {
+    Thread(JoinHandle<Result<(), super::AgentError>>),
+    Process(Child),
+}
+
+impl Agent {
+    fn start(listener: UnixListener) -> Agent {
+        let Some(traces) = std::env::var_os(SEALED) else {
+            return Agent::Thread(std::thread::spawn(move || super::serve(listener)));
+        };
+        fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).expect("inherited");
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let itself = std::env::current_exe().expect("known");
+        let mut command = match traces.is_empty() {
+            true => Command::new(itself),
+            false => {
+                let trace = Path::new(&traces).join(format!("{}-{number}", std::process::id()));
+                let mut strace = Command::new("strace");
+                strace.args(["-f", "-qq", "-Y", "-X", "raw", "-o"]).arg(trace).arg(itself);
+                strace
+            }
+        };
+        command.args(["--exact", "agent::bench::a_process_of_its_own", "--ignored", "--nocapture"]);
+        command
+            .args(["--test-threads", "1"])
+            .env("SERIO_FIRST_UID", FIRST_UID.to_string())
+            .env(FD, listener.as_raw_fd().to_string());
+        Agent::Process(command.spawn().expect("starts"))
+    }
+
+    fn ended(self) {
+        match self {
+            Agent::Thread(thread) => thread.join().expect("no panic").expect("no error"),
+            Agent::Process(mut child) => {
+                let status = child.wait().expect("waited for");
+                assert!(status.success(), "{status}");
+            }
+        }
+    }
+}
+
+/// No test: the agent, as it is started by [`Agent::start`]. With one test thread this is the process' only thread.
+#[test]
+#[ignore = "it is the process that other tests talk to"]
+fn a_process_of_its_own() {
+    let Ok(fd) = std::env::var(FD) else { return };
+    let control_fd = fd.parse().expect("a number");
+    let code = super::main(&crate::cli::AgentArgs { control_fd });
+    std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
 }
 
 /// The files of a launch, by their place among the descriptors.
@@ -38,8 +102,7 @@ impl Bench {
         }
         let dir = tempfile::tempdir().expect("a directory");
         let listener = UnixListener::bind(dir.path().join("control")).expect("bound");
-        let agent = std::thread::spawn(move || super::serve(listener));
-        Some(Bench { dir, agent: Cell::new(Some(agent)) })
+        Some(Bench { dir, agent: Cell::new(Some(Agent::start(listener))) })
     }
 
     /// The same for the mini guest, which is built first: the agent does not wait long for its launch.
@@ -132,7 +195,7 @@ impl Bench {
 
     /// Waits for the agent's end: then nobody has its files open.
     pub(super) fn agent_ended(&self) {
-        self.agent.take().expect("asked once").join().expect("no panic").expect("no error");
+        self.agent.take().expect("asked once").ended();
     }
 
     /// The agent's end, and what it left behind: the exit record and the log.

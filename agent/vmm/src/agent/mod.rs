@@ -5,7 +5,7 @@
 //!   this thread: output → log, console clients · keys → VM · end → reboot or exit record · deadline of the Launch
 //! ```
 //!
-//! - Everything the VM uses arrives as descriptors with `Launch`; then the process seals itself.
+//! - The process seals itself first of all; everything the VM uses arrives as descriptors with `Launch`.
 //! - A client that vanishes, talks garbage or is slow costs its connection, never the VM. Nothing here blocks on a
 //!   client but that client's own thread, and that for a bounded time.
 //! - The process ends in one of three ways: with its VM (an exit record is written first), without ever having got a
@@ -30,6 +30,8 @@ mod cut_test;
 mod merge_test;
 #[cfg(test)]
 mod mini_test;
+#[cfg(test)]
+mod sealed_test;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -44,6 +46,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serio_control::LAUNCH_WAIT;
 use serio_control::message::{EndKind, EndRecord, OnReset};
 
+use serio_sandbox::{Kind, Start};
+
 use crate::cli::AgentArgs;
 use crate::end::{End, chain};
 use connection::Connections;
@@ -51,6 +55,10 @@ use console::ConsoleHub;
 use launch::Launched;
 use state::State;
 
+/// What a VM may have open: its devices' files, eventfds and queues, with room to spare.
+const DESCRIPTORS_MAX: u64 = 4096;
+/// Vcpus, and a few for each device.
+const THREADS_MAX: u64 = 1024;
 /// How long connections have at the end to send their last event.
 const FAREWELL: Duration = Duration::from_millis(500);
 /// How often a guest that does not take its input is offered it again.
@@ -91,9 +99,23 @@ pub fn main(args: &AgentArgs) -> ExitCode {
     }
 }
 
+/// The first of the users that processes may become, from the environment; none: it stays who it is.
+fn first_uid() -> u32 {
+    std::env::var("SERIO_FIRST_UID").ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
 fn start(args: &AgentArgs) -> Result<(), AgentError> {
-    serio_sandbox::at_start(&[args.control_fd])?;
     let listener = UnixListener::from(serio_sandbox::take_descriptor(args.control_fd)?);
+    let missing = serio_sandbox::seal_at_start(&Start {
+        keep: &[args.control_fd],
+        uid: serio_sandbox::own_uid(first_uid()),
+        descriptors_max: DESCRIPTORS_MAX,
+        threads_max: THREADS_MAX,
+        main: Kind::Agent,
+    })?;
+    if !missing.is_empty() {
+        say(format_args!("sealed, but for what this host did not allow: {}", missing.join(", ")));
+    }
     serve(listener)
 }
 

@@ -1,15 +1,8 @@
-//! The job that finds what a volume boots with. What it reads is a tenant's: by now the process is another user without
-//! a way to open anything, and its memory is bounded, so that nothing but this job can suffer from it.
+//! The job that finds what a volume boots with. What it reads is a tenant's: by now the process is sealed, another user
+//! without a way to open anything, so that nothing but this job can suffer from it.
 
-use std::{
-    cell::RefCell,
-    fs::File,
-    io::{self, Seek},
-    os::fd::OwnedFd,
-    sync::atomic::Ordering,
-};
+use std::{cell::RefCell, fs::File, io, os::fd::OwnedFd, sync::atomic::Ordering};
 
-use rustix::process::{Resource, Rlimit, setrlimit};
 use serio_bootdisk::{FindError, Found, ReadAt, fs::FsError};
 use serio_control::message::{Body, Code, Failed, FindKernel, FoundKernel};
 use serio_volume::{Access, Buffers, IoQueue, Op, Volume};
@@ -20,8 +13,6 @@ use crate::{
     layers::secret,
 };
 
-/// Address space from here on: what is copied is not held, so this is plenty.
-const MEMORY_BYTES_MAX: u64 = 1 << 30;
 /// Reads are made in whole blocks of the volume, so that small ones cost little.
 const PIECE_BYTES: u64 = 64 * 1024;
 
@@ -90,8 +81,6 @@ pub fn find_kernel(ask: &FindKernel, mut descriptors: Vec<OwnedFd>, progress: &P
     let key = secret(ask.key.as_ref())?;
     let volume = Volume::open_with_key(layers(rest)?, Access::ReadOnly, key.as_ref()).map_err(open_failed)?;
     let bytes = VolumeBytes::new(&volume).map_err(|e| failed(io_code(&e), "", &e))?;
-    let limit = Rlimit { current: Some(MEMORY_BYTES_MAX), maximum: Some(MEMORY_BYTES_MAX) };
-    setrlimit(Resource::As, limit).map_err(|e| failed(Code::Internal, "", &io::Error::from(e)))?;
     let found = serio_bootdisk::find(Box::new(bytes)).map_err(find_failed)?;
     let moved = |bytes: u64| {
         progress.done.fetch_add(bytes, Ordering::Relaxed);
@@ -100,10 +89,6 @@ pub fn find_kernel(ask: &FindKernel, mut descriptors: Vec<OwnedFd>, progress: &P
     moved(kernel_bytes);
     let initrd_bytes = found.write_initrd(&mut initrd, ask.initrd_bytes_max).map_err(find_failed)?;
     moved(initrd_bytes);
-    for file in [&mut kernel, &mut initrd] {
-        // The position goes with the descriptor.
-        file.rewind().map_err(|e| failed(Code::Io, "", &e))?;
-    }
     Ok(Body::FoundKernel(answer(found, kernel_bytes, initrd_bytes)))
 }
 

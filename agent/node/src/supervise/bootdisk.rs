@@ -82,6 +82,11 @@ pub(super) async fn find(
     let Body::FoundKernel(found) = found else {
         return Err(TalkError::from(ChannelError::Unexpected).into());
     };
+    for file in [&kernel, &initrd] {
+        // The job has left the position at the end, and it goes with the descriptor.
+        rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0))
+            .map_err(|e| FileError::at("rewind", "a file in memory")(e.into()))?;
+    }
     let initrd = (found.initrd_bytes > 0).then_some(initrd);
     let booted = booted(found, cmdline);
     tracing::info!(%volume, kernel = booted.path, source = booted.source, "a kernel was found");

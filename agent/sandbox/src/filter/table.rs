@@ -108,6 +108,9 @@ const ASK_KVM: &[Allowed] = &[
 /// A VM is made: at a launch, and again after a reset.
 const MAKE_VM: &[Allowed] = &[
     allow!(SYS_ioctl, "KVM: the VM and its vcpus").one_of(1, MACHINE),
+    allow!(SYS_ioctl, "KVM: doorbells and interrupts of devices that stop with their machine")
+        .one_of(1, DEVICES)
+        .rare("the end of a machine whose guest has used its devices"),
     allow!(SYS_memfd_create, "guest memory"),
     allow!(SYS_ftruncate, "guest memory"),
     allow!(SYS_fcntl, "guest memory never shrinks").one_of(1, &[("F_ADD_SEALS", libc::F_ADD_SEALS as u64)]),

@@ -28,6 +28,7 @@ mod bootdisk;
 pub mod channel;
 mod device;
 pub mod frame;
+mod machine;
 pub mod message;
 mod volumes;
 

@@ -2,7 +2,7 @@
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
 pub use crate::device::{Limits, Nic};
-pub use crate::{bootdisk::*, volumes::*};
+pub use crate::{bootdisk::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -17,7 +17,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 55, 60, 61, 62, 63, 64, 65"
+                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71"
     )]
     pub body: Option<Body>,
 }
@@ -139,6 +139,13 @@ pub enum Body {
     /// ← what it boots with.
     #[prost(message, tag = "65")]
     FoundKernel(FoundKernel),
+
+    /// → vmm: write the whole VM into two files.
+    #[prost(message, tag = "70")]
+    SaveVm(SaveVm),
+    /// ← it is written.
+    #[prost(message, tag = "71")]
+    SavedVm(SavedVm),
 }
 
 /// Nothing.
@@ -227,6 +234,9 @@ pub struct Launch {
     /// What a guest's reset does.
     #[prost(enumeration = "OnReset", tag = "15")]
     pub on_reset: i32,
+    /// Go on where a VM was saved, instead of booting; a reset boots. All else as that VM had it.
+    #[prost(message, optional, tag = "30")]
+    pub restore: Option<RestoreFrom>,
 }
 
 /// What a guest's reset does.
@@ -427,63 +437,4 @@ pub struct Export {
     /// Of a snapshot, whose layer's files came open for writing: TRIM gives back what only it holds.
     #[prost(bool, tag = "8")]
     pub release: bool,
-}
-
-/// Ask for [`VolumeInfo`].
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct InspectVolume {
-    /// The volume's id.
-    #[prost(string, tag = "1")]
-    pub volume_id: String,
-}
-
-/// What the headers of a volume say.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct VolumeInfo {
-    /// The size that a guest sees.
-    #[prost(uint64, tag = "1")]
-    pub size_bytes: u64,
-    /// The sealed points, oldest first.
-    #[prost(message, repeated, tag = "2")]
-    pub snapshots: Vec<SnapshotInfo>,
-    /// How many of the passed layers are in the chain; those beyond are leftovers of a snapshot that did not happen.
-    #[prost(uint32, tag = "3")]
-    pub layers: u32,
-    /// Numbers of the layers in the chain, oldest first.
-    #[prost(uint64, repeated, tag = "4")]
-    pub chain: Vec<u64>,
-}
-
-/// A sealed point.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct SnapshotInfo {
-    /// Its name.
-    #[prost(string, tag = "1")]
-    pub name: String,
-    /// Its layer's number.
-    #[prost(uint32, tag = "2")]
-    pub layer: u32,
-    /// Seconds since the epoch.
-    #[prost(uint64, tag = "3")]
-    pub create_time: u64,
-}
-
-/// How far a job is.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct JobStatus {
-    /// Bytes done.
-    #[prost(uint64, tag = "1")]
-    pub done_bytes: u64,
-    /// Bytes in all, 0 if not known.
-    #[prost(uint64, tag = "2")]
-    pub total_bytes: u64,
-    /// An export's connected clients.
-    #[prost(uint32, tag = "3")]
-    pub clients: u32,
-    /// For an import when done: the disk's size in bytes.
-    #[prost(uint64, tag = "4")]
-    pub size_bytes: u64,
-    /// For an import when done: blake3 of the content, 32 bytes, or empty.
-    #[prost(bytes = "vec", tag = "5")]
-    pub blake3: Vec<u8>,
 }

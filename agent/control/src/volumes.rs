@@ -333,3 +333,62 @@ pub struct ChangedRanges {
     #[prost(uint64, optional, tag = "2")]
     pub next_offset: Option<u64>,
 }
+
+/// Ask for [`VolumeInfo`].
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct InspectVolume {
+    /// The volume's id.
+    #[prost(string, tag = "1")]
+    pub volume_id: String,
+}
+
+/// What the headers of a volume say.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct VolumeInfo {
+    /// The size that a guest sees.
+    #[prost(uint64, tag = "1")]
+    pub size_bytes: u64,
+    /// The sealed points, oldest first.
+    #[prost(message, repeated, tag = "2")]
+    pub snapshots: Vec<SnapshotInfo>,
+    /// How many of the passed layers are in the chain; those beyond are leftovers of a snapshot that did not happen.
+    #[prost(uint32, tag = "3")]
+    pub layers: u32,
+    /// Numbers of the layers in the chain, oldest first.
+    #[prost(uint64, repeated, tag = "4")]
+    pub chain: Vec<u64>,
+}
+
+/// A sealed point.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SnapshotInfo {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Its layer's number.
+    #[prost(uint32, tag = "2")]
+    pub layer: u32,
+    /// Seconds since the epoch.
+    #[prost(uint64, tag = "3")]
+    pub create_time: u64,
+}
+
+/// How far a job is.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct JobStatus {
+    /// Bytes done.
+    #[prost(uint64, tag = "1")]
+    pub done_bytes: u64,
+    /// Bytes in all, 0 if not known.
+    #[prost(uint64, tag = "2")]
+    pub total_bytes: u64,
+    /// An export's connected clients.
+    #[prost(uint32, tag = "3")]
+    pub clients: u32,
+    /// For an import when done: the disk's size in bytes.
+    #[prost(uint64, tag = "4")]
+    pub size_bytes: u64,
+    /// For an import when done: blake3 of the content, 32 bytes, or empty.
+    #[prost(bytes = "vec", tag = "5")]
+    pub blake3: Vec<u8>,
+}

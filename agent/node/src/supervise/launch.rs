@@ -146,6 +146,7 @@ fn describe(
             BootPlan::Disk { .. } => OnReset::End,
         }
         .into(),
+        restore: None,
     };
     Ok((launch, descriptors))
 }

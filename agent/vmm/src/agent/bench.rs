@@ -171,6 +171,15 @@ impl Bench {
         self.launch_kernel(set, more).expect("launched")
     }
 
+    /// Launches what lies in the file `kernel`.
+    pub(super) fn launch_as_is(
+        &self,
+        change: impl FnOnce(&mut Launch),
+        more: &[File],
+    ) -> Result<Channel, String> {
+        self.launch_kernel(change, more)
+    }
+
     fn launch_kernel(&self, change: impl FnOnce(&mut Launch), more: &[File]) -> Result<Channel, String> {
         let console = UnixListener::bind(self.path("console")).expect("bound");
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("is there");

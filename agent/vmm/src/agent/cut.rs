@@ -26,7 +26,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serio_control::message::{
-    Body, Code, Failed, FinishSnapshot, HoldSnapshot, PointClass, PrepareSnapshot, Prepared,
+    Body, Code, Failed, FinishSnapshot, HoldSnapshot, PointClass, PrepareSnapshot, Prepared, PreparedVolume,
 };
 use serio_sandbox::{Kind, threads};
 use serio_volume::{Held, LayerFiles, SnapshotError, Volume};
@@ -76,10 +76,36 @@ struct Order {
 }
 
 /// A volume and the head that it shall go on in.
-struct Part {
-    name: String,
-    volume: Volume,
-    head: LayerFiles,
+pub(super) struct Part {
+    pub(super) name: String,
+    pub(super) volume: Volume,
+    pub(super) head: LayerFiles,
+}
+
+/// The volumes that a request names, with their new heads, if all of them could be sealed as `snapshot`.
+pub(super) fn parts(
+    devices: &Devices,
+    (snapshot, volumes): (&str, &[PreparedVolume]),
+    passed: &mut Passed,
+) -> Result<Vec<Part>, Failed> {
+    let mut parts: Vec<Part> = Vec::with_capacity(volumes.len());
+    for wanted in volumes {
+        let name = &wanted.volume_id;
+        let invalid = |what: &str| refusal(Code::Invalid, "volumes", format!("volume `{name}` {what}"));
+        let Some(disk) = devices.disk(name) else { return Err(invalid("is not of this VM")) };
+        if parts.iter().any(|part| part.name == *name) {
+            return Err(invalid("is named twice"));
+        }
+        let Some(head) = &wanted.head else { return Err(invalid("has no new head")) };
+        disk.volume.check_snapshot(snapshot).map_err(|error| failed_at(name, &error, &[]))?;
+        let mut take = |field, index| passed.take(field, index).map_err(|e| e.answer());
+        let head = LayerFiles {
+            data: File::from(take("data_fd", head.data_fd)?),
+            map: File::from(take("map_fd", head.map_fd)?),
+        };
+        parts.push(Part { name: name.clone(), volume: disk.volume.clone(), head });
+    }
+    Ok(parts)
 }
 
 /// A cut as it was asked for.
@@ -107,7 +133,7 @@ pub(super) fn refused(error: &SnapshotError) -> (Code, &'static str) {
     }
 }
 
-fn failed_at(volume: &str, error: &SnapshotError, sealed: &[&str]) -> Failed {
+pub(super) fn failed_at(volume: &str, error: &SnapshotError, sealed: &[&str]) -> Failed {
     let (code, field) = refused(error);
     let mut message = format!("volume {volume}: {}", chain(error));
     if !sealed.is_empty() {
@@ -221,23 +247,7 @@ impl Cut {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Cut, Failed> {
         let mut passed = Passed::new(descriptors);
-        let mut parts: Vec<Part> = Vec::with_capacity(request.volumes.len());
-        for wanted in &request.volumes {
-            let name = &wanted.volume_id;
-            let invalid = |what: &str| refusal(Code::Invalid, "volumes", format!("volume `{name}` {what}"));
-            let Some(disk) = devices.disk(name) else { return Err(invalid("is not of this VM")) };
-            if parts.iter().any(|part| part.name == *name) {
-                return Err(invalid("is named twice"));
-            }
-            let Some(head) = &wanted.head else { return Err(invalid("has no new head")) };
-            disk.volume.check_snapshot(&request.snapshot).map_err(|error| failed_at(name, &error, &[]))?;
-            let mut take = |field, index| passed.take(field, index).map_err(|e| e.answer());
-            let head = LayerFiles {
-                data: File::from(take("data_fd", head.data_fd)?),
-                map: File::from(take("map_fd", head.map_fd)?),
-            };
-            parts.push(Part { name: name.clone(), volume: disk.volume.clone(), head });
-        }
+        let parts = parts(devices, (&request.snapshot, &request.volumes), &mut passed)?;
         if parts.is_empty() {
             return Err(refusal(Code::Invalid, "volumes", "name at least one volume"));
         }

@@ -11,9 +11,9 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use prost::Message;
-use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, VdcKey};
+use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, RestoreFrom, VdcKey};
 use serio_devices::limit::{Limits, Rate};
-use serio_hv::{Kvm, OpenError, Tap};
+use serio_hv::{GuestMemory, Kvm, OpenError, Tap};
 use serio_sandbox::{SandboxError, Seal};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
@@ -21,7 +21,8 @@ use crate::boot::BootSource;
 use crate::console::Output;
 use crate::devices::{DeviceError, Devices, Disk, Nic};
 use crate::end::{End, EndSlot, chain};
-use crate::machine::{self, Handle, MachineConfig, MachineError, Running};
+use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running};
+use crate::snapshot::{self, ReadError};
 
 /// What a VM may have open: its devices' files, eventfds and queues, with room to spare.
 const DESCRIPTORS_MAX: u64 = 4096;
@@ -127,6 +128,7 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     let console = UnixListener::from(passed.take("console_fd", launch.console_fd)?);
     console.set_nonblocking(true)?;
     let devices = Arc::new(open_devices(launch, &mut passed)?);
+    let saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
     // What was passed and not named is closed here, before the process seals itself.
     drop(passed);
     serio_sandbox::seal(&Seal { uid: launch.uid, descriptors_max: DESCRIPTORS_MAX })?;
@@ -138,7 +140,16 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     };
     let output = Arc::new(Output::new()?);
     let end = Arc::new(EndSlot::new()?);
-    let running = machine::boot(&kvm, &config, &devices, output.clone(), end.clone())?;
+    let running = match saved {
+        None => machine::boot(&kvm, &config, &devices, output.clone(), end.clone())?,
+        Some((memory, state)) => {
+            let slots = (output.clone(), end.clone());
+            machine::restore(&kvm, &config, &devices, slots, (memory, &state))?
+        }
+    };
+    if launch.restore.is_some_and(|from| !from.stay_paused) {
+        running.handle().resume();
+    }
     Ok(Launched {
         handle: running.handle().clone(),
         running: Some(running),
@@ -160,6 +171,27 @@ fn check(launch: &Launch) -> Result<(), LaunchError> {
         return Err(LaunchError::invalid("memory", what));
     }
     Ok(())
+}
+
+/// The memory and the state that the VM goes on from.
+fn open_saved(
+    launch: &Launch,
+    from: &RestoreFrom,
+    passed: &mut Passed,
+) -> Result<(GuestMemory, MachineState), LaunchError> {
+    let invalid = |error: ReadError| LaunchError::invalid("restore", chain(&error));
+    let state = File::from(passed.take("restore", from.state_fd)?);
+    let memory = passed.take("restore", from.memory_fd)?;
+    let saved = snapshot::read(&state).map_err(invalid)?;
+    if saved.memory_bytes != launch.memory_bytes {
+        let what = format!(
+            "the VM was saved with {} bytes of memory, not {}: give it as many",
+            saved.memory_bytes, launch.memory_bytes
+        );
+        return Err(LaunchError::invalid("restore", what));
+    }
+    let memory = saved.open_memory(memory).map_err(invalid)?;
+    Ok((memory, saved.machine))
 }
 
 fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchError> {

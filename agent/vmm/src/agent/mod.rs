@@ -18,6 +18,7 @@ mod launch;
 mod log;
 mod merge;
 mod requests;
+mod save;
 mod state;
 
 #[cfg(test)]
@@ -30,6 +31,8 @@ mod cut_test;
 mod merge_test;
 #[cfg(test)]
 mod mini_test;
+#[cfg(test)]
+mod save_test;
 #[cfg(test)]
 mod sealed_test;
 

@@ -1,5 +1,5 @@
-//! What each request does. One request, one answer. Only `PrepareSnapshot` may wait for the guest, within its time, and
-//! costs nobody but its own connection's thread.
+//! What each request does. One request, one answer. Only `PrepareSnapshot` may wait for the guest, within its time,
+//! and `Pause` and `SaveVm` for I/O under way; that costs nobody but their own connection's thread.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -10,6 +10,7 @@ use serio_volume::{LayerFiles, ResizeError};
 
 use super::cut;
 use super::launch::{self, Passed};
+use super::save;
 use super::state::State;
 use crate::devices::Devices;
 use crate::end::{End, chain};
@@ -42,15 +43,22 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             vm.stop(End::Reset);
             done()
         }),
-        Some(Body::Pause(_)) => with_vm(state, |vm, _| {
-            vm.pause();
-            state.changed();
-            done()
+        Some(Body::Pause(_)) => with_vm(state, |vm, _| match vm.pause() {
+            Ok(()) => {
+                state.changed();
+                done()
+            }
+            Err(error) => failed(Code::Precondition, "", chain(&error)),
         }),
         Some(Body::Resume(_)) => with_vm(state, |vm, _| {
             vm.resume();
             state.changed();
             done()
+        }),
+        Some(Body::SaveVm(request)) => with_vm(state, |vm, devices| {
+            let answer = save::save(vm, devices, &request, descriptors);
+            state.changed();
+            answer
         }),
         Some(Body::SnapshotVolume(request)) => {
             with_vm(state, |_, devices| snapshot(devices, &request, descriptors))

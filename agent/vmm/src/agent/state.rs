@@ -54,13 +54,8 @@ pub(super) fn bell() -> std::io::Result<EventFd> {
 
 impl State {
     pub(super) fn new() -> std::io::Result<State> {
-        let inner = Inner {
-            phase: Phase::Waiting,
-            vm_id: String::new(),
-            resets: 0,
-            since: None,
-            bells: Vec::new(),
-        };
+        let inner =
+            Inner { phase: Phase::Waiting, vm_id: String::new(), resets: 0, since: None, bells: Vec::new() };
         Ok(State { inner: Mutex::new(inner), wake: bell()?, cuts: Arc::default(), merges: Merges::default() })
     }
 

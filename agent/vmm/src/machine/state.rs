@@ -96,7 +96,7 @@ pub struct PlatformState {
 impl Handle {
     /// Stops the VM until [`Handle::resume`]: when this returns, all that it has asked for is done and nothing in its memory
     /// changes. Does nothing on a paused VM.
-    pub fn try_pause(&self) -> Result<(), PauseError> {
+    pub fn pause(&self) -> Result<(), PauseError> {
         let parts = self.parts.upgrade().ok_or(PauseError::Over)?;
         let _life = parts.lock();
         let paused = self.is_paused();
@@ -111,11 +111,6 @@ impl Handle {
             }
         })?;
         Ok(())
-    }
-
-    /// [`Handle::try_pause`] for those who have nobody to tell why it did not work.
-    pub fn pause(&self) {
-        let _ = self.try_pause();
     }
 
     /// Lets a paused VM run again.

@@ -76,7 +76,12 @@ pub fn sync((state_file, memory_file): (&File, &File)) -> Result<(), WriteError>
 /// Reads and checks a state.
 pub fn read(file: &File) -> Result<Snapshot, ReadError> {
     let bytes = memory::read_bounded(file, format::BYTES_MAX).map_err(ReadError::Io)?;
-    let (memory_bytes, machine) = format::decode(&bytes)?;
+    Ok(decode(&bytes)?)
+}
+
+/// The same of a state that is in memory.
+pub fn decode(bytes: &[u8]) -> Result<Snapshot, FormatError> {
+    let (memory_bytes, machine) = format::decode(bytes)?;
     Ok(Snapshot { memory_bytes, machine })
 }
 

@@ -1,0 +1,52 @@
+//! The messages about a whole VM as two files. Part of [`crate::message`]; the same rule holds: tags are never reused.
+
+use crate::message::PreparedVolume;
+
+/// Write the whole VM into two files, memory and all the rest, so that [`RestoreFrom`] goes on from there. The VM stands
+/// still meanwhile. Answered by [`SavedVm`] when both files are on the disk. When it is refused or fails the VM goes on as it
+/// was; what the files hold then is of no use, and no volume was sealed unless the message says so.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SaveVm {
+    /// A file for the state, open for reading and writing. It is replaced.
+    #[prost(uint32, tag = "1")]
+    pub state_fd: u32,
+    /// A file for the memory, open for reading and writing. It is replaced; pages of zeros become holes.
+    #[prost(uint32, tag = "2")]
+    pub memory_fd: u32,
+    /// Leave the VM paused, so that it may be ended without having gone on. One that was paused before stays so anyway.
+    #[prost(bool, tag = "3")]
+    pub stay_paused: bool,
+    /// The name under which `volumes` are sealed.
+    #[prost(string, tag = "4")]
+    pub snapshot: String,
+    /// Volumes to seal at the very point of the memory, each with the files of its new head. The restored VM's disks are to
+    /// begin at these points.
+    #[prost(message, repeated, tag = "5")]
+    pub volumes: Vec<PreparedVolume>,
+}
+
+/// A VM was saved.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct SavedVm {
+    /// Bytes of memory that were not zero.
+    #[prost(uint64, tag = "1")]
+    pub memory_bytes: u64,
+    /// How long the VM stood still for it, nanoseconds; of one that is left paused, until it was written.
+    #[prost(uint64, tag = "2")]
+    pub paused_ns: u64,
+}
+
+/// What [`SaveVm`] has written.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct RestoreFrom {
+    /// The state.
+    #[prost(uint32, tag = "1")]
+    pub state_fd: u32,
+    /// The memory, open for reading. It must not change while this VM runs: it is read as the guest touches it. Any number of
+    /// VMs may run from one.
+    #[prost(uint32, tag = "2")]
+    pub memory_fd: u32,
+    /// Do not let it run yet: `Resume` does.
+    #[prost(bool, tag = "3")]
+    pub stay_paused: bool,
+}

@@ -16,6 +16,8 @@ use crate::{error::Error, supervise::EndKind};
 
 const SEEDS: u64 = 150;
 const STEPS: usize = 400;
+/// How VMs end by themselves.
+const ENDS: [EndKind; 4] = [EndKind::PowerOff, EndKind::GuestError, EndKind::Died, EndKind::Reset];
 
 fn name(rng: &mut StdRng, prefix: &str) -> VdcName {
     format!("ardesio/{prefix}{}", rng.random_range(0..3)).parse().unwrap()
@@ -191,8 +193,7 @@ fn step(sim: &mut Sim, rng: &mut StdRng, waiting: &mut Vec<Waiting>, repeats: &m
         96..=97 => {
             let vms: Vec<Uuid> = sim.world.processes.keys().copied().collect();
             if let Some(vm) = vms.choose(rng) {
-                let kinds = [EndKind::PowerOff, EndKind::GuestError, EndKind::Died, EndKind::Reset];
-                let kind = *kinds.choose(rng).unwrap();
+                let kind = *ENDS.choose(rng).unwrap();
                 let input = sim.world.end(*vm, kind);
                 sim.ready.extend(input);
             }

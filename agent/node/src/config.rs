@@ -51,6 +51,9 @@ pub enum ConfigError {
     Inconsistent(String),
 }
 
+/// The kernel has up to 2^22 process numbers, and some programs take user numbers from 2^31 on for negative.
+const FIRST_UID_MAX: u32 = (1 << 31) - (1 << 22) - 1;
+
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -69,6 +72,8 @@ pub struct Config {
     pub vmm_path: PathBuf,
     /// The volume daemon's binary.
     pub volumed_path: PathBuf,
+    /// Processes that hold a VM or a volume become the user of this number plus their process number.
+    pub first_uid: u32,
     /// The gRPC services.
     pub grpc: Grpc,
     /// NBD for the network.
@@ -178,6 +183,7 @@ impl Default for Config {
             run_dir: "/run/serio".into(),
             vmm_path: "/usr/lib/serio/serio-vmm".into(),
             volumed_path: "/usr/lib/serio/serio-volumed".into(),
+            first_uid: 0x7000_0000,
             grpc: Grpc::default(),
             nbd: Nbd::default(),
             volumes: Volumes::default(),
@@ -229,6 +235,11 @@ impl Config {
         }
         if self.nbd.listen.0.is_some() && self.grpc.tls_dir.as_os_str().is_empty() {
             return inconsistent("nbd.listen needs grpc.tls_dir: NBD on TCP is only served with mutual TLS");
+        }
+        if !(1..=FIRST_UID_MAX).contains(&self.first_uid) {
+            return inconsistent(
+                "first_uid must be from 1 to 2143289343: it and the 4 million numbers after it are users of single processes",
+            );
         }
         if self.capacity.usage_interval_ms == 0 || self.capacity.lease_interval_ms == 0 {
             return inconsistent("capacity.usage_interval_ms and lease_interval_ms must be at least 1");

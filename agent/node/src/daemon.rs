@@ -148,6 +148,7 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         state_dir: config.state_dir.clone(),
         run_dir: config.run_dir.clone(),
         vmm_path: config.vmm_path.clone(),
+        first_uid: config.first_uid,
         volumed_path: config.volumed_path.clone(),
         merge_bytes_per_s: config.volumes.merge_pace.bytes(),
         cgroup_root: None,

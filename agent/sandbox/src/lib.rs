@@ -120,23 +120,6 @@ pub fn seal_at_start(seal: &Start<'_>) -> Result<Vec<&'static str>, SandboxError
     Ok(missing)
 }
 
-/// What a process was sealed with when it got its work. It is sealed before that now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seal {
-    /// Not used.
-    pub uid: u32,
-    /// Not used.
-    pub descriptors_max: u64,
-}
-
-/// Does nothing any more: see [`seal_at_start`].
-///
-/// # Errors
-/// None.
-pub fn seal(_: &Seal) -> Result<(), SandboxError> {
-    Ok(())
-}
-
 fn limit(seal: &Start<'_>) -> Result<(), SandboxError> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;

@@ -78,6 +78,9 @@ pub struct AgentArgs {
     /// Descriptor of a listening Unix socket on which requests come
     #[arg(long, value_name = "N")]
     pub control_fd: i32,
+    /// It becomes the user and group of this number plus its process number, nobody else's on this host; 0: it does not
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub first_uid: u32,
 }
 
 /// What a reset by the guest does.

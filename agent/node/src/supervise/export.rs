@@ -169,7 +169,8 @@ async fn try_start(inner: &Inner, plan: &ExportPlan, files: &ExportFiles) -> Res
         _ => drop(descriptors.push_volume(&dir, plan.volume, read_only)?),
     }
     let control = rundir::listen(&files.control)?;
-    let watched = spawn::spawn(&inner.settings.volumed_path, control, &files.log).await?;
+    let watched =
+        spawn::spawn(&inner.settings.volumed_path, inner.settings.first_uid, control, &files.log).await?;
     let meta = Meta {
         pid: watched.process().pid(),
         start_ticks: watched.process().start_ticks(),

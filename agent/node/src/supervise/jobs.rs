@@ -66,7 +66,8 @@ impl Job {
         let socket = inner.jobs_dir().join(format!("{id}.sock"));
         let log = inner.jobs_dir().join(format!("{id}.log"));
         let control = rundir::listen(&socket)?;
-        let spawned = spawn::spawn(&inner.settings.volumed_path, control, &log).await;
+        let spawned =
+            spawn::spawn(&inner.settings.volumed_path, inner.settings.first_uid, control, &log).await;
         match spawned {
             Ok(watched) => Ok(Self { watched, socket, log }),
             Err(error) => {

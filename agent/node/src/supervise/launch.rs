@@ -60,7 +60,8 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
         launch.nics.push(Nic { mac: nic.mac.to_vec(), tap_fd: descriptors.push(tap), mtu: nic.mtu, limits: None });
     }
-    let watched = spawn::spawn(&inner.settings.vmm_path, control, &run.stderr()).await?;
+    let watched =
+        spawn::spawn(&inner.settings.vmm_path, inner.settings.first_uid, control, &run.stderr()).await?;
     let pid = watched.process().pid();
     inner.cgroups.put(uid, pid, plan.vcpus);
     let meta = Meta {

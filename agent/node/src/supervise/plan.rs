@@ -14,6 +14,8 @@ pub struct SupervisorSettings {
     pub run_dir: PathBuf,
     /// The binary `serio-vmm`.
     pub vmm_path: PathBuf,
+    /// Processes become the user of this number plus their process number; 0: they stay root.
+    pub first_uid: u32,
     /// The binary `serio-volumed`.
     pub volumed_path: PathBuf,
     /// How fast layers are merged in the background, bytes a second; 0: as fast as it goes.

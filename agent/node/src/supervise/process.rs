@@ -39,6 +39,10 @@ impl std::fmt::Display for Exit {
             Self::Signal(9) => {
                 f.write_str("killed by signal 9 (SIGKILL: by hand, or the host ran out of memory)")
             }
+            Self::Signal(libc::SIGSYS) => f.write_str(
+                "killed by signal 31 (SIGSYS): it called something its filter forbids, so a guest may have broken into it, \
+                 or it has a mistake; the kernel's log has the number of the call (`dmesg | grep type=1326`)",
+            ),
             Self::Signal(signal) => write!(f, "killed by signal {signal}"),
             Self::Unknown => f.write_str("died without a word"),
         }

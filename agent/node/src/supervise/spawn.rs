@@ -97,13 +97,18 @@ impl Watched {
     }
 }
 
-/// Starts `PROGRAM agent --control-fd N` with its standard error in `log`.
-pub(super) async fn spawn(program: &Path, control: UnixListener, log: &Path) -> Result<Watched, SpawnError> {
+/// Starts `PROGRAM agent --control-fd N --first-uid N` with its standard error in `log`.
+pub(super) async fn spawn(
+    program: &Path,
+    first_uid: u32,
+    control: UnixListener,
+    log: &Path,
+) -> Result<Watched, SpawnError> {
     let program = program.to_owned();
     let log_path = log.to_owned();
     let stderr = rundir::open_log(log)?;
     // fork copies page tables and exec reads the disk: not on a thread that serves others.
-    let started = tokio::task::spawn_blocking(move || start(&program, &control, &stderr));
+    let started = tokio::task::spawn_blocking(move || start(&program, first_uid, &control, &stderr));
     let process = match started.await {
         Ok(process) => process?,
         Err(join) => return Err(FileError::at("start a process for", log)(io::Error::other(join)).into()),
@@ -111,11 +116,17 @@ pub(super) async fn spawn(program: &Path, control: UnixListener, log: &Path) -> 
     Ok(Watched::new(process, log_path))
 }
 
-fn start(program: &Path, control: &UnixListener, stderr: &File) -> Result<Process, SpawnError> {
+fn start(
+    program: &Path,
+    first_uid: u32,
+    control: &UnixListener,
+    stderr: &File,
+) -> Result<Process, SpawnError> {
     let exec = |source| SpawnError::Exec { path: program.to_owned(), source };
     let mut command = Command::new(program);
     command
         .args(["agent", "--control-fd", &control.as_raw_fd().to_string()])
+        .args(["--first-uid", &first_uid.to_string()])
         .current_dir("/")
         .env_clear()
         .stdin(Stdio::null())

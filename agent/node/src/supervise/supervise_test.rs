@@ -36,6 +36,7 @@ fn bench() -> Option<Bench> {
         state_dir: dir.path().join("state"),
         run_dir: dir.path().join("run"),
         vmm_path: fake.clone(),
+        first_uid: 0,
         volumed_path: fake,
         merge_bytes_per_s: 0,
         // None here: the tests of `cgroup` use a real one.

@@ -59,10 +59,7 @@ impl Agent {
             }
         };
         command.args(["--exact", "agent::bench::a_process_of_its_own", "--ignored", "--nocapture"]);
-        command
-            .args(["--test-threads", "1"])
-            .env("SERIO_FIRST_UID", FIRST_UID.to_string())
-            .env(FD, listener.as_raw_fd().to_string());
+        command.args(["--test-threads", "1"]).env(FD, listener.as_raw_fd().to_string());
         Agent::Process(command.spawn().expect("starts"))
     }
 
@@ -83,7 +80,7 @@ impl Agent {
 fn a_process_of_its_own() {
     let Ok(fd) = std::env::var(FD) else { return };
     let control_fd = fd.parse().expect("a number");
-    let code = super::main(&crate::cli::AgentArgs { control_fd });
+    let code = super::main(&crate::cli::AgentArgs { control_fd, first_uid: FIRST_UID });
     std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
 }
 

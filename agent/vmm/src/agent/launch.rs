@@ -14,7 +14,6 @@ use prost::Message;
 use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, RestoreFrom, VdcKey};
 use serio_devices::limit::{Limits, Rate};
 use serio_hv::{GuestMemory, Kvm, OpenError, Tap};
-use serio_sandbox::{SandboxError, Seal};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
 use crate::boot::BootSource;
@@ -23,9 +22,6 @@ use crate::devices::{DeviceError, Devices, Disk, Nic};
 use crate::end::{End, EndSlot, chain};
 use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running};
 use crate::snapshot::{self, ReadError};
-
-/// What a VM may have open: its devices' files, eventfds and queues, with room to spare.
-const DESCRIPTORS_MAX: u64 = 4096;
 
 /// A VM that was launched, and what it needs to boot again.
 pub(super) struct Launched {
@@ -54,8 +50,6 @@ pub(super) enum LaunchError {
     Kvm(#[from] OpenError),
     #[error(transparent)]
     Machine(#[from] MachineError),
-    #[error("the process could not be sealed")]
-    Seal(#[from] SandboxError),
     #[error("an eventfd could not be made: raise the limit of open files")]
     Host(#[from] io::Error),
 }
@@ -73,7 +67,7 @@ impl LaunchError {
             LaunchError::Device(error @ DeviceError::Port(_)) => (Code::Exhausted, error.field()),
             LaunchError::Device(error) => (Code::Io, error.field()),
             LaunchError::Machine(error) => (error_code(error), error.field()),
-            LaunchError::Kvm(_) | LaunchError::Seal(_) | LaunchError::Host(_) => (Code::Io, ""),
+            LaunchError::Kvm(_) | LaunchError::Host(_) => (Code::Io, ""),
         };
         Failed { code: code.into(), message: chain(self), field: field.to_owned() }
     }
@@ -129,9 +123,8 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     console.set_nonblocking(true)?;
     let devices = Arc::new(open_devices(launch, &mut passed)?);
     let saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
-    // What was passed and not named is closed here, before the process seals itself.
+    // What was passed and not named is closed before the guest runs.
     drop(passed);
-    serio_sandbox::seal(&Seal { uid: launch.uid, descriptors_max: DESCRIPTORS_MAX })?;
 
     let config = MachineConfig {
         vcpus: launch.vcpus,

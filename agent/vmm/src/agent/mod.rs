@@ -102,16 +102,11 @@ pub fn main(args: &AgentArgs) -> ExitCode {
     }
 }
 
-/// The first of the users that processes may become, from the environment; none: it stays who it is.
-fn first_uid() -> u32 {
-    std::env::var("SERIO_FIRST_UID").ok().and_then(|text| text.parse().ok()).unwrap_or(0)
-}
-
 fn start(args: &AgentArgs) -> Result<(), AgentError> {
     let listener = UnixListener::from(serio_sandbox::take_descriptor(args.control_fd)?);
     let missing = serio_sandbox::seal_at_start(&Start {
         keep: &[args.control_fd],
-        uid: serio_sandbox::own_uid(first_uid()),
+        uid: serio_sandbox::own_uid(args.first_uid),
         descriptors_max: DESCRIPTORS_MAX,
         threads_max: THREADS_MAX,
         main: Kind::Agent,

@@ -27,6 +27,7 @@
 mod bootdisk;
 pub mod channel;
 mod device;
+mod devices;
 pub mod frame;
 mod machine;
 pub mod message;

@@ -2,7 +2,7 @@
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
 pub use crate::device::{Limits, Nic};
-pub use crate::{bootdisk::*, machine::*, volumes::*};
+pub use crate::{bootdisk::*, devices::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -17,7 +17,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71"
+                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 87"
     )]
     pub body: Option<Body>,
 }
@@ -146,6 +146,18 @@ pub enum Body {
     /// ← it is written.
     #[prost(message, tag = "71")]
     SavedVm(SavedVm),
+    /// → vmm: ask the guest to give back memory, or to take it again.
+    #[prost(message, tag = "80")]
+    SetBalloon(SetBalloon),
+    /// → vmm: how does the balloon stand? Also asks the guest for fresh statistics, for the next time.
+    #[prost(message, tag = "81")]
+    BalloonQuery(Empty),
+    /// ← how the balloon stands.
+    #[prost(message, tag = "82")]
+    BalloonStats(BalloonStats),
+    /// → vmm: where the guest's vsock connections go; one descriptor, a connected `SOCK_SEQPACKET` socket.
+    #[prost(message, tag = "87")]
+    SetVsockBroker(Empty),
 }
 
 /// Nothing.
@@ -237,6 +249,18 @@ pub struct Launch {
     /// Go on where a VM was saved, instead of booting; a reset boots. All else as that VM had it.
     #[prost(message, optional, tag = "30")]
     pub restore: Option<RestoreFrom>,
+    /// Connections between the guest and Unix sockets, if it shall have them.
+    #[prost(message, optional, tag = "16")]
+    pub vsock: Option<Vsock>,
+    /// What happens to a guest that does not pet its watchdog.
+    #[prost(enumeration = "OnWatchdog", tag = "17")]
+    pub on_watchdog: i32,
+    /// The host's pages behind the memory: 4 KiB (or 0), 2 MiB or 1 GiB.
+    #[prost(uint64, tag = "18")]
+    pub page_bytes: u64,
+    /// `x86-64-v2`, `x86-64-v3`, or `host` (or empty).
+    #[prost(string, tag = "19")]
+    pub cpu_baseline: String,
 }
 
 /// What a guest's reset does.
@@ -380,20 +404,6 @@ pub struct CreateVolume {
     /// The volume's bytes are encrypted under this key.
     #[prost(message, optional, tag = "4")]
     pub key: Option<VdcKey>,
-}
-
-/// Read an image.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct ImportImage {
-    /// `raw`, for now. Never guessed.
-    #[prost(string, tag = "1")]
-    pub format: String,
-    /// Bytes that must arrive, or 0 if the sender does not know.
-    #[prost(uint64, tag = "2")]
-    pub expected_bytes: u64,
-    /// More than this is refused.
-    #[prost(uint64, tag = "3")]
-    pub size_bytes_max: u64,
 }
 
 /// Seal the head of a stopped volume.

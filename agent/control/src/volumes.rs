@@ -334,6 +334,20 @@ pub struct ChangedRanges {
     pub next_offset: Option<u64>,
 }
 
+/// Read an image.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct ImportImage {
+    /// `raw`, for now. Never guessed.
+    #[prost(string, tag = "1")]
+    pub format: String,
+    /// Bytes that must arrive, or 0 if the sender does not know.
+    #[prost(uint64, tag = "2")]
+    pub expected_bytes: u64,
+    /// More than this is refused.
+    #[prost(uint64, tag = "3")]
+    pub size_bytes_max: u64,
+}
+
 /// Ask for [`VolumeInfo`].
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct InspectVolume {

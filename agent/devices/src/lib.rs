@@ -9,6 +9,7 @@
 //! - A reset returns when no thread of the device is left and no I/O into guest memory is under way.
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 #[cfg(any(test, feature = "testing"))]
@@ -18,7 +19,9 @@ pub mod net;
 mod notice;
 pub mod ports;
 pub mod rng;
+pub mod rtc;
 pub mod serial;
+pub mod vsock;
 mod worker;
 
 pub use notice::Notices;

@@ -3,6 +3,7 @@
 //! A request gets at most [`REQUEST_BYTES_MAX`] bytes, and the used length says how many: a driver asks again.
 //! One thread, asleep until a kick.
 
+use rustix::rand::GetRandomFlags;
 use serio_sandbox::Kind;
 use serio_virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, QueueError, SuspendError, VirtioDevice,
@@ -114,9 +115,11 @@ fn serve(ring: &mut ActiveQueue, chain: &mut Chain, bytes: &mut [u8]) -> Result<
 fn fill(ring: &ActiveQueue, chain: &Chain, bytes: &mut [u8]) -> u32 {
     let len = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX).min(bytes.len());
     let Some(bytes) = bytes.get_mut(..len) else { return 0 };
-    if getrandom::fill(bytes).is_err() {
-        return 0;
-    }
+    // The system call itself: a library that looks for it first may open /dev/random, which a sealed process must not.
+    let bytes = match rustix::rand::getrandom(&mut *bytes, GetRandomFlags::empty()) {
+        Ok(filled) => bytes.get(..filled).unwrap_or_default(),
+        Err(_) => return 0,
+    };
     let mut rest: &[u8] = bytes;
     let mut written = 0u32;
     for segment in chain.writable() {

@@ -9,6 +9,8 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 use vmm_sys_util::errno;
 
+use crate::baseline::{self, Baseline, MissingFeatures};
+
 /// Why KVM cannot be used on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -78,5 +80,15 @@ impl Kvm {
         let tsc_deadline = fd.check_extension(Cap::TscDeadlineTimer);
         let vcpus_max = u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX).min(254);
         Ok(Kvm { fd, cpuid, tsc_deadline, vcpus_max })
+    }
+
+    /// From now on vcpus show a baseline's features only. Refused with what this host lacks.
+    pub fn set_baseline(&mut self, baseline: Baseline) -> Result<(), MissingFeatures> {
+        let leaves = baseline::apply(self.cpuid.as_slice(), baseline)?;
+        // Never more leaves than there were.
+        if let Ok(cpuid) = CpuId::from_entries(&leaves) {
+            self.cpuid = cpuid;
+        }
+        Ok(())
     }
 }

@@ -19,25 +19,29 @@
 //! - Everything but [`Vcpu`] is `Sync`; a [`Vcpu`] moves to its thread and stays there. Others reach it through
 //!   its [`VcpuKick`].
 
+mod baseline;
 mod cpuid;
 mod irq;
 mod kvm;
 mod memory;
 mod packet;
 mod registers;
+mod release;
 mod state;
 mod tap;
 mod vcpu;
 mod vm;
 
+pub use baseline::{Baseline, MissingFeatures, UnknownBaseline};
 pub use irq::{IrqLine, MsiLine, MsiMessage};
 pub use kvm::{Kvm, OpenError};
 pub use memory::{
-    GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, create_memory, memory_from_fd,
-    open_private_memory, ram_ranges,
+    GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, PageKind, create_memory,
+    create_memory_of, memory_from_fd, open_private_memory, ram_ranges,
 };
 pub use packet::{PACKET_SEGMENTS_MAX, receive_packet, send_packet};
 pub use registers::{BootMode, BootRegisters, GDT};
+pub use release::release_memory;
 pub use state::{VcpuState, VmState};
 pub use tap::{Tap, TapError, TapOffloads, VNET_HEADER_BYTES};
 pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};

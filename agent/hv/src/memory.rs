@@ -51,6 +51,30 @@ pub enum MemoryError {
         #[source]
         source: std::io::Error,
     },
+    /// Not a whole number of huge pages.
+    #[error(
+        "memory of {bytes} bytes is no whole number of pages of {page_bytes} bytes: round it up, or use small pages"
+    )]
+    HugeSize {
+        /// What was asked for.
+        bytes: u64,
+        /// The size of a page.
+        page_bytes: u64,
+    },
+    /// The host's pool of huge pages has not enough free ones.
+    #[error(
+        "the host has not enough free huge pages of {page_bytes} bytes for {bytes} bytes: reserve more \
+         (/sys/kernel/mm/hugepages), or use small pages"
+    )]
+    HugePages {
+        /// What was asked for.
+        bytes: u64,
+        /// The size of a page.
+        page_bytes: u64,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The passed descriptor holds less than the size it came with.
     #[error("the memory descriptor holds {held} bytes, {bytes} are needed")]
     Short {
@@ -81,9 +105,63 @@ pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
 
 /// Makes guest memory of `bytes`, backed by a new sealed memfd.
 pub fn create_memory(bytes: u64) -> Result<GuestMemory, MemoryError> {
+    create_memory_of(bytes, PageKind::Small)
+}
+
+/// The host's pages behind guest memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PageKind {
+    /// 4 KiB, and 2 MiB where the host makes them by itself.
+    #[default]
+    Small,
+    /// 2 MiB, from the host's reserved pool.
+    Huge2M,
+    /// 1 GiB, from the host's reserved pool.
+    Huge1G,
+}
+
+impl PageKind {
+    /// The kind with this size.
+    pub fn of_bytes(bytes: u64) -> Option<PageKind> {
+        [PageKind::Small, PageKind::Huge2M, PageKind::Huge1G].into_iter().find(|kind| kind.bytes() == bytes)
+    }
+
+    /// Bytes of a page.
+    pub fn bytes(self) -> u64 {
+        match self {
+            PageKind::Small => PAGE_SIZE,
+            PageKind::Huge2M => 2 << 20,
+            PageKind::Huge1G => 1 << 30,
+        }
+    }
+
+    fn memfd_flags(self) -> libc::c_uint {
+        match self {
+            PageKind::Small => 0,
+            PageKind::Huge2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+            PageKind::Huge1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+        }
+    }
+}
+
+/// The same with pages of a kind. Huge ones are reserved for this VM now, or refused now: a guest that met an empty pool
+/// later would be killed.
+pub fn create_memory_of(bytes: u64, pages: PageKind) -> Result<GuestMemory, MemoryError> {
     check_size(bytes)?;
-    let file = memfd(bytes).map_err(|source| MemoryError::Backing { bytes, source })?;
-    map(file, bytes, libc::MAP_SHARED)
+    if !bytes.is_multiple_of(pages.bytes()) {
+        return Err(MemoryError::HugeSize { bytes, page_bytes: pages.bytes() });
+    }
+    let backing = |source| match pages {
+        PageKind::Small => MemoryError::Backing { bytes, source },
+        _ => MemoryError::HugePages { bytes, page_bytes: pages.bytes(), source },
+    };
+    let file = memfd(bytes, pages).map_err(backing)?;
+    match map_pages(file, bytes, libc::MAP_SHARED, pages) {
+        Err(MemoryError::Map { source, .. }) if pages != PageKind::Small => {
+            Err(backing(std::io::Error::other(source)))
+        }
+        other => other,
+    }
 }
 
 /// Makes guest memory of `bytes` over a descriptor that somebody passed, from its offset 0.
@@ -117,10 +195,11 @@ fn check_size(bytes: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-fn memfd(bytes: u64) -> std::io::Result<File> {
+fn memfd(bytes: u64, pages: PageKind) -> std::io::Result<File> {
     const NAME: &CStr = c"serio-guest";
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | pages.memfd_flags();
     // SAFETY: the name is a valid C string for the length of the call; the result is checked.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
     if fd < 0 {
         return Err(std::io::Error::last_os_error());
     }
@@ -137,6 +216,17 @@ fn memfd(bytes: u64) -> std::io::Result<File> {
 }
 
 fn map(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, MemoryError> {
+    map_pages(file, bytes, sharing, PageKind::Small)
+}
+
+fn map_pages(
+    file: File,
+    bytes: u64,
+    sharing: libc::c_int,
+    pages: PageKind,
+) -> Result<GuestMemory, MemoryError> {
+    // Without NORESERVE the pool's pages are set aside for the mapping, or it fails.
+    let reserve = if pages == PageKind::Small { libc::MAP_NORESERVE } else { 0 };
     let error = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map { bytes, source };
     let file = Arc::new(file);
     let mut regions = Vec::with_capacity(2);
@@ -146,7 +236,8 @@ fn map(file: File, bytes: u64, sharing: libc::c_int) -> Result<GuestMemory, Memo
         let region: MmapRegion<()> = MmapRegionBuilder::new(size)
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_NORESERVE | sharing)
+            .with_mmap_flags(reserve | sharing)
+            .with_hugetlbfs(pages != PageKind::Small)
             .build()
             .map_err(|e| error(e.into()))?;
         // SAFETY: the range is the mapping just made. The first advice only keeps a customer's memory out of core
@@ -188,7 +279,27 @@ mod tests {
 
     #[test]
     fn a_short_descriptor_is_refused() {
-        let file = memfd(PAGE_SIZE).expect("memfd");
+        let file = memfd(PAGE_SIZE, PageKind::Small).expect("memfd");
         assert!(matches!(memory_from_fd(file.into(), 2 * PAGE_SIZE), Err(MemoryError::Short { .. })));
+    }
+
+    /// On most hosts the pool is empty, which is the answer that matters; where it is not, the memory works.
+    #[test]
+    fn huge_pages_are_reserved_or_refused() {
+        for pages in [PageKind::Huge2M, PageKind::Huge1G] {
+            match create_memory_of(2 << 30, pages) {
+                Ok(memory) => memory.write_obj(7u32, GuestAddress(0)).expect("RAM"),
+                Err(error @ MemoryError::HugePages { .. }) => {
+                    assert!(error.to_string().contains("reserve more"), "{error}")
+                }
+                Err(error) => panic!("{error}"),
+            }
+            assert!(matches!(
+                create_memory_of(pages.bytes() + PAGE_SIZE, pages),
+                Err(MemoryError::HugeSize { .. })
+            ));
+            assert_eq!(PageKind::of_bytes(pages.bytes()), Some(pages));
+        }
+        assert_eq!(PageKind::of_bytes(3), None);
     }
 }

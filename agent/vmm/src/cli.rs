@@ -5,7 +5,10 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serio_devices::limit::{Limits, Rate};
+use serio_hv::{Baseline, PageKind};
 use serio_types::ByteSize;
+
+use crate::machine::WatchdogAction;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,6 +58,12 @@ pub struct RunArgs {
     /// Number of vcpus
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
     pub cpus: u32,
+    /// What the guest's processors show: host, or x86-64-v2 or x86-64-v3, so that unlike hosts look alike
+    #[arg(long, value_name = "BASELINE", default_value_t = Baseline::Host)]
+    pub cpu: Baseline,
+    /// The host's pages behind the memory: 4KiB, or 2MiB or 1GiB from its pool of huge pages
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = parse_pages)]
+    pub pages: PageKind,
     /// A disk: a raw file or a block device; again for more, in the order vda, vdb, …
     #[arg(long = "disk", value_name = "FILE[,readonly][,iops=N][,bandwidth=SIZE]")]
     pub disks: Vec<DiskArg>,
@@ -64,12 +73,19 @@ pub struct RunArgs {
     /// A virtio console (hvc0 in Linux) on this pseudo-terminal, pipe or file
     #[arg(long, value_name = "FILE")]
     pub console: Option<PathBuf>,
+    /// Stream connections between the guest, whose address is CID (3 or more), and Unix sockets: clients connect to PATH
+    /// and write "CONNECT PORT"; the guest's connections to port N go to PATH_N
+    #[arg(long, value_name = "CID,PATH")]
+    pub vsock: Option<VsockArg>,
     /// Do not pass standard input to the guest's serial port
     #[arg(long)]
     pub no_serial_input: bool,
     /// What a reset by the guest does
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnReset::Reboot)]
     pub on_reset: OnReset,
+    /// What happens to a guest that started its watchdog and does not pet it
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = WatchdogAction::Reset)]
+    pub watchdog: WatchdogAction,
 }
 
 /// `serio-vmm agent`.
@@ -93,6 +109,12 @@ pub enum OnReset {
 }
 
 /// `FILE[,readonly][,iops=N][,bandwidth=SIZE]`: requests and bytes a second.
+fn parse_pages(text: &str) -> Result<PageKind, String> {
+    let bytes = text.parse::<ByteSize>().map_err(|error| error.to_string())?.bytes();
+    PageKind::of_bytes(bytes).ok_or_else(|| format!("`{text}`: pages are of 4KiB, 2MiB or 1GiB"))
+}
+
+/// `FILE[,readonly]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskArg {
     /// The file or device.
@@ -137,6 +159,27 @@ impl FromStr for DiskArg {
             return Err("no file name: write FILE or FILE,readonly".to_owned());
         }
         Ok(DiskArg { path: path.into(), read_only, limits })
+    }
+}
+
+/// `CID,PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockArg {
+    /// The guest's address.
+    pub cid: u32,
+    /// The listening socket, which is made.
+    pub path: PathBuf,
+}
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VsockArg, String> {
+        let (cid, path) = text.split_once(',').ok_or("write CID,PATH, such as 3,/run/vm.vsock")?;
+        match cid.parse() {
+            Ok(cid @ 3..=0xffff_fffe) if !path.is_empty() => Ok(VsockArg { cid, path: path.into() }),
+            _ => Err(format!("`{text}`: a guest's address is 3 to 4294967294, and a path follows")),
+        }
     }
 }
 
@@ -272,8 +315,13 @@ mod tests {
             &["--cpus", "0"][..],
             &["--cpus", "1000"],
             &["--memory", "lots"],
+            &["--cpu", "x86-64-v9"],
+            &["--pages", "8KiB"],
             &["--disk", ""],
             &["--disk", ",readonly"],
+            &["--vsock", "2,/tmp/v"],
+            &["--vsock", "3"],
+            &["--vsock", "3,"],
             &["--net", "a name"],
             &["--net", "tap0,mac=01:00:00:00:00:00"],
             &["--net", "tap0,mac=02:00"],

@@ -4,21 +4,24 @@
 //! devices of one boot from it. Their order is the order on the bus: disks, network cards, then the rest.
 
 use std::fs::{File, OpenOptions};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
 use serio_devices::Notices;
+use serio_devices::balloon::{Balloon, BalloonHandle};
 use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
 use serio_devices::limit::{Limiter, Limits};
 use serio_devices::net::{Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::Rng;
+use serio_devices::vsock::{Outgoing, Vsock, VsockHost};
 use serio_hv::Tap;
 use serio_virtio::VirtioDevice;
 use serio_volume::{Access, Volume};
 
-use crate::cli::{DiskArg, NetArg, RunArgs};
+use crate::cli::{DiskArg, NetArg, RunArgs, VsockArg};
 use crate::guest_agent::GuestAgent;
 
 /// A disk's queues follow the vcpus up to this many: beyond, threads cost more than they bring.
@@ -56,9 +59,18 @@ pub enum DeviceError {
         #[source]
         source: serio_hv::TapError,
     },
-    /// The guest agent's port cannot be made.
-    #[error("the guest agent's port cannot be made: raise the limit of open files")]
+    /// The guest agent's port or the balloon's bell cannot be made.
+    #[error("an eventfd cannot be made: raise the limit of open files")]
     Port(#[source] std::io::Error),
+    /// The socket for vsock's clients cannot be made.
+    #[error("vsock {path}: cannot listen there (remove what an earlier run left, or choose another path)")]
+    Vsock {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A console's file cannot be opened.
     #[error("console {path}: cannot open it for reading and writing")]
     Console {
@@ -77,6 +89,7 @@ impl DeviceError {
             DeviceError::Open { .. } | DeviceError::Volume { .. } => "disks",
             DeviceError::Tap { .. } => "nics",
             DeviceError::Console { .. } => "console",
+            DeviceError::Vsock { .. } => "vsock",
             DeviceError::Port(_) => "",
         }
     }
@@ -157,6 +170,10 @@ pub struct Devices {
     pub nics: Vec<Nic>,
     /// The two ends of each virtio console.
     pub consoles: Vec<Arc<ConsoleEnds>>,
+    /// What the guest gives back of its memory.
+    pub balloon: BalloonHandle,
+    /// Connections with the guest, if it shall have a device for them.
+    pub vsock: Option<VsockHost>,
     /// Queues of each disk.
     pub disk_queues: u16,
     /// The agent in the guest, if it has one.
@@ -167,8 +184,17 @@ impl Devices {
     /// None yet, for a machine with so many vcpus.
     pub fn new(vcpus: u32) -> Result<Devices, DeviceError> {
         let guest_agent = GuestAgent::new(HostPort::new().map_err(DeviceError::Port)?);
+        let balloon = BalloonHandle::new().map_err(DeviceError::Port)?;
         let (disks, nics, consoles) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Devices { disks, nics, consoles, disk_queues: disk_queues(vcpus), guest_agent })
+        Ok(Devices {
+            disks,
+            nics,
+            consoles,
+            balloon,
+            vsock: None,
+            disk_queues: disk_queues(vcpus),
+            guest_agent,
+        })
     }
 
     /// Opens what the command line names.
@@ -176,7 +202,8 @@ impl Devices {
         let disks = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
         let nics = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
         let consoles = args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?;
-        Ok(Devices { disks, nics, consoles, ..Devices::new(args.cpus)? })
+        let vsock = args.vsock.as_ref().map(open_vsock).transpose()?;
+        Ok(Devices { disks, nics, consoles, vsock, ..Devices::new(args.cpus)? })
     }
 
     /// The devices of one boot.
@@ -203,6 +230,10 @@ impl Devices {
         }
         devices.push(Box::new(Rng::new()));
         devices.push(Box::new(Ports::new(GUEST_AGENT, self.guest_agent.port().clone())));
+        devices.push(Box::new(Balloon::new(self.balloon.clone())));
+        if let Some(vsock) = &self.vsock {
+            devices.push(Box::new(Vsock::new(vsock.clone())));
+        }
         Ok(devices)
     }
 
@@ -239,6 +270,13 @@ fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
 fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {
     let tap = Tap::open(&net.tap).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
     Ok(Nic::new(tap, net.mac, None, net.limits))
+}
+
+fn open_vsock(vsock: &VsockArg) -> Result<VsockHost, DeviceError> {
+    let outgoing = Outgoing::Path(vsock.path.clone());
+    UnixListener::bind(&vsock.path)
+        .and_then(|listener| VsockHost::new(vsock.cid, listener, outgoing))
+        .map_err(|source| DeviceError::Vsock { path: vsock.path.display().to_string(), source })
 }
 
 fn open_console(path: &Path) -> Result<Arc<ConsoleEnds>, DeviceError> {

@@ -8,6 +8,7 @@
 //!   0x0002_0000   command line                         ┘
 //!   0x0009_fc00   ── end of conventional memory; reserved up to
 //!   0x000e_0000   ACPI tables, RSDP first
+//!   0x000f_e000   the generation identifier, a page of its own
 //!   0x000f_fff0   a few instructions that reset the machine, where old ways to reboot jump to
 //!   0x0010_0000   kernel (bzImage: where it prefers), initrd at the end of RAM below 2 GiB
 //!   0xc000_0000   PCI hole: BARs up to 0xec00_0000, then ECAM of bus 0 (1 MiB)
@@ -16,7 +17,7 @@
 //!   0x1_0000_0000 RAM beyond 3 GiB
 //! ```
 //!
-//! Ports: 0x3f8 COM1 · 0x600 sleep control, 0x601 sleep status, 0x602 reset · 0x64 the reset of the keyboard
+//! Ports: 0x3f8 COM1 · 0x70, 0x71 clock · 0x600 sleep control, 0x601 sleep status, 0x602 reset · 0x608 watchdog · 0x64 the reset of the keyboard
 //! controller (nothing else of it exists) · 0xcf8, 0xcfc PCI configuration for those that do not use ECAM.
 
 use serio_hv::{LOW_RAM_END, ram_ranges};
@@ -39,6 +40,8 @@ pub const CMDLINE_BYTES_MAX: u64 = 0x1_0000;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// The ACPI tables; the RSDP is at the very start, on a boundary where guests without boot data scan for it.
 pub const ACPI_BASE: u64 = 0xe_0000;
+/// Sixteen bytes that change when the VM goes on from a snapshot; nothing else is in their page.
+pub const GENERATION_ID: u64 = 0xf_e000;
 /// The reset vector as real mode sees it (FFFF:0000). Linux on reduced hardware without EFI reboots by a jump there.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// What lies there: `mov al, 0xfe; out 0x64, al; 1: hlt; jmp 1b`. Zeros would be executed for ever.
@@ -67,6 +70,12 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const COM1_GSI: u32 = 4;
 /// The interrupt pin of ACPI's event device: the power button.
 pub const EVENT_GSI: u32 = 5;
+/// The interrupt pin by which the event device tells that the generation identifier has changed.
+pub const GENERATION_GSI: u32 = 6;
+/// The clock's index port; its data port is the next.
+pub const CLOCK_PORT: u16 = 0x70;
+/// The watchdog's control register, four bytes; the next four are its count.
+pub const WATCHDOG_PORT: u16 = 0x608;
 /// ACPI sleep control register (ACPI 6.5 §4.8.3.7); the status register is the next port, reset the one after.
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// The sleep type that S5, soft off, has in the sleep control register.
@@ -161,7 +170,9 @@ mod tests {
             (PAGE_TABLES, 0x3000),
             (CMDLINE, CMDLINE_BYTES_MAX),
             (CONVENTIONAL_END, ACPI_BASE - CONVENTIONAL_END),
-            (ACPI_BASE, HIGH_MEMORY - ACPI_BASE),
+            (ACPI_BASE, GENERATION_ID - ACPI_BASE),
+            (GENERATION_ID, 0x1000),
+            (RESET_VECTOR, HIGH_MEMORY - RESET_VECTOR),
             (BAR_WINDOW_BASE, BAR_WINDOW_END - BAR_WINDOW_BASE),
             (ECAM_BASE, ECAM_BYTES),
             (IOAPIC_BASE, 0x1000),

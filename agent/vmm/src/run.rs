@@ -29,6 +29,9 @@ const INPUT_RETRY_MS: u16 = 20;
 /// Why a VM could not be run, for its user.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
+    /// The host lacks what the CPU baseline has.
+    #[error("cpu")]
+    Baseline(#[from] serio_hv::MissingFeatures),
     #[error("{field} {path}: cannot open it")]
     Open {
         field: &'static str,
@@ -119,8 +122,11 @@ fn run(args: RunArgs) -> Result<End, RunError> {
             initrd: args.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,
             cmdline: args.cmdline,
         },
+        watchdog: args.watchdog,
+        pages: args.pages,
     };
-    let kvm = Kvm::open()?;
+    let mut kvm = Kvm::open()?;
+    kvm.set_baseline(args.cpu)?;
     let stdin = std::io::stdin();
     let mut seat = Seat { raw: None, keys: Keys::default(), input_open: !args.no_serial_input, signals };
     loop {

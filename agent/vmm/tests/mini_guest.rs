@@ -15,3 +15,7 @@ mod life;
 mod net;
 #[path = "mini_guest/run.rs"]
 mod run;
+#[path = "mini_guest/small.rs"]
+mod small;
+#[path = "mini_guest/vsock.rs"]
+mod vsock;

@@ -137,7 +137,7 @@ ap64:
     mov ss, eax
     mov eax, 1
     lock xadd dword ptr [ap_taken], eax
-    cmp eax, 15
+    cmp eax, 63
     ja ap_park
     inc eax
     shl eax, 12
@@ -213,4 +213,4 @@ user_stack_top:
 .global fault_stack_top
 fault_stack: .skip 32768
 fault_stack_top:
-ap_stacks: .skip 65536
+ap_stacks: .skip 262144

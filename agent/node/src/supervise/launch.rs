@@ -58,7 +58,12 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
     for nic in &plan.nics {
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
-        launch.nics.push(Nic { mac: nic.mac.to_vec(), tap_fd: descriptors.push(tap), mtu: nic.mtu, limits: None });
+        launch.nics.push(Nic {
+            mac: nic.mac.to_vec(),
+            tap_fd: descriptors.push(tap),
+            mtu: nic.mtu,
+            limits: None,
+        });
     }
     let watched =
         spawn::spawn(&inner.settings.vmm_path, inner.settings.first_uid, control, &run.stderr()).await?;
@@ -147,7 +152,7 @@ fn describe(
             BootPlan::Disk { .. } => OnReset::End,
         }
         .into(),
-        restore: None,
+        ..Launch::default()
     };
     Ok((launch, descriptors))
 }

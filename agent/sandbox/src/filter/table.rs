@@ -119,6 +119,7 @@ const MAKE_VM: &[Allowed] = &[
     allow!(SYS_read, "the kernel and the initrd"),
     allow!(SYS_statx, "how long they are").rare("a launch"),
     allow!(SYS_eventfd2, "bells of devices"),
+    allow!(SYS_getrandom, "the generation identifier").rare("a boot"),
     allow!(SYS_getpid, "who we are, for a kick").rare("the VM is ended from outside"),
     allow!(SYS_tgkill, "takes a vcpu out of the guest").one_of(2, KICK).rare("the VM is ended from outside"),
 ];
@@ -272,6 +273,14 @@ const DEVICE: &[Allowed] = &[
     allow!(SYS_ioctl, "sockets that do not block").one_of(1, NONBLOCK).rare("a VM with vsock"),
 ];
 
+/// A watchdog that runs out ends the machine.
+const BITE: &[Allowed] = &[
+    allow!(SYS_getpid, "who we are").rare("a guest that does not pet its watchdog"),
+    allow!(SYS_tgkill, "takes a vcpu out of the guest")
+        .one_of(2, KICK)
+        .rare("a guest that does not pet its watchdog"),
+];
+
 const KEEPER: &[Allowed] = &[
     allow!(SYS_pwrite64, "pages of the map"),
     allow!(SYS_fdatasync, "data, then the map"),
@@ -342,7 +351,7 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
         Kind::Blk => &[BLK, LIMIT, RING_USE, INLINE, EPOLL_CHANGE, ALWAYS],
         Kind::Net => &[SLEEP, LIMIT, EPOLL_CHANGE, NET, ALWAYS],
         Kind::Ports => &[SLEEP, EPOLL_CHANGE, PORTS, ALWAYS],
-        Kind::Device => &[SLEEP, EPOLL_CHANGE, DEVICE, ALWAYS],
+        Kind::Device => &[SLEEP, EPOLL_CHANGE, DEVICE, BITE, ALWAYS],
         Kind::Keeper => &[KEEPER, ALWAYS],
         Kind::Cut => &[SEAL, DIRECT, FILES, ALWAYS],
         Kind::Merge => &[MERGE, DIRECT, FILES, ALWAYS],

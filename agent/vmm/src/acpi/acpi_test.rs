@@ -22,11 +22,11 @@ fn all_sums_are_zero() {
         assert_eq!(&tables.bytes()[..8], b"RSD PTR ");
         assert_eq!(sum(&tables.bytes()[..20]), 0, "the RSDP of ACPI 1.0");
         assert_eq!(sum(&tables.bytes()[..36]), 0, "the RSDP of ACPI 2.0");
-        for signature in [b"XSDT", b"FACP", b"APIC", b"MCFG", b"DSDT"] {
+        for signature in [b"XSDT", b"FACP", b"APIC", b"MCFG", b"WDAT", b"DSDT"] {
             let table = table(&tables, signature);
             assert_eq!(sum(&table), 0, "{}", String::from_utf8_lossy(signature));
         }
-        assert!(tables.bytes().len() < (layout::HIGH_MEMORY - layout::ACPI_BASE) as usize);
+        assert!(tables.bytes().len() < (layout::GENERATION_ID - layout::ACPI_BASE) as usize);
     }
 }
 
@@ -37,8 +37,8 @@ fn pointers_point_to_tables() {
     let u64_at = |bytes: &[u8], i: usize| u64::from_le_bytes(bytes[i..i + 8].try_into().expect("eight"));
     let xsdt = at(u64_at(tables.bytes(), 24));
     assert_eq!(&xsdt[..4], b"XSDT");
-    let found: Vec<&[u8]> = (0..3).map(|i| &at(u64_at(xsdt, 36 + 8 * i))[..4]).collect();
-    assert_eq!(found, [b"FACP", b"APIC", b"MCFG"]);
+    let found: Vec<&[u8]> = (0..4).map(|i| &at(u64_at(xsdt, 36 + 8 * i))[..4]).collect();
+    assert_eq!(found, [b"FACP", b"APIC", b"MCFG", b"WDAT"]);
     let fadt = table(&tables, b"FACP");
     assert_eq!(&at(u64_at(&fadt, 140))[..4], b"DSDT");
 }
@@ -73,11 +73,23 @@ fn a_strangers_decompiler_reads_them() {
         Some(std::fs::read_to_string(dir.path().join(format!("{name}.dsl"))).expect("decompiled"))
     };
     let Some(dsdt) = run("dsdt", b"DSDT") else { return };
-    for expected in ["PNP0A08", "PNP0501", "PNP0C0C", "ACPI0013", "_S5", "Notify (\\_SB.PWRB, 0x80)"] {
+    for expected in [
+        "PNP0A08",
+        "PNP0501",
+        "PNP0C0C",
+        "ACPI0013",
+        "_S5",
+        "Notify (\\_SB.PWRB, 0x80)",
+        "PNP0B00",
+        "VMGENCTR",
+        "Notify (\\_SB.VGEN, 0x80)",
+    ] {
         assert!(dsdt.contains(expected), "no {expected} in:\n{dsdt}");
     }
     let fadt = run("facp", b"FACP").expect("iasl is there");
     assert!(fadt.contains("Hardware Reduced (V5) : 1"), "{fadt}");
     run("apic", b"APIC");
     run("mcfg", b"MCFG");
+    let wdat = run("wdat", b"WDAT").expect("iasl is there");
+    assert!(wdat.contains("Watchdog Action : 21") && wdat.contains("Timer Period : 00000064"), "{wdat}");
 }

@@ -17,12 +17,18 @@ const BUTTON_PRESSED: u8 = 0x80;
 /// The name of the power button's device, below the system bus.
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
 
+/// The device of the generation identifier, and what it is notified with: changed.
+const GENERATION: &str = "\\_SB_.VGEN";
+const GENERATION_CHANGED: u8 = 0x80;
+
 /// Builds the table.
 pub(super) fn dsdt() -> impl Aml {
     let mut body = Vec::with_capacity(1024);
     host_bridge(&mut body);
     serial(&mut body);
+    clock(&mut body);
     power_button(&mut body);
+    generation(&mut body);
     event_device(&mut body);
     sleep_states(&mut body);
     // In one piece: the builder sums up the whole table at each append.
@@ -83,18 +89,46 @@ fn power_button(sink: &mut dyn AmlSink) {
     Device::new(Path::new(POWER_BUTTON), vec![&hid, &uid]).to_aml_bytes(sink);
 }
 
-/// The generic event device (ACPI 6.5 §5.6.9): its one interrupt means that the power button was pressed.
+/// The clock of a PC. Without an interrupt: it has no alarm.
+fn clock(sink: &mut dyn AmlSink) {
+    let clock = EISAName::new("PNP0B00");
+    let hid = Name::new("_HID".into(), &clock);
+    let ports = IO::new(layout::CLOCK_PORT, layout::CLOCK_PORT, 1, 2);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new(Path::new("\\_SB_.RTC0"), vec![&hid, &crs]).to_aml_bytes(sink);
+}
+
+/// The generation identifier ("Virtual Machine Generation ID", Microsoft 2012): drivers look for either compatible
+/// id, the first of which is too long for ACPI and is what older ones know.
+fn generation(sink: &mut dyn AmlSink) {
+    let ids = Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]);
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    let address = Package::new(vec![&low, &high]);
+    let hid = Name::new("_HID".into(), &"SERI0001");
+    let cid = Name::new("_CID".into(), &ids);
+    let ddn = Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let addr = Name::new("ADDR".into(), &address);
+    Device::new(Path::new(GENERATION), vec![&hid, &cid, &ddn, &addr]).to_aml_bytes(sink);
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): one interrupt means that the power button was pressed, the other that
+/// there is a new generation identifier.
 fn event_device(sink: &mut dyn AmlSink) {
     let hid = Name::new("_HID".into(), &"ACPI0013");
     let uid = Name::new("_UID".into(), &ZERO);
-    let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
-    let resources = ResourceTemplate::new(vec![&interrupt]);
+    let interrupts =
+        [layout::EVENT_GSI, layout::GENERATION_GSI].map(|gsi| Interrupt::new(true, true, false, false, gsi));
+    let resources = ResourceTemplate::new(interrupts.iter().map(|interrupt| interrupt as &dyn Aml).collect());
     let crs = Name::new("_CRS".into(), &resources);
-    let button = Path::new(POWER_BUTTON);
-    let notify = Notify::new(&button, &BUTTON_PRESSED);
-    let ours = Equal::new(&Arg(0), &layout::EVENT_GSI);
-    let when = If::new(&ours, vec![&notify]);
-    let event = Method::new("_EVT".into(), 1, true, vec![&when]);
+    let (button, generation) = (Path::new(POWER_BUTTON), Path::new(GENERATION));
+    let pressed = Notify::new(&button, &BUTTON_PRESSED);
+    let changed = Notify::new(&generation, &GENERATION_CHANGED);
+    let is_button = Equal::new(&Arg(0), &layout::EVENT_GSI);
+    let is_generation = Equal::new(&Arg(0), &layout::GENERATION_GSI);
+    let when_pressed = If::new(&is_button, vec![&pressed]);
+    let when_changed = If::new(&is_generation, vec![&changed]);
+    let event = Method::new("_EVT".into(), 1, true, vec![&when_pressed, &when_changed]);
     Device::new(Path::new("\\_SB_.GED0"), vec![&hid, &uid, &crs, &event]).to_aml_bytes(sink);
 }
 

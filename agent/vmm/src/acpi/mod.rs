@@ -2,14 +2,16 @@
 //! interrupt controllers, no fixed power-management registers.
 //!
 //! ```text
-//!   RSDP → XSDT → FADT → DSDT   PCI host bridge, COM1, event device with power button, S5
+//!   RSDP → XSDT → FADT → DSDT   PCI host bridge, COM1, clock, event device with power button and generation id, S5
 //!               → MADT          one local APIC a vcpu, the IO-APIC
 //!               → MCFG          ECAM of bus 0
+//!               → WDAT          the watchdog
 //! ```
 //!
 //! Built as bytes, then placed at one address; the guest's own interpreter does the rest. Rebuilt at each boot.
 
 mod dsdt;
+mod wdat;
 
 #[cfg(test)]
 mod acpi_test;
@@ -23,15 +25,15 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 
 use crate::layout;
+use serio_devices::rtc::CENTURY_REGISTER;
 
 const OEM: [u8; 6] = *b"SERIO ";
 const OEM_TABLE: [u8; 8] = *b"SERIOVMM";
 const OEM_REVISION: u32 = 1;
 
-/// FADT IA-PC boot flags (ACPI 6.5 §5.2.9.3): no VGA to probe, no CMOS clock. The bits for legacy devices and for a
+/// FADT IA-PC boot flags (ACPI 6.5 §5.2.9.3): no VGA to probe. The bits for legacy devices and for a
 /// keyboard controller stay clear, so that nobody waits for one.
 const BOOT_VGA_NOT_PRESENT: u16 = 1 << 2;
-const BOOT_CMOS_NOT_PRESENT: u16 = 1 << 5;
 
 /// All tables, as one block of bytes for [`layout::ACPI_BASE`]; the RSDP is at its start.
 #[derive(Debug)]
@@ -46,7 +48,12 @@ impl Tables {
     pub fn new(vcpus: u32) -> Tables {
         let mut tables = Tables { bytes: vec![0; Rsdp::len().next_multiple_of(16)], offsets: Vec::new() };
         let dsdt = tables.add(&dsdt::dsdt());
-        let pointers = [tables.add(&fadt(dsdt)), tables.add(&madt(vcpus)), tables.add(&mcfg())];
+        let pointers = [
+            tables.add(&fadt(dsdt)),
+            tables.add(&madt(vcpus)),
+            tables.add(&mcfg()),
+            tables.add(&wdat::wdat()),
+        ];
         let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
         pointers.into_iter().for_each(|address| xsdt.add_entry(address));
         let xsdt = tables.add(&xsdt);
@@ -94,7 +101,8 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::HwReducedAcpi);
-    fadt.iapc_boot_arch = (BOOT_VGA_NOT_PRESENT | BOOT_CMOS_NOT_PRESENT).into();
+    fadt.iapc_boot_arch = BOOT_VGA_NOT_PRESENT.into();
+    fadt.century = CENTURY_REGISTER;
     fadt.reset_reg = port(layout::RESET_PORT);
     fadt.reset_value = layout::RESET_VALUE;
     fadt.sleep_control_reg = port(layout::SLEEP_CONTROL_PORT);

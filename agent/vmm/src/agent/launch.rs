@@ -11,16 +11,19 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use prost::Message;
-use serio_control::message::{Code, EndKind, EndRecord, Failed, Launch, OnReset, RestoreFrom, VdcKey};
+use serio_control::message::{
+    Code, EndKind, EndRecord, Failed, Launch, OnReset, OnWatchdog, RestoreFrom, VdcKey,
+};
 use serio_devices::limit::{Limits, Rate};
-use serio_hv::{GuestMemory, Kvm, OpenError, Tap};
+use serio_devices::vsock::{Outgoing, VsockHost};
+use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
 use crate::boot::BootSource;
 use crate::console::Output;
 use crate::devices::{DeviceError, Devices, Disk, Nic};
 use crate::end::{End, EndSlot, chain};
-use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running};
+use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running, WatchdogAction};
 use crate::snapshot::{self, ReadError};
 
 /// A VM that was launched, and what it needs to boot again.
@@ -115,7 +118,13 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     check(launch)?;
     let on_reset = OnReset::try_from(launch.on_reset)
         .map_err(|_| LaunchError::invalid("on_reset", format!("{} is unknown", launch.on_reset)))?;
-    let kvm = Kvm::from_fd(passed.take("kvm_fd", launch.kvm_fd)?)?;
+    let mut kvm = Kvm::from_fd(passed.take("kvm_fd", launch.kvm_fd)?)?;
+    if !launch.cpu_baseline.is_empty() {
+        let baseline = launch.cpu_baseline.parse::<Baseline>();
+        let baseline = baseline.map_err(|error| LaunchError::invalid("cpu_baseline", error.to_string()))?;
+        kvm.set_baseline(baseline)
+            .map_err(|error| LaunchError::invalid("cpu_baseline", error.to_string()))?;
+    }
     let kernel = File::from(passed.take("kernel", launch.kernel_fd)?);
     let initrd = launch.initrd_fd.map(|index| passed.take("initrd", index)).transpose()?.map(File::from);
     let log = File::from(passed.take("log_fd", launch.log_fd)?);
@@ -130,6 +139,8 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
         vcpus: launch.vcpus,
         memory_bytes: launch.memory_bytes,
         boot: BootSource { kernel, initrd, cmdline: launch.cmdline.clone() },
+        watchdog: watchdog(launch)?,
+        pages: pages(launch)?,
     };
     let output = Arc::new(Output::new()?);
     let end = Arc::new(EndSlot::new()?);
@@ -202,6 +213,7 @@ fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchE
             .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
         devices.nics.push(Nic::new(tap, mac, (mtu != 0).then_some(mtu), limits(nic.limits)));
     }
+    devices.vsock = launch.vsock.as_ref().map(|vsock| open_vsock(vsock, passed)).transpose()?;
     Ok(devices)
 }
 
@@ -211,6 +223,36 @@ fn limits(limits: Option<serio_control::message::Limits>) -> Limits {
         bytes: Rate { per_second: limits.bytes_per_second, burst: limits.bytes_burst },
         operations: Rate { per_second: limits.operations_per_second, burst: limits.operations_burst },
     }
+}
+
+fn pages(launch: &Launch) -> Result<PageKind, LaunchError> {
+    match launch.page_bytes {
+        0 => Ok(PageKind::Small),
+        bytes => PageKind::of_bytes(bytes).ok_or_else(|| {
+            LaunchError::invalid("page_bytes", format!("{bytes} is no size of a page: 4 KiB, 2 MiB or 1 GiB"))
+        }),
+    }
+}
+
+fn watchdog(launch: &Launch) -> Result<WatchdogAction, LaunchError> {
+    match OnWatchdog::try_from(launch.on_watchdog) {
+        Ok(OnWatchdog::Reset) => Ok(WatchdogAction::Reset),
+        Ok(OnWatchdog::End) => Ok(WatchdogAction::End),
+        Err(_) => Err(LaunchError::invalid("on_watchdog", format!("{} is unknown", launch.on_watchdog))),
+    }
+}
+
+fn open_vsock(vsock: &serio_control::message::Vsock, passed: &mut Passed) -> Result<VsockHost, LaunchError> {
+    if !(3..u32::MAX).contains(&vsock.guest_cid) {
+        return Err(LaunchError::invalid(
+            "vsock",
+            format!("a guest cannot have the address {}", vsock.guest_cid),
+        ));
+    }
+    let listener = UnixListener::from(passed.take("vsock", vsock.listener_fd)?);
+    let broker = vsock.broker_fd.map(|index| passed.take("vsock", index)).transpose()?;
+    let outgoing = broker.map_or(Outgoing::Refuse, Outgoing::Broker);
+    Ok(VsockHost::new(vsock.guest_cid, listener, outgoing)?)
 }
 
 fn open_volume(disk: &serio_control::message::Disk, passed: &mut Passed) -> Result<Volume, LaunchError> {

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use serio_control::message::{Body, Code, Empty, Failed, Launch, ResizeVolume, SnapshotVolume};
+use serio_control::message::{BalloonStats, Body, Code, Empty, Failed, Launch, ResizeVolume, SnapshotVolume};
+use serio_devices::balloon::BalloonStatus;
+use serio_devices::vsock::Outgoing;
 use serio_volume::{LayerFiles, ResizeError};
 
 use super::cut;
@@ -75,6 +77,19 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             with_vm(state, |_, devices| state.merges().query(devices, &request))
         }
         Some(Body::ResizeVolume(request)) => with_vm(state, |_, devices| resize(devices, &request)),
+        Some(Body::SetBalloon(request)) => with_vm(state, |vm, devices| {
+            if request.target_bytes > vm.memory_bytes() {
+                let what = format!("the VM has {} bytes of memory", vm.memory_bytes());
+                return failed(Code::Invalid, "target_bytes", what);
+            }
+            devices.balloon.set_target(request.target_bytes);
+            done()
+        }),
+        Some(Body::BalloonQuery(_)) => with_vm(state, |_, devices| {
+            devices.balloon.refresh();
+            Body::BalloonStats(balloon_stats(&devices.balloon.status()))
+        }),
+        Some(Body::SetVsockBroker(_)) => with_vm(state, |_, devices| set_broker(devices, descriptors)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }
 }
@@ -107,6 +122,29 @@ fn start(state: &Arc<State>, request: &Launch, descriptors: Vec<OwnedFd>) -> Bod
             state.ended(record);
             Body::Failed(error.answer())
         }
+    }
+}
+
+fn balloon_stats(status: &BalloonStatus) -> BalloonStats {
+    let guest = (0u32..).zip(status.guest.values).filter_map(|(tag, value)| Some((tag, value?))).collect();
+    BalloonStats {
+        target_bytes: status.target_bytes,
+        actual_bytes: status.actual_bytes,
+        released_bytes: status.released_bytes,
+        guest,
+        age_ms: status.age.map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+    }
+}
+
+/// Where the guest's connections go from now on: an older broker ended with its daemon.
+fn set_broker(devices: &Devices, descriptors: Vec<OwnedFd>) -> Body {
+    match (&devices.vsock, descriptors.into_iter().next()) {
+        (Some(vsock), Some(broker)) => {
+            vsock.set_outgoing(Outgoing::Broker(broker));
+            done()
+        }
+        (None, _) => failed(Code::Precondition, "vsock", "this VM has no vsock device"),
+        (_, None) => failed(Code::Invalid, "descriptors", "pass the broker's socket"),
     }
 }
 

@@ -10,8 +10,10 @@ use serio_hv::IoHandler;
 use serio_virtio::PciBus;
 
 use super::power;
+use super::watchdog::Watchdog;
 use crate::end::EndSlot;
 use crate::layout;
+use serio_devices::rtc::Rtc;
 use serio_devices::serial::SerialPort;
 
 /// PCI configuration mechanism #1: address register, data register (PCI 3.0 §3.2.2.3.2).
@@ -19,9 +21,13 @@ const PCI_ADDRESS_PORT: u16 = 0xcf8;
 const PCI_DATA_PORT: u16 = 0xcfc;
 const PCI_ADDRESS_ENABLE: u32 = 1 << 31;
 
+const WATCHDOG_COUNT_PORT: u16 = layout::WATCHDOG_PORT + 4;
+
 /// All that answers.
 pub(super) struct Bus {
     pub(super) serial: Arc<SerialPort>,
+    pub(super) clock: Rtc,
+    pub(super) watchdog: Watchdog,
     pub(super) pci: PciBus,
     pub(super) end: Arc<EndSlot>,
     pub(super) pci_address: AtomicU32,
@@ -54,15 +60,35 @@ impl Bus {
         (end <= layout::ECAM_BYTES).then_some(offset)
     }
 
+    fn watchdog_read(&self, port: u16, len: usize) -> Option<u32> {
+        match port {
+            layout::WATCHDOG_PORT if len == 4 => Some(self.watchdog.read_control()),
+            WATCHDOG_COUNT_PORT if len == 4 => Some(self.watchdog.read_count()),
+            _ => None,
+        }
+    }
+
+    fn watchdog_write(&self, port: u16, value: u32) {
+        match port {
+            layout::WATCHDOG_PORT => self.watchdog.write_control(value),
+            WATCHDOG_COUNT_PORT => self.watchdog.write_count(value),
+            _ => {}
+        }
+    }
+
     fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(offset) = self.pci_offset(port, data.len()) {
             self.pci.ecam_read(offset, data);
         } else if port == PCI_ADDRESS_PORT && data.len() == 4 {
             data.copy_from_slice(&self.pci_address.load(Ordering::SeqCst).to_le_bytes());
+        } else if let Some(value) = self.watchdog_read(port, data.len()) {
+            data.copy_from_slice(&value.to_le_bytes());
         } else if let [byte] = data {
             if let Some(offset) = Bus::serial_register(port) {
                 *byte = self.serial.read(offset);
+            } else if port == layout::CLOCK_PORT + 1 {
+                *byte = self.clock.read();
             } else if let Some(value) = power::read(port) {
                 *byte = value;
             }
@@ -76,9 +102,15 @@ impl Bus {
             if let Ok(bytes) = <[u8; 4]>::try_from(data) {
                 self.pci_address.store(u32::from_le_bytes(bytes), Ordering::SeqCst);
             }
+        } else if let Ok(bytes) = <[u8; 4]>::try_from(data) {
+            self.watchdog_write(port, u32::from_le_bytes(bytes));
         } else if let [byte] = data {
             if let Some(offset) = Bus::serial_register(port) {
                 self.serial.write(offset, *byte);
+            } else if port == layout::CLOCK_PORT {
+                self.clock.select(*byte);
+            } else if port == layout::CLOCK_PORT + 1 {
+                self.clock.write(*byte);
             } else if let Some(end) = power::write(port, *byte) {
                 self.end.set(end);
             }

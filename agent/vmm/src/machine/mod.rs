@@ -11,16 +11,18 @@
 //! [`restore`] makes a machine that goes on where another one was saved; it is paused at first.
 
 mod bus;
+pub mod generation;
 mod power;
 mod state;
 mod vcpu;
+pub(crate) mod watchdog;
 
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
-use serio_hv::vm_memory::{Bytes, GuestAddress};
-use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, Vcpu, Vm, VmError};
+use serio_hv::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
+use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, PageKind, Vcpu, Vm, VmError};
 use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
 
 use crate::acpi::Tables;
@@ -30,10 +32,13 @@ use crate::devices::Devices;
 use crate::end::{End, EndSlot};
 use crate::layout;
 use bus::Bus;
+use serio_devices::rtc::Rtc;
 use serio_devices::serial::SerialPort;
 use state::Parts;
 pub use state::{MachineState, PauseError, PlatformState, SaveError, restore};
 use vcpu::{Gate, GateState, Vcpus};
+use watchdog::Watchdog;
+pub use watchdog::WatchdogAction;
 
 /// Least memory that the layout fits in, with room for a small kernel.
 const MEMORY_BYTES_MIN: u64 = 2 << 20;
@@ -79,6 +84,9 @@ pub enum MachineError {
         /// What is wrong with it, and what to do.
         what: String,
     },
+    /// The generation identifier could not be set.
+    #[error("cannot give the VM a generation identifier")]
+    Generation(#[from] generation::GenerationError),
     /// A thread or an eventfd could not be made.
     #[error("cannot {what}: raise the limits of threads and open files")]
     Host {
@@ -100,7 +108,7 @@ impl MachineError {
             MachineError::Bus(_) | MachineError::Device(_) => "disks",
             MachineError::Make(error) => error.field(),
             MachineError::Restore(_) | MachineError::Saved { .. } => "restore",
-            MachineError::Vm(_) | MachineError::Host { .. } => "",
+            MachineError::Vm(_) | MachineError::Generation(_) | MachineError::Host { .. } => "",
         }
     }
 
@@ -118,6 +126,10 @@ pub struct MachineConfig {
     pub memory_bytes: u64,
     /// What to boot.
     pub boot: BootSource,
+    /// What happens to a guest that does not pet its watchdog.
+    pub watchdog: WatchdogAction,
+    /// The host's pages behind the RAM.
+    pub pages: PageKind,
 }
 
 /// A VM with memory, and nothing in either.
@@ -126,6 +138,8 @@ pub struct Created {
     memory: GuestMemory,
     serial: Arc<SerialPort>,
     button: IrqLine,
+    generation: IrqLine,
+    watchdog: WatchdogAction,
 }
 
 /// A VM with its devices.
@@ -157,6 +171,8 @@ pub struct Handle {
     serial: Arc<SerialPort>,
     button: Arc<IrqLine>,
     parts: Weak<Parts>,
+    generation: Arc<IrqLine>,
+    memory_bytes: u64,
 }
 
 /// Makes a machine and lets it run: all stages in one.
@@ -180,15 +196,21 @@ impl Created {
         if config.memory_bytes < MEMORY_BYTES_MIN {
             return Err(MachineError::Memory(config.memory_bytes));
         }
-        let memory = serio_hv::create_memory(config.memory_bytes)?;
+        let memory = serio_hv::create_memory_of(config.memory_bytes, config.pages)?;
         let vm = Vm::new(kvm, &memory)?;
         let serial = Arc::new(SerialPort::new(vm.irq_line(layout::COM1_GSI)?, output));
-        Created::of(vm, memory, serial)
+        Created::of(vm, memory, serial, config.watchdog)
     }
 
-    fn of(vm: Arc<Vm>, memory: GuestMemory, serial: Arc<SerialPort>) -> Result<Created, MachineError> {
+    fn of(
+        vm: Arc<Vm>,
+        memory: GuestMemory,
+        serial: Arc<SerialPort>,
+        watchdog: WatchdogAction,
+    ) -> Result<Created, MachineError> {
         let button = vm.irq_line(layout::EVENT_GSI)?;
-        Ok(Created { vm, memory, serial, button })
+        let generation = vm.irq_line(layout::GENERATION_GSI)?;
+        Ok(Created { vm, memory, serial, button, generation, watchdog })
     }
 
     /// Puts the devices on the PCI bus, in the order that the guest will see them.
@@ -215,6 +237,7 @@ impl Equipped {
                 created.memory.write_slice(&layout::RESET_CODE, GuestAddress(layout::RESET_VECTOR))
             })
             .map_err(|source| BootError::Write { what: "ACPI tables", source })?;
+        generation::place(&created.memory)?;
         let registers = boot::load(&created.memory, config.memory_bytes, &config.boot, tables.rsdp())?;
         let vcpus: Vec<Vcpu> =
             (0..config.vcpus).map(|id| created.vm.vcpu(kvm, id, config.vcpus)).collect::<Result<_, _>>()?;
@@ -235,17 +258,26 @@ impl Loaded {
     fn start_as(self, end: Arc<EndSlot>, gate: GateState, pci_address: u32) -> Result<Running, MachineError> {
         let Loaded { created, pci, vcpus } = self;
         let serial = created.serial.clone();
-        let pci_address = AtomicU32::new(pci_address);
-        let bus = Arc::new(Bus { serial: serial.clone(), pci, end: end.clone(), pci_address });
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
         let all = Vcpus { gate: Arc::new(Gate::new(gate)), kicks };
+        let bus = Arc::new(Bus {
+            serial: serial.clone(),
+            clock: Rtc::default(),
+            watchdog: Watchdog::new(created.watchdog, end.clone(), all.clone()),
+            pci,
+            end: end.clone(),
+            pci_address: AtomicU32::new(pci_address),
+        });
         let (vm, memory) = (created.vm, created.memory);
+        let memory_bytes = memory.iter().map(|region| region.len()).sum();
         let parts = Arc::new(Parts { bus: bus.clone(), vm, memory, life: Mutex::new(()) });
         let handle = Handle {
             vcpus: all.clone(),
             end: end.clone(),
             serial,
             button: Arc::new(created.button),
+            generation: Arc::new(created.generation),
+            memory_bytes,
             parts: Arc::downgrade(&parts),
         };
         let mut running = Running { handle, _parts: parts, threads: Vec::with_capacity(vcpus.len()) };
@@ -263,6 +295,16 @@ impl Handle {
     /// Presses the ACPI power button.
     pub fn power_button(&self) -> std::io::Result<()> {
         self.button.trigger()
+    }
+
+    /// Tells the guest that its generation identifier is another now.
+    pub fn generation_changed(&self) -> std::io::Result<()> {
+        self.generation.trigger()
+    }
+
+    /// The guest's RAM.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
     }
 
     /// Types on the serial port.

@@ -20,7 +20,7 @@ use serio_virtio::{BusSuspendError, FunctionState};
 
 use super::bus::Bus;
 use super::vcpu::GateState;
-use super::{Created, Handle, Loaded, MachineConfig, MachineError, Running};
+use super::{Created, Handle, Loaded, MachineConfig, MachineError, Running, generation};
 use crate::console::Output;
 use crate::devices::Devices;
 use crate::end::EndSlot;
@@ -173,7 +173,10 @@ pub fn restore(
     let serial = SerialPort::restored(vm.irq_line(layout::COM1_GSI)?, output, &saved).ok_or_else(|| {
         MachineError::Saved { what: "the saved serial port makes no sense: the state is damaged".to_owned() }
     })?;
-    let equipped = Created::of(vm, memory, Arc::new(serial))?.equip(devices.make()?)?;
+    // It goes on from a moment that another VM may go on from too.
+    generation::place(&memory)?;
+    let created = Created::of(vm, memory, Arc::new(serial), config.watchdog)?;
+    let equipped = created.equip(devices.make()?)?;
     let (created, pci) = (equipped.created, equipped.pci);
     pci.restore(&state.functions)?;
     let mut vcpus = Vec::with_capacity(state.vcpus.len());
@@ -183,5 +186,8 @@ pub fn restore(
         vcpus.push(vcpu);
     }
     created.vm.restore(&state.vm)?;
-    Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform.pci_address)
+    let running = Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform.pci_address)?;
+    let told = running.handle().generation_changed();
+    told.map_err(MachineError::host("tell the guest of its generation identifier"))?;
+    Ok(running)
 }

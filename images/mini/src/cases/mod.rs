@@ -2,6 +2,7 @@
 
 mod acpi;
 mod blk;
+mod clock;
 mod cpu;
 pub mod hostile;
 mod irq;
@@ -12,6 +13,7 @@ mod port;
 mod rng;
 mod serial;
 mod virtio;
+mod vsock;
 
 use crate::suite::Case;
 
@@ -29,6 +31,8 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         blk::CASES,
         net::CASES,
         port::CASES,
+        vsock::CASES,
+        clock::CASES,
     ]
     .into_iter()
     .flatten()

@@ -119,7 +119,7 @@ const MAKE_VM: &[Allowed] = &[
     allow!(SYS_read, "the kernel and the initrd"),
     allow!(SYS_statx, "how long they are").rare("a launch"),
     allow!(SYS_eventfd2, "bells of devices"),
-    allow!(SYS_getrandom, "the generation identifier").rare("a boot"),
+    allow!(SYS_getrandom, "the generation identifier").rare("each boot of a VM"),
     allow!(SYS_getpid, "who we are, for a kick").rare("the VM is ended from outside"),
     allow!(SYS_tgkill, "takes a vcpu out of the guest").one_of(2, KICK).rare("the VM is ended from outside"),
 ];

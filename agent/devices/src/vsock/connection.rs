@@ -13,7 +13,7 @@
 //! - Half close: each direction ends by itself, after what was sent before it.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -21,12 +21,11 @@ use std::os::unix::net::UnixStream;
 use serio_virtio::Segment;
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
+use super::greeting;
 use super::packet::{HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
 
 /// What the guest may send before the host's reader has taken it.
 pub(super) const BUFFER_BYTES: u32 = 128 << 10;
-/// The longest greeting: `CONNECT 4294967295\n`, with room for a carriage return.
-const GREETING_BYTES_MAX: usize = 24;
 /// The largest payload that we send in one packet, as Linux does.
 const PAYLOAD_BYTES_MAX: u32 = 64 << 10;
 
@@ -197,26 +196,12 @@ impl Connection {
         let (State::Greeting(text), Some(stream)) = (&mut self.state, &mut self.stream) else {
             return Ok(None);
         };
-        let mut byte = [0u8];
-        loop {
-            // One by one: what follows the line belongs to the guest. At most 24 of them, once a connection.
-            match stream.read(&mut byte) {
-                Ok(0) => return Err(()),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    self.readable = false;
-                    return Ok(None);
-                }
-                Err(_) => return Err(()),
+        match greeting::read(stream, text)? {
+            None => {
+                self.readable = false;
+                Ok(None)
             }
-            if byte == *b"\n" {
-                return parse_greeting(text).map(Some).ok_or(());
-            }
-            text.extend(byte);
-            if text.len() >= GREETING_BYTES_MAX {
-                return Err(());
-            }
+            port => Ok(port),
         }
     }
 
@@ -492,13 +477,6 @@ impl Connection {
     }
 }
 
-/// `CONNECT PORT`, as other VMMs have it.
-fn parse_greeting(text: &[u8]) -> Option<u32> {
-    let text = std::str::from_utf8(text).ok()?.trim_end_matches('\r');
-    let (word, port) = text.split_once(' ')?;
-    (word.eq_ignore_ascii_case("connect")).then(|| port.parse().ok()).flatten()
-}
-
 /// The host's error behind an access; `None`: the guest's address was wrong.
 fn kind_of(error: &GuestMemoryError) -> Option<ErrorKind> {
     match error {
@@ -508,42 +486,5 @@ fn kind_of(error: &GuestMemoryError) -> Option<ErrorKind> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn greetings() {
-        for (text, port) in
-            [("CONNECT 52", Some(52)), ("connect 0\r", Some(0)), ("CONNECT 4294967295", Some(u32::MAX))]
-        {
-            assert_eq!(parse_greeting(text.as_bytes()), port, "{text}");
-        }
-        for text in [
-            "",
-            "CONNECT",
-            "CONNECT ",
-            "CONNECT x",
-            "CONNECT -1",
-            "CONNECT 4294967296",
-            "GET / HTTP/1.1",
-            "CONNECT  5",
-        ] {
-            assert_eq!(parse_greeting(text.as_bytes()), None, "{text}");
-        }
-    }
-
-    #[test]
-    fn credit_wraps_and_never_underflows() {
-        let key = Key { host_port: 1, guest_port: 2 };
-        let mut connection = Connection::new(State::Open, key, None, 0);
-        let mut told = |sent, buf_alloc, fwd_cnt| {
-            connection.sent = sent;
-            connection.learn_credit(&Header { buf_alloc, fwd_cnt, ..Header::default() });
-            connection.credit()
-        };
-        assert_eq!(told(10, 100, 0), 90);
-        assert_eq!(told(5, 100, u32::MAX - 4), 90);
-        assert_eq!(told(200, 100, 0), 0, "the guest shrank its buffer");
-        assert_eq!(told(0, 100, 50), 0, "the guest claims bytes that were never sent");
-    }
-}
+#[path = "connection_test.rs"]
+mod tests;

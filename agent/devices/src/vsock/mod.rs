@@ -12,11 +12,14 @@
 //!   connections are gone.
 
 mod connection;
+mod greeting;
 mod host;
 mod muxer;
 mod packet;
 mod worker;
 
+#[cfg(test)]
+mod guest;
 #[cfg(test)]
 mod vsock_test;
 

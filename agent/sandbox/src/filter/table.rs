@@ -182,6 +182,8 @@ const FILES: &[Allowed] = &[
     allow!(SYS_ftruncate, "a file that is let go").rare("a merge that ends"),
     allow!(SYS_fallocate, "discard, zeroes").rare("a guest discards, a merge lets go"),
     allow!(SYS_lseek, "where data are").rare("images and sparse layers"),
+    allow!(SYS_fadvise64, "what was read for a sum need not stay in the page cache")
+        .rare("a merge, a scrub, a check"),
     allow!(SYS_clock_nanosleep, "a moment until others are done").rare("they are not done at once"),
     allow!(SYS_getrandom, "new keys and identities").rare("a new encrypted layer"),
 ];

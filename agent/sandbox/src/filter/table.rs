@@ -167,7 +167,8 @@ const SEAL: &[Allowed] = &[
 const MERGE: &[Allowed] = &[allow!(SYS_statx, "how long a file is")];
 
 /// The last owner of a volume closes it.
-const CLOSE: &[Allowed] = &[allow!(SYS_fcntl, "the lock is given back").one_of(1, &[LOCK])];
+const CLOSE: &[Allowed] =
+    &[allow!(SYS_fcntl, "the lock is given back").one_of(1, &[LOCK]).rare("a layer or a volume is let go")];
 
 /// Bytes of volumes.
 const FILES: &[Allowed] = &[
@@ -355,8 +356,8 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
         Kind::Ports => &[SLEEP, EPOLL_CHANGE, PORTS, ALWAYS],
         Kind::Device => &[SLEEP, EPOLL_CHANGE, DEVICE, BITE, ALWAYS],
         Kind::Keeper => &[KEEPER, ALWAYS],
-        Kind::Cut => &[SEAL, DIRECT, FILES, ALWAYS],
-        Kind::Merge => &[MERGE, DIRECT, FILES, ALWAYS],
+        Kind::Cut => &[SEAL, DIRECT, FILES, CLOSE, ALWAYS],
+        Kind::Merge => &[MERGE, DIRECT, FILES, CLOSE, ALWAYS],
         Kind::Jobs => &[DOOR, ALWAYS],
         Kind::Job => &[TALK, OPEN, DIRECT, FILES, RING_SETUP, RING_USE, JOB, ALWAYS],
         Kind::Nbd => &[NBD, OPEN, DIRECT, FILES, RING_SETUP, RING_USE, THREADS, ALWAYS],

@@ -164,7 +164,11 @@ const SEAL: &[Allowed] = &[
 ];
 
 /// A layer goes into the one below.
-const MERGE: &[Allowed] = &[allow!(SYS_statx, "how long a file is")];
+const MERGE: &[Allowed] = &[
+    allow!(SYS_statx, "how long a file is"),
+    allow!(SYS_fcntl, "locks and descriptors of the layers that change places")
+        .rare("a merge of layers on a disk"),
+];
 
 /// The last owner of a volume closes it.
 const CLOSE: &[Allowed] =

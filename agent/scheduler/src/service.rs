@@ -167,7 +167,7 @@ impl Listener {
                 self.tell(refused);
                 break;
             }
-            let input = input(self.session, what);
+            let Some(input) = input(self.session, what) else { continue };
             if self.owner.send(Command::Input(input)).await.is_err() {
                 break;
             }
@@ -186,14 +186,16 @@ impl Listener {
     }
 }
 
-fn input(session: SessionId, what: What) -> Input {
-    match what {
+/// What the owner is told; `None` for an answer, since nothing was ordered.
+fn input(session: SessionId, what: What) -> Option<Input> {
+    Some(match what {
         What::Hello(hello) => Input::Hello(session, hello),
         What::Inventory(inventory) => Input::Inventory(session, inventory),
         What::Usage(usage) => Input::Usage(session, usage),
         What::Lease(lease) => Input::Lease(session, lease),
         What::Allocations(allocations) => Input::Allocations(session, allocations),
-    }
+        What::Answer(_) => return None,
+    })
 }
 
 /// `nodes/a`, or why not.

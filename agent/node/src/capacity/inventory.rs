@@ -42,6 +42,7 @@ pub(super) fn read(host: &Host, disk: Disk, policy: Policy, snapshot: &Snapshot)
         cpu_model,
         images,
         vm_overhead_bytes: overhead.unwrap_or(0),
+        ..Inventory::default()
     }
 }
 

@@ -180,8 +180,8 @@ async fn talk(
         tokio::select! {
             said = incoming.message() => match said?.ok_or(LinkError::Closed)?.what {
                 Some(Said::SendAllocations(_)) => out.allocations(shared, true).await?,
-                // A second Welcome, or what a newer scheduler says.
-                Some(Said::Welcome(_)) | None => {}
+                // A second Welcome, orders that are not kept here yet, or what a newer scheduler says.
+                Some(_) | None => {}
             },
             _ = changes.changed() => out.what_changed(shared).await?,
             _ = lease.tick() => out.lease(shared).await?,

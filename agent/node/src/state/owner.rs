@@ -141,6 +141,7 @@ impl State {
                 class: AllocationClass::Normal.into(),
                 vcpus: view.record.spec.vcpus.get(),
                 memory_bytes: view.record.spec.memory.bytes(),
+                ..Allocation::default()
             }
         };
         let images = self.model().images.values().filter(|r| r.state == Made::Ready);

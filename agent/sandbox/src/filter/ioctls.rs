@@ -48,6 +48,7 @@ pub(super) const TAP: &[(&str, u64)] = &[
 pub(super) const SAVED: &[(&str, u64)] = &[
     ("KVM_GET_REGS", 0x8090_ae81),
     ("KVM_GET_SREGS", 0x8138_ae83),
+    ("KVM_GET_CPUID2", 0xc008_ae91),
     ("KVM_GET_MSR_INDEX_LIST", 0xc004_ae02),
     ("KVM_GET_MSRS", 0xc008_ae88),
     ("KVM_SET_MSRS", 0x4008_ae89),

@@ -164,11 +164,7 @@ const SEAL: &[Allowed] = &[
 ];
 
 /// A layer goes into the one below.
-const MERGE: &[Allowed] = &[
-    allow!(SYS_statx, "how long a file is"),
-    allow!(SYS_fcntl, "locks and descriptors of the layers that change places")
-        .rare("a merge of layers on a disk"),
-];
+const MERGE: &[Allowed] = &[allow!(SYS_statx, "how long a file is")];
 
 /// The last owner of a volume closes it.
 const CLOSE: &[Allowed] =
@@ -224,6 +220,10 @@ const VCPU: &[Allowed] = &[
     allow!(SYS_ioctl, "KVM: where the guest was when it cannot go on")
         .one_of(1, STATE)
         .rare("a crash of the guest"),
+];
+
+/// A device starts: as a driver of the guest asks, or again after a pause.
+const START: &[Allowed] = &[
     allow!(SYS_ioctl, "a tap takes what the guest's driver asks")
         .one_of(1, TAP)
         .rare("a VM with a network card"),
@@ -233,7 +233,7 @@ const VCPU: &[Allowed] = &[
     allow!(SYS_epoll_create1, "what a device's thread sleeps on"),
     allow!(SYS_epoll_ctl, "what a device's thread sleeps on"),
     allow!(SYS_fcntl, "descriptors for several owners")
-        .one_of(1, &[("F_DUPFD_CLOEXEC", libc::F_DUPFD_CLOEXEC as u64)])
+        .one_of(1, &[DUPLICATE])
         .rare("devices that share a bell"),
     allow!(SYS_read, "bells that a reset clears").rare("a driver resets its device"),
 ];
@@ -353,8 +353,10 @@ const SEALING: &[Allowed] = &[
 pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
     match kind {
         Kind::Agent => &[DOOR, CONSOLE, MAKE_VM, SAVE, CLOSE, ALWAYS],
-        Kind::Control => &[TALK, OPEN, DIRECT, SAVE, FILES, ASK_KVM, MAKE_VM, KICKS, TAP_LAUNCH, ALWAYS],
-        Kind::Vcpu => &[VCPU, SAVE, RING_SETUP, KICKS, ALWAYS],
+        Kind::Control => {
+            &[TALK, OPEN, DIRECT, SAVE, FILES, ASK_KVM, MAKE_VM, START, RING_SETUP, KICKS, TAP_LAUNCH, ALWAYS]
+        }
+        Kind::Vcpu => &[VCPU, START, SAVE, RING_SETUP, KICKS, ALWAYS],
         Kind::Blk => &[BLK, LIMIT, RING_USE, INLINE, EPOLL_CHANGE, ALWAYS],
         Kind::Net => &[SLEEP, LIMIT, EPOLL_CHANGE, NET, ALWAYS],
         Kind::Ports => &[SLEEP, EPOLL_CHANGE, PORTS, ALWAYS],
@@ -371,6 +373,7 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
             DIRECT,
             SAVE,
             VCPU,
+            START,
             BLK,
             RING_USE,
             RING_SETUP,
@@ -391,6 +394,9 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
             KICKS,
             ASK_KVM,
             OPEN,
+            SEAL,
+            MERGE,
+            CLOSE,
             JOB,
             NBD,
             ALWAYS,

@@ -128,7 +128,13 @@ fn each_thread_calls_what_its_table_says() {
     let traces = tempfile::tempdir().expect("a directory");
     let mut tests = Command::new(std::env::current_exe().expect("known"));
     tests
-        .args(["agent::agent_test::", "agent::mini_test::", "--test-threads", "1"])
+        .args([
+            "agent::agent_test::",
+            "agent::mini_test::",
+            "agent::save_test::a_vm_saved",
+            "--test-threads",
+            "1",
+        ])
         .env(SEALED, traces.path());
     let output = tests.output().expect("runs");
     let mut used = BTreeMap::new();

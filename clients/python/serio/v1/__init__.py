@@ -1,0 +1,1 @@
+"""Messages and stubs of package serio.v1, generated."""

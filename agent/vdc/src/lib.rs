@@ -4,6 +4,8 @@
 //! Invariant: what is admitted never brings a pool over its limit, whatever the numbers (no overflow).
 #![forbid(unsafe_code)]
 
+pub mod ledger;
+
 use std::fmt;
 
 use serio_types::{ByteSize, Quota};

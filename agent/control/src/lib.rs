@@ -26,6 +26,7 @@
 
 mod bootdisk;
 pub mod channel;
+mod counters;
 mod device;
 mod devices;
 pub mod frame;

@@ -2,7 +2,7 @@
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
 pub use crate::device::{Limits, Nic};
-pub use crate::{bootdisk::*, devices::*, machine::*, volumes::*};
+pub use crate::{bootdisk::*, counters::*, devices::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -17,7 +17,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 87"
+                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 84, 85, 87"
     )]
     pub body: Option<Body>,
 }
@@ -155,6 +155,12 @@ pub enum Body {
     /// ← how the balloon stands.
     #[prost(message, tag = "82")]
     BalloonStats(BalloonStats),
+    /// → vmm: what have you counted?
+    #[prost(message, tag = "84")]
+    CountersQuery(Empty),
+    /// ← what it has counted.
+    #[prost(message, tag = "85")]
+    VmCounters(VmCounters),
     /// → vmm: where the guest's vsock connections go; one descriptor, a connected `SOCK_SEQPACKET` socket.
     #[prost(message, tag = "87")]
     SetVsockBroker(Empty),

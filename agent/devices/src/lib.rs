@@ -12,6 +12,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod console;
+pub mod count;
 #[cfg(any(test, feature = "testing"))]
 pub mod hostile;
 pub mod limit;

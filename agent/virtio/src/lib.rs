@@ -32,7 +32,7 @@ pub mod testing;
 
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use interrupt::{ConfigInterrupt, DeviceFailure, QueueInterrupt};
-pub use pci::bus::{BusError, PciBus, PciFunction};
+pub use pci::bus::{BusError, Failure, PciBus, PciFunction};
 pub use pci::host_bridge::HostBridge;
 pub use pci::transport::{VirtioPci, VirtioPciError};
 pub use platform::{MsiMessage, MsiRoute, Platform};

@@ -12,6 +12,7 @@ use serio_devices::Notices;
 use serio_devices::balloon::{Balloon, BalloonHandle};
 use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
+use serio_devices::count::{DiskCounts, NicCounts};
 use serio_devices::limit::{Limiter, Limits};
 use serio_devices::net::{Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
@@ -113,6 +114,8 @@ pub struct Disk {
     pub limiter: Option<Arc<Limiter>>,
     /// For the host's errors.
     pub notices: Notices,
+    /// What was asked of it since the launch.
+    pub counts: DiskCounts,
 }
 
 impl Disk {
@@ -120,7 +123,8 @@ impl Disk {
     #[must_use]
     pub fn new(name: String, volume: Volume) -> Disk {
         let notices = notices(format!("disk {name}"));
-        Disk { name, volume, bell: CapacityBell::default(), limiter: None, notices }
+        let counts = DiskCounts::new(DISK_QUEUES_MAX as u16);
+        Disk { name, volume, bell: CapacityBell::default(), limiter: None, notices, counts }
     }
 
     /// The same, with limits.
@@ -144,16 +148,27 @@ pub struct Nic {
     pub limiters: [Option<Arc<Limiter>>; 2],
     /// For a cable that was pulled.
     pub notices: Notices,
+    /// What went through since the launch.
+    pub counts: Arc<NicCounts>,
 }
 
 impl Nic {
     /// A card on this tap; its limits hold in each direction.
     #[must_use]
     pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: Limits) -> Nic {
-        let [a, b, c, d, e, f] = mac;
-        let notices = notices(format!("nic {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"));
-        Nic { tap: Arc::new(tap), mac, mtu, limiters: [Limiter::new(limits), Limiter::new(limits)], notices }
+        let notices = notices(format!("nic {}", mac_text(mac)));
+        let limiters = [Limiter::new(limits), Limiter::new(limits)];
+        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, counts: Arc::default() }
     }
+
+    /// Its address, in words.
+    pub fn name(&self) -> String {
+        mac_text(self.mac)
+    }
+}
+
+fn mac_text([a, b, c, d, e, f]: [u8; 6]) -> String {
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }
 
 /// Lines in the process' own log, which is its standard error.
@@ -214,7 +229,8 @@ impl Devices {
             let blk = Blk::new(disk.volume.clone(), &config)
                 .with_bell(disk.bell.clone())
                 .with_limiter(disk.limiter.clone())
-                .with_notices(disk.notices.clone());
+                .with_notices(disk.notices.clone())
+                .with_counts(disk.counts.clone());
             devices.push(Box::new(blk));
         }
         for nic in &self.nics {
@@ -222,7 +238,8 @@ impl Devices {
             let [receive, send] = nic.limiters.clone();
             let net = Net::new(nic.tap.clone(), config)
                 .with_limiters(receive, send)
-                .with_notices(nic.notices.clone());
+                .with_notices(nic.notices.clone())
+                .with_counts(nic.counts.clone());
             devices.push(Box::new(net));
         }
         for console in &self.consoles {

@@ -65,13 +65,22 @@ fn an_error_of_the_host_is_an_io_error_and_one_notice() {
     let said = Arc::new(Mutex::new(Vec::new()));
     let sink = said.clone();
     let notices = Notices::new(move |text| sink.lock().unwrap().push(text.to_owned()));
-    let mut disk = Disk::with(Access::ReadWrite, FLUSH, |blk| blk.with_notices(notices));
+    let counts = DiskCounts::new(1);
+    let kept = counts.clone();
+    let mut disk = Disk::with(Access::ReadWrite, FLUSH, |blk| blk.with_notices(notices).with_counts(kept));
+    assert_eq!(disk.run(0, 0, &[Buffer::writable(DATA, 1024)]).0, 0);
     disk.file.as_file().set_len(0).unwrap();
     for _ in 0..10 {
         assert_eq!(disk.run(0, 0, &[Buffer::writable(DATA, 512)]).0, 1);
     }
     // The guest's own mistakes are no news.
     assert_eq!(disk.run(99, 0, &[]).0, 2);
+    let totals = counts.totals();
+    assert_eq!(
+        (totals.reads.done, totals.reads.bytes, totals.reads.errors, totals.refused),
+        (1, 1024, 10, 1)
+    );
+    assert_eq!(totals.reads.times.buckets.iter().sum::<u64>(), 11);
     let said = said.lock().unwrap();
     assert_eq!(said.len(), 1, "{said:?}");
     assert!(said[0].contains("shorter"), "{said:?}");

@@ -34,6 +34,7 @@ use serio_volume::Volume;
 use self::config::{F_FLUSH, features, render};
 use self::worker::QueueWorker;
 use crate::Notices;
+use crate::count::DiskCounts;
 use crate::limit::Limiter;
 use crate::worker::{Worker, finish_all, join_all};
 
@@ -87,6 +88,7 @@ pub struct Blk {
     told_bytes: Cell<u64>,
     limiter: Option<Arc<Limiter>>,
     notices: Notices,
+    counts: Option<DiskCounts>,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
     workers: Vec<Worker<ActiveQueue>>,
@@ -107,6 +109,7 @@ impl Blk {
             bell: CapacityBell::default(),
             limiter: None,
             notices: Notices::default(),
+            counts: None,
             serial,
             queue_sizes: vec![QUEUE_SIZE; queues],
             workers: Vec::new(),
@@ -131,6 +134,13 @@ impl Blk {
     #[must_use]
     pub fn with_notices(mut self, notices: Notices) -> Self {
         self.notices = notices;
+        self
+    }
+
+    /// The same, counted. The counters are kept outside, so that they go on over resets.
+    #[must_use]
+    pub fn with_counts(mut self, counts: DiskCounts) -> Self {
+        self.counts = Some(counts);
         self
     }
 }
@@ -169,6 +179,7 @@ impl VirtioDevice for Blk {
         let write_through = !activation.has_feature(F_FLUSH);
         for queue in activation.queues {
             let name = format!("blk-queue{}", queue.index);
+            let counts = self.counts.as_ref().map(|counts| counts.queue(queue.index));
             let io = self.volume.queue(queue.queue.size()).map_err(ActivateError::io("make an I/O queue"))?;
             let started = QueueWorker::start(
                 name,
@@ -180,6 +191,7 @@ impl VirtioDevice for Blk {
                     write_through,
                     limiter: self.limiter.clone(),
                     notices: self.notices.clone(),
+                    counts,
                 },
                 activation.failure.clone(),
             );

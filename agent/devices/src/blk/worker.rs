@@ -16,6 +16,7 @@
 //!   takes no new requests and answers those under way.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serio_hv::GuestMemory;
 use serio_sandbox::Kind;
@@ -24,8 +25,9 @@ use serio_volume::{Buffers, Full, IoError, IoQueue, Op, Volume};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::SERIAL_BYTES;
-use super::request::{Limits, Malformed, Parsed, Request, S_IOERR, S_OK, parse};
+use super::request::{Limits, Malformed, Request, S_IOERR, S_OK, parse};
 use crate::Notices;
+use crate::count::{DiskOp, DiskQueueCounts, QueueHandle};
 use crate::limit::{Gate, Limiter};
 use crate::worker::{Poller, STOP, Worker};
 
@@ -43,6 +45,26 @@ pub(super) struct Rules {
     pub(super) limiter: Option<Arc<Limiter>>,
     /// For errors of the host.
     pub(super) notices: Notices,
+    /// Of this queue.
+    pub(super) counts: Option<QueueHandle>,
+}
+
+impl Rules {
+    fn count(&self, act: impl FnOnce(&DiskQueueCounts)) {
+        if let Some(counts) = self.counts.as_ref().and_then(QueueHandle::get) {
+            act(counts);
+        }
+    }
+}
+
+/// What it counts as, and its bytes.
+fn kind_of(op: &Op) -> (DiskOp, u64) {
+    match op {
+        Op::Read { buffers, .. } => (DiskOp::Read, buffers.len()),
+        Op::Write { buffers, .. } => (DiskOp::Write, buffers.len()),
+        Op::Discard { len, .. } | Op::WriteZeroes { len, .. } => (DiskOp::Discard, *len),
+        _ => (DiskOp::Flush, 0),
+    }
 }
 
 /// A request that the volume works on.
@@ -52,6 +74,11 @@ struct Slot {
     status: GuestAddress,
     /// Bytes that count as written into the chain, the status included.
     written: u32,
+    op: DiskOp,
+    /// Bytes of data.
+    bytes: u64,
+    /// When it was taken off the ring; all that were taken at once have the same.
+    begun: Instant,
 }
 
 /// Why the ring is not touched any more.
@@ -108,7 +135,8 @@ impl QueueWorker {
             .map_err(ActivateError::io("watch a volume's completions"))?;
         let gate = Gate::new(rules.limiter.clone(), &poller, LIMITS)?;
         let size = ring.queue.size();
-        let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0 };
+        let (op, begun) = (DiskOp::Read, Instant::now());
+        let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0, op, bytes: 0, begun };
         let requests = Requests {
             memory: ring.queue.memory().clone(),
             slots: vec![nowhere; usize::from(size)],
@@ -205,6 +233,7 @@ impl QueueWorker {
     /// Takes requests off the ring while there is room. `true`: there was at least one.
     fn drain(&mut self) -> Result<bool, Broken> {
         let mut taken = false;
+        let now = Instant::now();
         while let Some(tag) = self.requests.free.last().copied() {
             if !self.gate.is_open() || !self.ring.queue.pop(&mut self.chain)? {
                 break;
@@ -220,8 +249,11 @@ impl QueueWorker {
                 _ => 0,
             });
             match self.operation(parsed.request) {
-                Prepared::Submit(op) => self.submit(tag, head, parsed, op)?,
+                Prepared::Submit(op) => self.submit(tag, (head, parsed.status), op, now)?,
                 Prepared::Answer { status, written } => {
+                    if status != S_OK {
+                        self.rules.count(|counts| counts.refused());
+                    }
                     self.requests.memory.write_obj(status, parsed.status).map_err(|_| Broken::Request)?;
                     self.ring.queue.push_used(head, written)?;
                     self.requests.answered = self.requests.answered.saturating_add(1);
@@ -231,13 +263,20 @@ impl QueueWorker {
         Ok(taken)
     }
 
-    fn submit(&mut self, tag: u16, head: u16, parsed: Parsed, op: Op) -> Result<(), Broken> {
-        let written = match &op {
-            Op::Read { buffers, .. } => u32::try_from(buffers.len()).unwrap_or(u32::MAX).saturating_add(1),
+    fn submit(
+        &mut self,
+        tag: u16,
+        (head, status): (u16, GuestAddress),
+        op: Op,
+        begun: Instant,
+    ) -> Result<(), Broken> {
+        let (kind, bytes) = kind_of(&op);
+        let written = match kind {
+            DiskOp::Read => u32::try_from(bytes).unwrap_or(u32::MAX).saturating_add(1),
             _ => 1,
         };
         let slot = self.requests.slots.get_mut(usize::from(tag)).ok_or(Broken::Request)?;
-        *slot = Slot { head, status: parsed.status, written };
+        *slot = Slot { head, status, written, op: kind, bytes, begun };
         match self.io.submit(u64::from(tag), op) {
             Ok(()) => {
                 self.requests.free.pop();
@@ -301,14 +340,20 @@ impl QueueWorker {
         self.completions = false;
         let mut any = false;
         let mut result = Ok(());
-        let (ring, requests, notices) = (&mut self.ring, &mut self.requests, &self.rules.notices);
+        let (ring, requests, rules) = (&mut self.ring, &mut self.requests, &self.rules);
+        let mut now = None;
         self.io.reap(|tag, outcome, buffers| {
             any = true;
             requests.keep(buffers);
             let Ok(tag) = u16::try_from(tag) else { return };
             requests.free.push(tag);
             if let Err(error) = &outcome {
-                notices.tell(error);
+                rules.notices.tell(error);
+            }
+            if let Some(slot) = requests.slots.get(usize::from(tag)) {
+                let now = *now.get_or_insert_with(Instant::now);
+                let took = now.saturating_duration_since(slot.begun);
+                rules.count(|counts| counts.done(slot.op, slot.bytes, took, outcome.is_ok()));
             }
             if result.is_ok() {
                 result = requests.answer(ring, tag, status_of(outcome));

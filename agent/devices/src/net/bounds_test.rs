@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 
 use super::net_test::{Card, HEADER, RX_DATA, cable, packet};
 use super::*;
+use crate::count::PacketCounts;
 use crate::limit::{Limits, Rate};
 
 fn limiter(bytes: Rate, operations: Rate) -> Option<Arc<Limiter>> {
@@ -38,9 +39,11 @@ fn packets_sent_are_limited_and_none_is_lost() {
 #[test]
 fn bytes_received_are_limited_and_the_other_direction_is_not() {
     let (link, peer) = cable();
+    let counts = Arc::new(NicCounts::default());
+    let kept = counts.clone();
     // The header does not count.
     let limit = limiter(Rate { per_second: 10_000, burst: 1000 }, Rate::default());
-    let mut card = Card::with(link, 0, false, |net| net.with_limiters(limit, None));
+    let mut card = Card::with(link, 0, false, |net| net.with_limiters(limit, None).with_counts(kept));
     for slot in 0..4u64 {
         card.post(&[Buffer::writable(RX_DATA + slot * 4096, 2048)]);
     }
@@ -59,6 +62,8 @@ fn bytes_received_are_limited_and_the_other_direction_is_not() {
     for _ in 0..4 {
         assert_eq!(card.received().1 as usize, 1000 + HEADER);
     }
+    let of = |counts: &PacketCounts| (counts.packets.get(), counts.bytes.get(), counts.drops.get());
+    assert_eq!((of(&counts.received), of(&counts.sent)), ((4, 4000, 0), (100, 100_000, 0)));
     let took = start.elapsed();
     assert!(took >= Duration::from_millis(180), "3 packets behind the burst took {took:?}");
 }

@@ -27,6 +27,7 @@ use serio_virtio::{ActivateError, Activation, ActiveQueue, SuspendError, VirtioD
 
 use self::worker::NetWorker;
 use crate::Notices;
+use crate::count::NicCounts;
 use crate::limit::Limiter;
 use crate::worker::{Worker, finish_all, join_all};
 
@@ -76,6 +77,7 @@ pub struct Net {
     config: NetConfig,
     limits: [Option<Arc<Limiter>>; 2],
     notices: Notices,
+    counts: Arc<NicCounts>,
     /// The tap is gone. Stays so over resets.
     lost: Arc<AtomicBool>,
     workers: Vec<Worker<[ActiveQueue; 2]>>,
@@ -90,6 +92,7 @@ impl Net {
             config,
             limits: [None, None],
             notices: Notices::default(),
+            counts: Arc::default(),
             lost: Arc::default(),
             workers: Vec::new(),
         }
@@ -107,6 +110,13 @@ impl Net {
     #[must_use]
     pub fn with_notices(mut self, notices: Notices) -> Self {
         self.notices = notices;
+        self
+    }
+
+    /// The same, counted there. The counters are kept outside, so that they go on over resets.
+    #[must_use]
+    pub fn with_counts(mut self, counts: Arc<NicCounts>) -> Self {
+        self.counts = counts;
         self
     }
 }
@@ -179,6 +189,7 @@ impl VirtioDevice for Net {
             rx_limiter,
             tx_limiter,
             cable: worker::Cable { lost, bell: activation.config_interrupt, notices },
+            counts: self.counts.clone(),
             failure: activation.failure,
         };
         self.workers.push(NetWorker::start(self.link.clone(), rx, tx, rules, shared)?);

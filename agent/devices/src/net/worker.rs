@@ -27,6 +27,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::Link;
 use super::rx::{Posts, Rules};
 use crate::Notices;
+use crate::count::NicCounts;
 use crate::limit::{Gate, Limiter};
 use crate::worker::{Poller, STOP, Worker};
 
@@ -62,6 +63,7 @@ pub(super) struct NetWorker {
     rx_gate: Gate,
     tx_gate: Gate,
     cable: Cable,
+    counts: Arc<NicCounts>,
 }
 
 /// What the card shares with its thread besides the queues.
@@ -69,6 +71,7 @@ pub(super) struct Shared {
     pub(super) rx_limiter: Option<Arc<Limiter>>,
     pub(super) tx_limiter: Option<Arc<Limiter>>,
     pub(super) cable: Cable,
+    pub(super) counts: Arc<NicCounts>,
     pub(super) failure: DeviceFailure,
 }
 
@@ -113,6 +116,7 @@ impl NetWorker {
             rx_gate: Gate::new(shared.rx_limiter, &poller, RX_LIMITS)?,
             tx_gate: Gate::new(shared.tx_limiter, &poller, TX_LIMITS)?,
             cable: shared.cable,
+            counts: shared.counts,
             link,
             memory: rx.queue.memory().clone(),
             rx,
@@ -193,9 +197,12 @@ impl NetWorker {
                 }
                 Ok(0) => self.link_readable = false,
                 // The guest must not see half a packet. Its buffers are used for the next one.
-                Ok(len) if self.posts.perhaps_cut(len, room_bytes) => {}
+                Ok(len) if self.posts.perhaps_cut(len, room_bytes) => self.counts.received.drops.add(1),
                 Ok(len) => {
-                    self.rx_gate.charge(packet_bytes(len as u64));
+                    let bytes = packet_bytes(len as u64);
+                    self.rx_gate.charge(bytes);
+                    self.counts.received.packets.add(1);
+                    self.counts.received.bytes.add(bytes);
                     self.posts.deliver(&self.memory, &mut self.rx.queue, len).ok_or(Broken::Buffer)??;
                     delivered = true;
                 }
@@ -222,10 +229,17 @@ impl NetWorker {
                 }
                 self.tx_gate.charge(packet_bytes(self.outgoing.readable_len()));
             }
-            if !transmit(self.link.as_fd(), &self.memory, &self.outgoing) {
-                self.outgoing_waits = true;
-                self.link_writable = false;
-                break;
+            match transmit(self.link.as_fd(), &self.memory, &self.outgoing) {
+                Fate::Sent => {
+                    self.counts.sent.packets.add(1);
+                    self.counts.sent.bytes.add(packet_bytes(self.outgoing.readable_len()));
+                }
+                Fate::Lost => self.counts.sent.drops.add(1),
+                Fate::Waits => {
+                    self.outgoing_waits = true;
+                    self.link_writable = false;
+                    break;
+                }
             }
             self.outgoing_waits = false;
             self.tx.queue.push_used(self.outgoing.head(), 0)?;
@@ -248,16 +262,25 @@ fn packet_bytes(len: u64) -> u64 {
     len.saturating_sub(VNET_HEADER_BYTES as u64)
 }
 
-/// Sends one packet. `false`: the tap is full. Anything else that goes wrong loses the packet, as a cable would.
-fn transmit(link: BorrowedFd<'_>, memory: &GuestMemory, packet: &Chain) -> bool {
+/// What became of a packet.
+enum Fate {
+    Sent,
+    /// The tap is full.
+    Waits,
+    Lost,
+}
+
+/// Sends one packet. What goes wrong, but for a full tap, loses the packet, as a cable would.
+fn transmit(link: BorrowedFd<'_>, memory: &GuestMemory, packet: &Chain) -> Fate {
     loop {
         let segments = packet.readable().iter();
         let ranges =
             segments.filter_map(|segment| Some((segment.address, usize::try_from(segment.len).ok()?)));
         match send_packet(link, memory, ranges) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-            _ => return true,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Fate::Waits,
+            Err(_) => return Fate::Lost,
+            Ok(_) => return Fate::Sent,
         }
     }
 }

@@ -43,6 +43,21 @@ pub trait PciFunction: Send {
     fn save(&self) -> FunctionState;
     /// Takes over what was saved, after power-on; it is suspended then.
     fn restore(&mut self, state: &FunctionState) -> Result<(), RestoreError>;
+    /// What does not work, if something does not.
+    fn failure(&self) -> Option<Failure> {
+        None
+    }
+}
+
+/// A device that does not work until its driver resets it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Its number on the bus.
+    pub slot: usize,
+    /// The device type (virtio 1.2 §5).
+    pub device_id: u16,
+    /// Why.
+    pub reason: String,
 }
 
 /// A function could not be put on the bus.
@@ -154,6 +169,16 @@ impl PciBus {
             function.resume();
             Ok(())
         });
+    }
+
+    /// The devices that do not work. A device that is being reset is waited for.
+    pub fn failures(&self) -> Vec<Failure> {
+        let mut failures = Vec::new();
+        let _: Result<(), std::convert::Infallible> = self.each(|slot, function| {
+            failures.extend(function.failure().map(|failure| Failure { slot, ..failure }));
+            Ok(())
+        });
+        failures
     }
 
     /// All functions' state in the order of their numbers. Only while suspended.

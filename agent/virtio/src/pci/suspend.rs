@@ -16,10 +16,31 @@ use std::sync::atomic::Ordering;
 
 use super::VirtioPci;
 use crate::device::ActivateError;
-use crate::interrupt::STATUS_DRIVER_OK;
+use crate::interrupt::{STATUS_DRIVER_OK, STATUS_NEEDS_RESET};
+use crate::pci::bus::Failure;
 use crate::state::{DeviceState, FunctionState, Position, RestoreError, SuspendError};
 
 impl VirtioPci {
+    /// DEVICE_NEEDS_RESET, in words.
+    pub(super) fn failure_now(&self) -> Option<Failure> {
+        if self.shared.status.load(Ordering::Acquire) & STATUS_NEEDS_RESET == 0 {
+            return None;
+        }
+        // A device that has run was broken by its driver, or has lost what is behind it; its own notices say more.
+        let broken = || "its rings make no sense, or what is behind it is gone".to_owned();
+        let reason = self.last_error().map_or_else(broken, |error| {
+            let mut words = error.to_string();
+            let mut source = std::error::Error::source(error);
+            while let Some(error) = source {
+                words.push_str(": ");
+                words.push_str(&error.to_string());
+                source = error.source();
+            }
+            words
+        });
+        Some(Failure { slot: 0, device_id: self.device.device_id(), reason })
+    }
+
     pub(super) fn suspend_device(&mut self) -> Result<(), SuspendError> {
         if self.suspended.is_none() && !self.kicks.is_empty() {
             match self.device.suspend() {

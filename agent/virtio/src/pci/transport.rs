@@ -21,7 +21,7 @@ use serio_hv::GuestMemory;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::bus::PciFunction;
+use super::bus::{Failure, PciFunction};
 use super::common::{COMMON_BYTES, Common, CommonEvent, F_EVENT_IDX};
 use super::config::{BAR0, COMMAND, ConfigSpace, Identity, touches};
 use crate::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
@@ -147,8 +147,8 @@ impl VirtioPci {
     }
 
     fn activate(&mut self) {
-        if let Err(error) = self.try_activate() {
-            self.last_error = Some(error);
+        self.last_error = self.try_activate().err();
+        if self.last_error.is_some() {
             self.shared.fail();
         }
     }
@@ -281,6 +281,10 @@ impl VirtioPci {
 }
 
 impl PciFunction for VirtioPci {
+    fn failure(&self) -> Option<Failure> {
+        self.failure_now()
+    }
+
     fn config_read(&mut self, offset: u16, out: &mut [u8]) {
         let window = self.window_data();
         if touches(offset, out.len(), window.clone())

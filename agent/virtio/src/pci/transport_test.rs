@@ -361,13 +361,18 @@ fn a_refused_activation_and_a_failing_device_ask_for_a_reset() {
     bench.seen.lock().unwrap().refuse = true;
     bench.bring_up();
     assert_eq!(bench.status(), 0x4f);
+    let [why] = &bench.bus.failures()[..] else { panic!("one device does not work") };
+    assert_eq!((why.slot, why.device_id), (1, 2));
     bench.seen.lock().unwrap().refuse = false;
     bench.set_status(0);
     bench.bring_up();
     assert_eq!(bench.status(), 0xf);
+    assert!(bench.bus.failures().is_empty());
     let failure = bench.seen.lock().unwrap().active.as_ref().unwrap().failure.clone();
     failure.mark();
     assert!(failure.is_marked());
+    let [why] = &bench.bus.failures()[..] else { panic!("one device does not work") };
+    assert!(why.reason.contains("rings"), "not the reason of the time before: {}", why.reason);
     assert_eq!(bench.status(), 0x4f);
     assert_eq!(bench.read::<1>(0x1000), [2], "a configuration interrupt says so");
 }

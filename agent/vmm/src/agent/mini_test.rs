@@ -28,7 +28,7 @@ fn layer(bench: &Bench, volume: &str, number: u64) -> LayerFiles {
 }
 
 /// New volumes of one layer each, as the launch wants them.
-fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<File>) {
+pub(super) fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<File>) {
     let (mut disks, mut files) = (Vec::new(), Vec::new());
     for (at, name) in (0u32..).zip(names) {
         create_layer(&layer(bench, name, 0), SIZE, [7; 16], false).expect("created");
@@ -41,16 +41,16 @@ fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<File>) {
 }
 
 /// The lines that the guest prints from now on.
-struct Lines(BufReader<UnixStream>);
+pub(super) struct Lines(BufReader<UnixStream>);
 
 impl Lines {
-    fn of(bench: &Bench) -> Lines {
+    pub(super) fn of(bench: &Bench) -> Lines {
         let console = UnixStream::connect(bench.path("console")).expect("listens");
         console.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
         Lines(BufReader::new(console))
     }
 
-    fn wait(&mut self, start: &str) -> String {
+    pub(super) fn wait(&mut self, start: &str) -> String {
         loop {
             let mut line = String::new();
             assert!(self.0.read_line(&mut line).expect("in time") > 0, "the guest ended before {start:?}");

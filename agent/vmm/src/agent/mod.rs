@@ -13,6 +13,7 @@
 
 mod connection;
 mod console;
+mod counters;
 mod cut;
 mod launch;
 mod log;
@@ -25,6 +26,8 @@ mod state;
 mod agent_test;
 #[cfg(test)]
 mod bench;
+#[cfg(test)]
+mod counters_test;
 #[cfg(test)]
 mod cut_test;
 #[cfg(test)]

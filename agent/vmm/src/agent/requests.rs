@@ -10,6 +10,7 @@ use serio_devices::balloon::BalloonStatus;
 use serio_devices::vsock::Outgoing;
 use serio_volume::{LayerFiles, ResizeError};
 
+use super::counters;
 use super::cut;
 use super::launch::{self, Passed};
 use super::save;
@@ -89,6 +90,9 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             devices.balloon.refresh();
             Body::BalloonStats(balloon_stats(&devices.balloon.status()))
         }),
+        Some(Body::CountersQuery(_)) => {
+            with_vm(state, |vm, devices| Body::VmCounters(counters::counters(vm, devices)))
+        }
         Some(Body::SetVsockBroker(_)) => with_vm(state, |_, devices| set_broker(devices, descriptors)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }

@@ -13,6 +13,7 @@ use super::power;
 use super::watchdog::Watchdog;
 use crate::end::EndSlot;
 use crate::layout;
+use serio_devices::count::Count;
 use serio_devices::rtc::Rtc;
 use serio_devices::serial::SerialPort;
 
@@ -33,8 +34,40 @@ pub(super) struct Bus {
     pub(super) pci_address: AtomicU32,
 }
 
+/// Why one vcpu has left the guest, how often; written by its thread only.
+#[derive(Debug, Default)]
+pub(super) struct Exits {
+    pub(super) port_reads: Count,
+    pub(super) port_writes: Count,
+    pub(super) memory_reads: Count,
+    pub(super) memory_writes: Count,
+    pub(super) kicks: Count,
+}
+
 /// One vcpu's view of the bus.
-pub(super) struct BusHandle(pub(super) Arc<Bus>);
+pub(super) struct BusHandle {
+    bus: Arc<Bus>,
+    exits: Arc<[Exits]>,
+    vcpu: usize,
+}
+
+impl BusHandle {
+    pub(super) fn new(bus: Arc<Bus>, exits: Arc<[Exits]>, vcpu: u32) -> BusHandle {
+        BusHandle { bus, exits, vcpu: usize::try_from(vcpu).unwrap_or(usize::MAX) }
+    }
+
+    /// One more of these.
+    pub(super) fn count(&self, which: impl FnOnce(&Exits) -> &Count) {
+        if let Some(exits) = self.exits.get(self.vcpu) {
+            which(exits).add(1);
+        }
+    }
+
+    /// Whether there is a reason to end.
+    pub(super) fn is_over(&self) -> bool {
+        self.bus.end.is_set()
+    }
+}
 
 impl Bus {
     fn serial_register(port: u16) -> Option<u8> {
@@ -120,26 +153,30 @@ impl Bus {
 
 impl IoHandler for BusHandle {
     fn port_read(&mut self, port: u16, data: &mut [u8]) {
-        self.0.port_read(port, data);
+        self.count(|exits| &exits.port_reads);
+        self.bus.port_read(port, data);
     }
 
     fn port_write(&mut self, port: u16, data: &[u8]) {
-        self.0.port_write(port, data);
+        self.count(|exits| &exits.port_writes);
+        self.bus.port_write(port, data);
     }
 
     fn memory_read(&mut self, address: u64, data: &mut [u8]) {
+        self.count(|exits| &exits.memory_reads);
         if let Some(offset) = Bus::ecam_offset(address, data.len()) {
-            self.0.pci.ecam_read(offset, data);
-        } else if !self.0.pci.mmio_read(address, data) {
+            self.bus.pci.ecam_read(offset, data);
+        } else if !self.bus.pci.mmio_read(address, data) {
             data.fill(0xff);
         }
     }
 
     fn memory_write(&mut self, address: u64, data: &[u8]) {
+        self.count(|exits| &exits.memory_writes);
         if let Some(offset) = Bus::ecam_offset(address, data.len()) {
-            self.0.pci.ecam_write(offset, data);
+            self.bus.pci.ecam_write(offset, data);
         } else {
-            self.0.pci.mmio_write(address, data);
+            self.bus.pci.mmio_write(address, data);
         }
     }
 }

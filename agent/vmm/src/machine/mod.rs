@@ -21,6 +21,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
+use serio_control::message::{FailedDevice, VcpuCounters};
 use serio_hv::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, PageKind, Vcpu, Vm, VmError};
 use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
@@ -259,7 +260,8 @@ impl Loaded {
         let Loaded { created, pci, vcpus } = self;
         let serial = created.serial.clone();
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
-        let all = Vcpus { gate: Arc::new(Gate::new(gate)), kicks };
+        let exits = vcpus.iter().map(|_| bus::Exits::default()).collect();
+        let all = Vcpus { gate: Arc::new(Gate::new(gate)), kicks, exits };
         let bus = Arc::new(Bus {
             serial: serial.clone(),
             clock: Rtc::default(),
@@ -300,6 +302,24 @@ impl Handle {
     /// Tells the guest that its generation identifier is another now.
     pub fn generation_changed(&self) -> std::io::Result<()> {
         self.generation.trigger()
+    }
+
+    /// Why each vcpu has left the guest since this boot, and the devices that do not work.
+    pub fn counters(&self) -> (Vec<VcpuCounters>, Vec<FailedDevice>) {
+        let vcpus = self.vcpus.exits.iter().map(|exits| VcpuCounters {
+            port_reads: exits.port_reads.get(),
+            port_writes: exits.port_writes.get(),
+            memory_reads: exits.memory_reads.get(),
+            memory_writes: exits.memory_writes.get(),
+            kicks: exits.kicks.get(),
+        });
+        let failures = self.parts.upgrade().map(|parts| parts.bus.pci.failures()).unwrap_or_default();
+        let failed = failures.into_iter().map(|failure| FailedDevice {
+            slot: u32::try_from(failure.slot).unwrap_or(u32::MAX),
+            device_id: failure.device_id.into(),
+            reason: failure.reason,
+        });
+        (vcpus.collect(), failed.collect())
     }
 
     /// The guest's RAM.

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use serio_hv::{ExitReason, RunError, Vcpu, VcpuKick, VcpuState, VmError};
 use serio_sandbox::{Kind, threads};
 
-use super::bus::{Bus, BusHandle};
+use super::bus::{Bus, BusHandle, Exits};
 use crate::end::{End, EndSlot, chain};
 
 /// Enough for the exit path and the devices it calls; measured use is below a third.
@@ -129,6 +129,8 @@ impl std::fmt::Debug for Gate {
 pub(super) struct Vcpus {
     pub(super) gate: Arc<Gate>,
     pub(super) kicks: Arc<[VcpuKick]>,
+    /// Why each has left the guest, how often.
+    pub(super) exits: Arc<[Exits]>,
 }
 
 impl Vcpus {
@@ -165,13 +167,13 @@ pub(super) fn spawn(
 
 fn run(mut vcpu: Vcpu, bus: Arc<Bus>, all: &Vcpus, end: &EndSlot) {
     vcpu.bind_to_this_thread();
-    let mut io = BusHandle(bus);
+    let mut io = BusHandle::new(bus, all.exits.clone(), vcpu.id());
     loop {
         if !all.gate.is_open() {
             // An access that was answered has to be in the registers before anybody looks at them. Before the first run
             // there is none, and KVM returns at once all the same.
             match vcpu.complete(&mut io) {
-                Ok(ExitReason::Kicked) => {}
+                Ok(ExitReason::Kicked) => io.count(|exits| &exits.kicks),
                 other => {
                     over(other, &vcpu).map(|over| end.set(over));
                     return;
@@ -182,8 +184,11 @@ fn run(mut vcpu: Vcpu, bus: Arc<Bus>, all: &Vcpus, end: &EndSlot) {
             }
         }
         let result = vcpu.run(&mut io);
+        if let Ok(ExitReason::Kicked) = result {
+            io.count(|exits| &exits.kicks);
+        }
         match over(result, &vcpu) {
-            None if io.0.end.is_set() => return,
+            None if io.is_over() => return,
             None => {}
             Some(over) => {
                 end.set(over);

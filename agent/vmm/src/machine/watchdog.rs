@@ -198,7 +198,8 @@ mod tests {
 
     fn watchdog(action: WatchdogAction) -> (Watchdog, Arc<EndSlot>, Vcpus) {
         let end = Arc::new(EndSlot::new().expect("an eventfd"));
-        let vcpus = Vcpus { gate: Arc::new(Gate::new(GateState::Running)), kicks: Arc::new([]) };
+        let vcpus =
+            Vcpus { gate: Arc::new(Gate::new(GateState::Running)), kicks: Arc::new([]), exits: Arc::new([]) };
         (Watchdog::new(action, end.clone(), vcpus.clone()), end, vcpus)
     }
 

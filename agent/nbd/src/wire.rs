@@ -49,6 +49,7 @@ pub mod rep {
     pub const ERR_INVALID: u32 = 0x8000_0003;
     pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
+    pub const ERR_SHUTDOWN: u32 = 0x8000_0007;
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
     pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }

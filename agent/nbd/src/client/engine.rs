@@ -8,6 +8,8 @@
 //! ```
 //! Invariants
 //! - Nothing that waits is sent before all of `replay` is answered, on a new link.
+//! - All that a link decoded is taken before the link is dropped: a read's buffer is in the link until its answer, and in
+//!   the answer from then on.
 //! - An answer is given once; an operation is under way on one link at a time.
 //! - A server that breaks the protocol ends the client: what it says cannot be believed. A lost link does not, until
 //!   nothing was answered for [`super::Options::give_up`].
@@ -145,11 +147,18 @@ impl Engine {
         let stall = (!self.flying.is_empty()).then_some(self.options.stall);
         link.wait(self.window.event(), stall)?;
         let mut answers = Vec::new();
-        link.receive(&mut answers)?;
+        let received = link.receive(&mut answers);
+        // What came before the link broke counts: its buffers are out of the link's hands, and nobody else has them.
+        let mut leaving = None;
         for answered in answers {
-            self.answered(answered)?;
+            match self.answered(answered) {
+                Ok(()) => {}
+                Err(LinkError::Lost(e)) => leaving = Some(e),
+                Err(e) => return Err(e),
+            }
         }
-        Ok(())
+        received?;
+        leaving.map_or(Ok(()), |e| Err(LinkError::Lost(e)))
     }
 
     /// Hands entries to the link: first what must be replayed, all of it, and only then what is new.

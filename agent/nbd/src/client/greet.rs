@@ -205,6 +205,10 @@ fn read_reply(stream: &mut impl Read, option: u32) -> Result<Reply, GreetError> 
     if kind == rep::ERR_TLS_REQD {
         return Err(GreetError::TlsRequired);
     }
+    if kind == rep::ERR_SHUTDOWN {
+        // Not "I do not know this option": the next connection may be granted all that this one was not.
+        return Err(GreetError::Refused("it is shutting down".into()));
+    }
     Ok(Reply { kind, payload })
 }
 

@@ -29,14 +29,14 @@ impl Write for Canned {
     }
 }
 
-fn reply(option: u32, kind: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn reply(option: u32, kind: u32, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     crate::handshake::reply(&mut out, option, kind, payload);
     out
 }
 
 /// What an orderly server says to our client.
-fn orderly() -> Vec<Vec<u8>> {
+pub(super) fn orderly() -> Vec<Vec<u8>> {
     let mut greeting = NBDMAGIC.to_be_bytes().to_vec();
     greeting.extend(IHAVEOPT.to_be_bytes());
     greeting.extend(3_u16.to_be_bytes());
@@ -89,6 +89,9 @@ fn refusals_say_what_to_do() {
     assert!(with(5, reply(opt::GO, rep::ERR_POLICY, b"not you")).contains("refused: not you"));
     assert!(with(5, reply(opt::GO, rep::ACK, b"")).contains("how large"));
     assert!(with(6, reply(opt::GO, rep::INFO, &[0, 3, 0, 0, 0, 3])).contains("too short"));
+    // Not as if it had no contexts: a client that connects again would find less than before, and give up.
+    let leaving = reply(opt::SET_META_CONTEXT, rep::ERR_SHUTDOWN, b"");
+    assert!(with(3, leaving).contains("shutting down"));
     let mut endless = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
     endless.extend([0, 0, 0, 7, 0, 0, 0, 3, 0xff, 0xff, 0xff, 0xff]);
     assert!(with(5, endless).contains("longer than any sensible"));

@@ -27,6 +27,8 @@ mod uri;
 mod window;
 
 #[cfg(test)]
+mod cuts_test;
+#[cfg(test)]
 mod hostile_test;
 
 use std::{fmt, io, sync::Arc, thread::JoinHandle, time::Duration};

@@ -10,13 +10,17 @@ use super::parse::in_vdc;
 /// `volume import`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The image is validated as a whole before the volume is made. A volume that did not get its content is deleted.
+    after_help = "The image is validated as a whole before the volume is made. An import that breaks off, however it does, goes on when
+the same command is given with --resume: what is there already is compared and not sent again. An agent that is restarted
+meanwhile is waited for. Until it is whole the volume counts against the quota; `serio volume delete` gives up.
 
 Examples:
   serio volume import ardesio/data disk.raw
   serio volume import ardesio/data disk.qcow2 --format qcow2 --size 40GiB
   serio volume import ardesio/data top.qcow2 --format qcow2 --backing base.qcow2
   serio volume import ardesio/data nbd://10.0.0.7/export
+  serio volume import ardesio/data disk.raw --resume
+  serio volume import ardesio/data disk.vmdk --format vmdk --backing disk-s001.vmdk --backing disk-s002.vmdk
   zstdcat disk.raw.zst | serio volume import ardesio/data -"
 )]
 pub struct UploadArgs {
@@ -28,12 +32,15 @@ pub struct UploadArgs {
     /// The image's format: raw, qcow2 or vmdk. It is never guessed
     #[arg(long, value_name = "FORMAT", default_value = "raw")]
     pub format: String,
-    /// A file that the image may lean on, by the name that stands in the image; may be given several times
+    /// A file that the image may lean on or have parts in, by the name that stands in the image; may be given several times
     #[arg(long, value_name = "NAME")]
     pub backing: Vec<String>,
     /// Size of the volume, if larger than the image's disk
     #[arg(long, value_name = "SIZE")]
     pub size: Option<ByteSize>,
+    /// Go on with an import that broke off
+    #[arg(long)]
+    pub resume: bool,
 }
 
 /// `volume download`.

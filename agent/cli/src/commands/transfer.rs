@@ -5,7 +5,8 @@
 //! download: point ──► read-only export ──NBD──► image
 //! ```
 //! So the node never parses what a user brings, an encrypted volume is encrypted as always, and a lost connection is
-//! taken up again by the NBD client. The export ends with the copy; a volume that did not get its content is deleted.
+//! taken up again by the NBD client. The export ends with the copy; what broke off is gone on with by `--resume`, which
+//! compares what is there.
 //!
 //! Threads: the copy has a blocking thread; over TLS, tasks relay between the socket and one end of a pair.
 
@@ -23,7 +24,7 @@ use indicatif::ProgressBar;
 use pbjson_types::Duration;
 use serio_api::v1::{
     CreateExportRequest, CreateVolumeRequest, DeleteExportRequest, DeleteVolumeRequest, Export,
-    GetVolumeRequest, Volume, volume_service_client::VolumeServiceClient,
+    GetVolumeRequest, ListExportsRequest, Volume, volume_service_client::VolumeServiceClient,
 };
 use serio_formats::{
     Format, Image,
@@ -162,44 +163,92 @@ pub(super) async fn import(
             "--size is smaller than the image's disk, which has {content} bytes"
         )));
     }
-    let request = CreateVolumeRequest {
-        request_id: request_id(),
-        parent: names::vdc(&args.name.vdc),
-        volume_id: args.name.name.to_string(),
-        size_bytes,
-        ..CreateVolumeRequest::default()
+    let volume = match args.resume {
+        true => found(client, &args.name, size_bytes).await?,
+        false => created(client, &args.name, size_bytes).await?,
     };
-    let volume = client
-        .call(&format!("create volume {}", args.name), request, |channel, request| async move {
-            VolumeServiceClient::new(channel).create_volume(request).await
-        })
-        .await?;
-    let filled = async {
-        let export = begin_export(client, &args.name, String::new(), true).await?;
-        let copied = async {
-            let target = nbd(client, global, &export).await?;
-            let doing = format!("cannot import {} into volume {}", args.source, args.name);
-            copy(content, move |watch| {
-                let mut sink = NbdSink::new(target, false);
-                transfer(image.as_mut(), &mut sink, watch).map_err(|e| Failure::local(doing, e))
-            })
-            .await
+    let export = match begin_export(client, &args.name, String::new(), true).await {
+        Ok(export) => export,
+        Err(failure) => {
+            if !args.resume {
+                delete(client, &args.name).await;
+            }
+            return Err(failure);
         }
-        .await;
-        let ended = end_export(client, &export).await;
-        copied.and_then(|blake3| ended.map(|()| blake3))
+    };
+    let copied = async {
+        let target = nbd(client, global, &export).await?;
+        let doing = format!("cannot import {} into volume {}", args.source, args.name);
+        copy(content, move |watch| {
+            let mut sink = NbdSink::new(target, args.resume);
+            transfer(image.as_mut(), &mut sink, watch).map_err(|e| Failure::local(doing, e))
+        })
+        .await
     }
     .await;
-    match filled {
+    let ended = end_export(client, &export).await;
+    match copied.and_then(|blake3| ended.map(|()| blake3)) {
         Ok(blake3) => output.done(
             &volume,
             &format!("imported volume {}: {}, blake3 {blake3}", args.name, output::size(volume.size_bytes)),
         ),
         Err(failure) => {
-            delete(client, &args.name).await;
+            let name = &args.name;
+            eprintln!(
+                "note: volume {name} is not whole: the same command with --resume goes on, `serio volume delete {name}` gives up"
+            );
             Err(failure)
         }
     }
+}
+
+async fn created(client: &Client, name: &VdcName, size_bytes: u64) -> Result<Volume, Failure> {
+    let request = CreateVolumeRequest {
+        request_id: request_id(),
+        parent: names::vdc(&name.vdc),
+        volume_id: name.name.to_string(),
+        size_bytes,
+        ..CreateVolumeRequest::default()
+    };
+    client
+        .call(&format!("create volume {name}"), request, |channel, request| async move {
+            VolumeServiceClient::new(channel).create_volume(request).await
+        })
+        .await
+}
+
+/// The volume of an import that broke off, which nobody writes any more.
+async fn found(client: &Client, name: &VdcName, size_bytes: u64) -> Result<Volume, Failure> {
+    let request = GetVolumeRequest { name: names::volume(name) };
+    let volume: Volume = client
+        .call(&format!("show volume {name}"), request, |channel, request| async move {
+            VolumeServiceClient::new(channel).get_volume(request).await
+        })
+        .await?;
+    if volume.size_bytes != size_bytes {
+        return Err(Failure::plain(format!(
+            "volume {name} has {} bytes and the image {size_bytes}: it is not of an import of this image",
+            volume.size_bytes
+        )));
+    }
+    let exports = client
+        .call("list the exports", ListExportsRequest::default(), |channel, request| async move {
+            VolumeServiceClient::new(channel).list_exports(request).await
+        })
+        .await?
+        .exports;
+    // A client that was killed could not end its own.
+    for export in exports.iter().filter(|export| export.volume == volume.name && !export.read_only) {
+        if export.clients > 0 {
+            return Err(Failure::plain(format!(
+                "volume {name} is being written through {}: if that is nobody any more, `serio volume unexport {}` first",
+                export.name,
+                names::short(&export.name)
+            )));
+        }
+        end_export(client, export).await?;
+    }
+    Ok(volume)
 }
 
 /// A volume without its content is of no use.

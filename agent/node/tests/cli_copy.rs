@@ -1,0 +1,248 @@
+//! `serio volume import` and `download` from another host, that is, over TLS; and imports that break off and go on: the client
+//! is killed, then seriod while the next one copies.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use common::Seriod;
+
+const SIZE: usize = 48 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at what another process does.
+const LOOK: Duration = Duration::from_millis(10);
+
+struct Node {
+    seriod: Seriod,
+    serio: PathBuf,
+    content: Vec<u8>,
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// A node with certificates as `serio pki` makes them; `None`, and why is said, where this cannot run.
+fn node() -> Option<Node> {
+    let beside = |name: &str| Path::new(env!("CARGO_BIN_EXE_seriod")).with_file_name(name);
+    let (serio, volumed) = (beside("serio"), beside("serio-volumed"));
+    if let Some(missing) = [&serio, &volumed].into_iter().find(|program| !program.is_file()) {
+        println!("skipped: {} is not built", missing.display());
+        return None;
+    }
+    // The same port after a restart: one that was free a moment ago.
+    let [grpc, nbd] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let ports = [&grpc, &nbd].map(|listener| listener.local_addr().unwrap().port());
+    drop((grpc, nbd));
+    let mut seriod = Seriod::new("");
+    let dir = seriod.dir.path().to_owned();
+    let pki = dir.join("pki");
+    for args in [
+        &["pki", "init", text(&pki), "--name", "CA"][..],
+        &["pki", "issue", text(&pki), "node", "--role", "node", "--host", "127.0.0.1"],
+        &["pki", "issue", text(&pki), "op", "--role", "control-plane"],
+    ] {
+        let made = Command::new(&serio).args(args).output().unwrap();
+        assert!(made.status.success(), "{}", said(&made));
+    }
+    let config = format!(
+        "[grpc]\nlisten = \"127.0.0.1:{}\"\ntls_dir = \"{}\"\n[nbd]\nlisten = \"127.0.0.1:{}\"\n",
+        ports[0],
+        pki.join("node").display(),
+        ports[1]
+    );
+    let path = dir.join("seriod.toml");
+    fs::write(&path, fs::read_to_string(&path).unwrap() + &config).unwrap();
+    fs::copy(&volumed, dir.join("serio-volumed")).unwrap();
+    seriod.start();
+    let word = |n: u32| n.wrapping_mul(2_654_435_761).rotate_left(7).to_le_bytes();
+    let mut content: Vec<u8> = (0..SIZE as u32 / 4).flat_map(word).collect();
+    content[SIZE / 2..SIZE / 2 + (8 << 20)].fill(0);
+    let node = Node { seriod, serio, content };
+    fs::write(node.at("disk.raw"), &node.content).unwrap();
+    let vdc = ["vdc", "create", "ardesio", "--vcpus", "1", "--memory", "64MiB", "--storage", "1GiB"];
+    let made = node.run(&vdc);
+    assert!(made.status.success(), "{}", said(&made));
+    Some(node)
+}
+
+impl Node {
+    fn at(&self, name: &str) -> PathBuf {
+        self.seriod.dir.path().join(name)
+    }
+
+    /// From another host.
+    fn command(&self, args: &[&str]) -> Command {
+        let op = self.at("pki/op");
+        let mut command = Command::new(&self.serio);
+        command.args(["--host", &self.seriod.tcp.unwrap().to_string()]);
+        for (option, file) in
+            [("--ca", "ca-cert.pem"), ("--cert", "client-cert.pem"), ("--key", "client-key.pem")]
+        {
+            command.arg(option).arg(op.join(file));
+        }
+        command.args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn starts(&self, args: &[&str]) -> Child {
+        self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Waits until so much of the only volume is there, and no import has ended.
+    fn until_written(&self, bytes: u64, importing: &mut Child) {
+        let used = || -> u64 {
+            let volumes = fs::read_dir(self.at("state/volumes")).into_iter().flatten().flatten();
+            let files =
+                volumes.flat_map(|volume| fs::read_dir(volume.path()).into_iter().flatten().flatten());
+            files.filter_map(|file| file.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
+        };
+        let since = Instant::now();
+        while used() < bytes {
+            assert!(importing.try_wait().unwrap().is_none(), "it is too fast for this test");
+            assert!(since.elapsed() < PATIENCE, "it does not go on");
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// The disk, from a server that is slow, so that an import is met in its middle.
+    fn slow(&self) -> Option<(Child, String)> {
+        let socket = self.at("slow.sock");
+        let mut nbdkit = Command::new("nbdkit");
+        nbdkit.args(["--foreground", "--filter=rate", "--unix"]).arg(&socket);
+        nbdkit.arg("file").arg(self.at("disk.raw")).arg("rate=64M");
+        let Ok(mut server) = nbdkit.stdin(Stdio::null()).spawn() else {
+            println!("skipped: nbdkit is not installed");
+            return None;
+        };
+        while !socket.exists() {
+            assert!(server.try_wait().unwrap().is_none(), "nbdkit does not start");
+            std::thread::sleep(LOOK);
+        }
+        Some((server, format!("nbd+unix:///?socket={}", socket.display())))
+    }
+
+    fn is_whole(&self, name: &str) {
+        let back = self.at("back.raw");
+        let done = self.run(&["volume", "download", name, text(&back)]);
+        assert!(done.status.success(), "{}", said(&done));
+        assert!(fs::read(&back).unwrap() == self.content);
+        fs::remove_file(&back).unwrap();
+    }
+}
+
+#[test]
+fn disks_come_and_go_over_tls() {
+    let Some(node) = node() else { return };
+    let sum = blake3::hash(&node.content).to_hex().to_string();
+    let done = node.run(&["volume", "import", "ardesio/data", text(&node.at("disk.raw"))]);
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    node.is_whole("ardesio/data");
+    let done = node.run(&["volume", "download", "ardesio/data", "-"]);
+    assert!(done.stdout == node.content, "{}", said(&done));
+    let copy = node.at("copy.qcow2");
+    let done = node.run(&["volume", "download", "ardesio/data", text(&copy), "--format", "qcow2"]);
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    let import = ["volume", "import", "ardesio/again", text(&copy), "--format", "qcow2"];
+    let done = node.run(&import);
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    node.is_whole("ardesio/again");
+    // Without a certificate for NBD nothing goes, and it says so.
+    let exported = node.run(&["volume", "export", "ardesio/data", "-o", "json"]);
+    let uri: serde_json::Value = serde_json::from_slice(&exported.stdout).unwrap();
+    let uri = uri["tls_uri"].as_str().or(uri["tlsUri"].as_str()).unwrap().to_owned();
+    let bare = uri.split('?').next().unwrap();
+    let mut stranger = Command::new(&node.serio);
+    stranger.arg("--host").arg(format!("unix:{}", node.at("run/seriod.sock").display()));
+    let refused = stranger.args(["volume", "import", "ardesio/third", bare]).output().unwrap();
+    assert!(!refused.status.success() && said(&refused).contains("certificates"), "{}", said(&refused));
+}
+
+#[test]
+fn an_import_that_breaks_off_goes_on() {
+    let Some(mut node) = node() else { return };
+    let Some((mut server, slow)) = node.slow() else { return };
+    let sum = blake3::hash(&node.content).to_hex().to_string();
+
+    // The client is killed.
+    let mut first = node.starts(&["volume", "import", "ardesio/data", &slow]);
+    node.until_written(4 << 20, &mut first);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let again = node.run(&["volume", "import", "ardesio/data", &slow]);
+    assert!(!again.status.success() && said(&again).contains("exists"), "{}", said(&again));
+    let raw = node.at("disk.raw");
+    let shorter = node.at("shorter.raw");
+    fs::write(&shorter, &node.content[..SIZE / 2]).unwrap();
+    let resume = |source: &str| ["volume", "import", "ardesio/data", source, "--resume"].map(str::to_owned);
+    let other = node.run(&resume(text(&shorter)).each_ref().map(String::as_str));
+    assert!(
+        !other.status.success() && said(&other).contains("not of an import of this image"),
+        "{}",
+        said(&other)
+    );
+
+    // It goes on, and seriod is killed meanwhile: the copy does not notice, since the export lives on.
+    let source = resume(&slow);
+    let since = Instant::now();
+    let mut second = loop {
+        let mut second = node.starts(&source.each_ref().map(String::as_str));
+        let mut written = false;
+        while !written && second.try_wait().unwrap().is_none() {
+            written = node.run(&["volume", "exports"]).stdout.windows(12).any(|part| part == b"ardesio/data");
+        }
+        if written {
+            break second;
+        }
+        // For a moment the killed client counts as one.
+        let output = second.wait_with_output().unwrap();
+        assert!(
+            said(&output).contains("is being written") && since.elapsed() < PATIENCE,
+            "{}",
+            said(&output)
+        );
+    };
+    node.seriod.kill();
+    node.seriod.start();
+    let mut failed = None;
+    if !second.wait().unwrap().success() {
+        failed = Some(said(&second.wait_with_output().unwrap()));
+    }
+    // Or it did, and then it says how to go on.
+    if let Some(said) = failed {
+        assert!(said.contains("--resume goes on"), "{said}");
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+
+    // Whatever happened, it can be gone on with until it is whole.
+    let since = Instant::now();
+    let done = loop {
+        let done = node.run(&resume(text(&raw)).each_ref().map(String::as_str));
+        if done.status.success() || since.elapsed() > PATIENCE {
+            break done;
+        }
+        std::thread::sleep(LOOK);
+    };
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    node.is_whole("ardesio/data");
+    let exports = node.run(&["volume", "exports"]);
+    assert!(!said(&exports).contains("ardesio/data"), "{}", said(&exports));
+}

@@ -13,7 +13,9 @@
 //!
 //! Bounds: see [`clients`] for their number; [`HANDSHAKE_MAX`] until a known export is named; `relay.rs` for buffers and
 //! for clients that take nothing. A peer that is gone is noticed by TCP within about [`GONE_AFTER`].
-//! Tasks: one a connection; they end with [`serve`].
+//! Threads: all handshakes share one, with a runtime of its own and less weight than others, so that a swarm of clients takes
+//! neither the API's threads nor a guest's processor; each client that has an export has one (`relay.rs`). All end with
+//! [`serve`].
 
 use std::{
     io,
@@ -22,12 +24,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::net::sockopt;
+use rustix::{net::sockopt, process::setpriority_process};
 
 use serio_nbd::{Front, FrontStep};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixStream},
+    runtime::Handle,
+    sync::oneshot,
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -68,8 +72,44 @@ pub enum Admission {
 /// SHA-256 fingerprint.
 pub type Lookup = Arc<dyn Fn(&str, &str) -> Admission + Send + Sync>;
 
+/// What a handshake's thread yields to others: they get about five times its time when both want it.
+const NICE: i32 = 7;
+
 /// Serves until the future is dropped; the connections end with it.
 pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup) {
+    let (over, ends) = oneshot::channel::<()>();
+    let listener = listener.into_std();
+    let (told, tells) = oneshot::channel();
+    let runtime_of_all = Handle::current();
+    let spawned = std::thread::Builder::new().name("nbd-front".to_owned()).spawn(move || {
+        let served = (|| {
+            // This thread's, not the process's. It costs time only where it is refused.
+            let _ = setpriority_process(None, NICE);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let listener = TcpListener::from_std(listener?)?;
+                tokio::select! {
+                    () = accept(listener, tls, lookup, runtime_of_all) => {}
+                    // Sent never: it is dropped with the future.
+                    _ = ends => {}
+                }
+                Ok::<_, io::Error>(())
+            })
+        })();
+        // Nobody listens when the future was dropped.
+        let _ = told.send(served);
+    });
+    let ended = match spawned {
+        Ok(_) => tells.await.unwrap_or(Ok(())),
+        Err(error) => Err(error),
+    };
+    drop(over);
+    if let Err(error) = ended {
+        tracing::error!(%error, "NBD is not served on the network: restart seriod");
+    }
+}
+
+async fn accept(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup, normal: Handle) {
     let acceptor = TlsAcceptor::from(tls);
     let clients = Clients::new();
     let log = Arc::new(Rationed::default());
@@ -91,8 +131,9 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
         }
         let id = seat.id();
         let (acceptor, lookup, log) = (acceptor.clone(), Arc::clone(&lookup), Arc::clone(&log));
+        let normal = normal.clone();
         let task = tasks.spawn(async move {
-            if let Err(error) = client(stream, &acceptor, &lookup, &seat).await
+            if let Err(error) = client(stream, &acceptor, &lookup, &seat, &normal).await
                 && let Some(more) = log.may()
             {
                 let error = &error as &dyn std::error::Error;
@@ -145,6 +186,7 @@ async fn client(
     acceptor: &TlsAcceptor,
     lookup: &Lookup,
     seat: &Seat,
+    normal: &Handle,
 ) -> Result<(), ClientError> {
     tune(&stream).map_err(ClientError::Talk)?;
     let Some((near, far, active)) = timeout(HANDSHAKE_MAX, handshake(stream, acceptor, lookup, seat))
@@ -153,7 +195,7 @@ async fn client(
     else {
         return Ok(());
     };
-    relay::relay(near, far, active).await.map_err(ClientError::Relay)
+    relay::relay(near, far, active, normal).await.map_err(ClientError::Relay)
 }
 
 /// Replies are small and waited for; a host that is gone must not hold a place for ever.

@@ -190,6 +190,53 @@ async fn a_swarm_keeps_nobody_out() {
     assert!(open <= HANDSHAKES_MAX, "{open}");
 }
 
+/// Error replies, closes in the middle, and a server whose disk is our export.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_errors_and_proxies_pass_through_tls() {
+    let Some(bench) = bench().await else { return };
+    let uri = bench.uri("token", bench.dir.path());
+    let shell = |code: &str| {
+        let code = code.to_owned();
+        let uri = uri.clone();
+        // The system's python has libnbd's module, another one in PATH may not.
+        async move { run("env", &["PATH=/usr/bin:/bin", "nbdsh", "-u", &uri, "-c", &code]).await }
+    };
+    if !shell("assert h.get_size() == 4 << 20").await.status.success() {
+        return eprintln!("skipped: nbdsh (python3-libnbd) is not installed");
+    }
+    for code in [
+        // Refused, and the connection goes on.
+        "h.set_strict_mode(0)\nfor call in (lambda: h.pread(512, h.get_size()), lambda: h.pwrite(b'x' * 512, h.get_size())):\n\
+         \x20 try:\n    call()\n    assert False\n  except nbd.Error as e:\n    assert e.errno in ('EINVAL', 'ENOSPC'), e\n\
+         h.pwrite(b'y' * 70000, 4096)\nassert h.pread(70000, 4096) == b'y' * 70000",
+        // Many under way, both ways, and none waited for before the goodbye.
+        "bufs = [nbd.Buffer(65536) for _ in range(64)]\nfor i, b in enumerate(bufs):\n  h.aio_pread(b, i * 65536)\n\
+         for i in range(200):\n  h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b'z' * 16384)), i * 16384)\n\
+         while h.aio_in_flight() > 0:\n  h.poll(-1)\nh.shutdown()",
+        // Gone without a word, with replies on the way.
+        "bufs = [nbd.Buffer(1 << 20) for _ in range(32)]\nfor b in bufs:\n  h.aio_pread(b, 0)\nh.poll(1)\nimport os\nos._exit(0)",
+        "assert h.pread(16, 0) == b'z' * 16",
+    ] {
+        let ran = shell(code).await;
+        assert!(ran.status.success(), "{code}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+    let socket = bench.dir.path().join("proxy.sock");
+    let mut proxy = Command::new("nbdkit");
+    proxy.args(["--foreground", "--unix"]).arg(&socket).args(["nbd", "tls=require", "shared=true"]);
+    proxy.arg(format!("uri={uri}")).stderr(Stdio::null()).kill_on_drop(true);
+    let _proxy = proxy.spawn().unwrap();
+    let proxied = format!("nbd+unix:///?socket={}", socket.display());
+    let back = bench.dir.path().join("back");
+    timeout(Duration::from_secs(30), async {
+        while !run("nbdcopy", &["--connections=4", &proxied, back.to_str().unwrap()]).await.status.success() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("nbdkit's nbd plugin reads the export");
+    assert!(fs::read(&back).unwrap()[..200 * 16384].iter().all(|byte| *byte == b'z'));
+}
+
 #[test]
 fn bad_certificates_are_named() {
     let dir = tempfile::tempdir().unwrap();

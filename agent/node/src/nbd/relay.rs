@@ -21,7 +21,7 @@ use std::{
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 use tokio_rustls::{rustls::ServerConnection, server::TlsStream};
 
 use super::clients::Activity;
@@ -39,21 +39,25 @@ const PIECES_MAX: usize = 8;
 /// The thread keeps its buffers on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// Copies until either side is done.
+/// Copies until either side is done. `normal` has threads of the weight that the new one shall have, too.
 pub(super) async fn relay(
     near: TlsStream<tokio::net::TcpStream>,
     far: tokio::net::UnixStream,
     active: Arc<Activity>,
+    normal: &Handle,
 ) -> io::Result<()> {
     let (near, session) = near.into_inner();
     // They stay non-blocking.
     let ends = Arc::new(Ends { near: near.into_std()?, far: far.into_std()? });
     let _hang_up = HangUp(Arc::clone(&ends));
     let (tell, ended) = oneshot::channel();
-    std::thread::Builder::new().name("nbd-relay".to_owned()).stack_size(STACK_BYTES).spawn(move || {
+    let work = move || {
         // Nobody listens when the future was dropped.
         let _ = tell.send(Relay::new(&ends, session, &active).run());
-    })?;
+    };
+    let thread = std::thread::Builder::new().name("nbd-relay".to_owned()).stack_size(STACK_BYTES);
+    // A thread begins with the weight of the one that makes it.
+    normal.spawn(async move { thread.spawn(work).map(drop) }).await.map_err(io::Error::other)??;
     ended.await.unwrap_or_else(|_| Err(io::Error::other("the thread that relays it has failed")))
 }
 

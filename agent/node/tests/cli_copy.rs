@@ -88,7 +88,7 @@ impl Node {
     fn command(&self, args: &[&str]) -> Command {
         let op = self.at("pki/op");
         let mut command = Command::new(&self.serio);
-        command.args(["--host", &self.seriod.tcp.unwrap().to_string()]);
+        command.args(["--host", &format!("https://{}", self.seriod.tcp.unwrap())]);
         for (option, file) in
             [("--ca", "ca-cert.pem"), ("--cert", "client-cert.pem"), ("--key", "client-key.pem")]
         {

@@ -373,14 +373,17 @@ pub enum ImageVerb {
 
 /// `image import`.
 #[derive(Debug, Args)]
-#[command(after_help = "Holes of a sparse file, and stretches of zeros, are not sent.
+#[command(
+    after_help = "Holes of a sparse file, and stretches of zeros, are not sent. An upload that breaks off leaves nothing, and begins anew
+when it is given again; over a bad line use `serio volume import`, which goes on where it was.
 
 Examples:
   serio image import tiny --disk tiny.raw --format raw --kernel vmlinuz --initrd initrd.img --cmdline \"console=ttyS0\"
   serio image import debian --disk debian.raw --format raw
   serio image import debian debian.qcow2 --format qcow2
   serio image import debian nbd://10.0.0.7/debian --format raw
-  zstdcat debian.raw.zst | serio image import debian - --format raw")]
+  zstdcat debian.raw.zst | serio image import debian - --format raw"
+)]
 pub struct ImportArgs {
     /// The image's name
     #[arg(value_parser = image_name)]

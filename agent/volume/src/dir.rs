@@ -143,6 +143,24 @@ impl VolumeDir {
         Ok(files)
     }
 
+    /// Takes back what [`VolumeDir::begin`] made, unless it is a volume by now: its files, and the directory if nothing else is
+    /// in it.
+    pub fn give_up(&self) -> Result<(), VolumeDirError> {
+        let [map, data] = ["map", "data"].map(|suffix| self.file(0, suffix));
+        if fs::metadata(&map).is_ok_and(|meta| meta.len() > 0) {
+            return Ok(());
+        }
+        for path in [map, data] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.io("remove", path)(e)),
+                _ => {}
+            }
+        }
+        // Refused where something else is in it.
+        let _ = fs::remove_dir(&self.path);
+        Ok(())
+    }
+
     /// Makes what [`VolumeDir::begin`] gave, and the caller filled, a volume of `size_bytes`.
     pub fn commit(&self, files: &LayerFiles, size_bytes: u64) -> Result<(), VolumeDirError> {
         create_layer(files, size_bytes, *uuid::Uuid::new_v4().as_bytes(), true)

@@ -219,6 +219,73 @@ fn interrupted(volume: &Path, uri: &str, signal: Signal) -> String {
     said
 }
 
+/// Ctrl-C while a pipe is silent, a pipe that brings nothing, and a disk that is another: no volume, and no half of one.
+#[test]
+fn what_a_pipe_does_not_bring_whole_leaves_nothing() {
+    let temp = TempDir::new().expect("tempdir");
+    let volume = temp.path().join("vol");
+    let begin = |more: &[&str]| {
+        let mut command = Command::new(BIN);
+        command.args(["import", text(&volume), "-"]).args(more);
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start")
+    };
+    let ends = |child: std::process::Child| {
+        let output = child.wait_with_output().expect("wait");
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stderr).expect("text");
+        assert!(said.contains("begins anew"), "{said}");
+        assert!(!volume.exists(), "{said}");
+        said
+    };
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut child = begin(&[]);
+        let mut pipe = child.stdin.take().expect("stdin");
+        std::io::Write::write_all(&mut pipe, &noise(3 << 20, 1)).expect("write");
+        let data = volume.join("00000000.data");
+        while fs::metadata(&data).map_or(0, |m| m.len()) == 0 {
+            assert!(child.try_wait().expect("wait").is_none(), "it ended");
+            std::thread::yield_now();
+        }
+        kill(Pid::from_raw(child.id() as i32), signal).expect("signal");
+        // Nothing more comes, and the pipe stays open.
+        let said = ends(child);
+        assert!(said.contains("interrupted"), "{said}");
+    }
+    assert!(ends(begin(&[])).contains("the image is empty"));
+    let mut child = begin(&["--blake3", "00"]);
+    std::io::Write::write_all(&mut child.stdin.take().expect("stdin"), &noise(4096, 1)).expect("write");
+    assert!(ends(child).contains("not the one that was meant"));
+    // What was there before stays.
+    fs::create_dir(&volume).expect("mkdir");
+    fs::write(volume.join("note"), "mine").expect("write");
+    let child = begin(&[]);
+    assert_eq!(child.wait_with_output().expect("wait").status.code(), Some(1));
+    assert_eq!(fs::read_dir(&volume).expect("read").count(), 1);
+}
+
+/// `serio-volumed export VOL - | head`: an error, not a death by signal or a panic.
+#[test]
+fn a_reader_that_goes_away_is_told() {
+    let temp = TempDir::new().expect("tempdir");
+    let (raw, _) = disk(&temp);
+    let volume = temp.path().join("vol");
+    volumed(&["import", text(&volume), text(&raw)]);
+    let mut child = Command::new(BIN)
+        .args(["export", text(&volume), "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start");
+    let mut first = [0; 512];
+    let mut pipe = child.stdout.take().expect("stdout");
+    std::io::Read::read_exact(&mut pipe, &mut first).expect("read");
+    drop(pipe);
+    let output = child.wait_with_output().expect("wait");
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot export to -") && said.contains("roken pipe"), "{said}");
+}
+
 #[test]
 fn an_interrupted_import_goes_on() {
     if !have("nbdkit") {

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read},
+    io,
     os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     time::Instant,
@@ -27,6 +27,7 @@ use super::{
     bar::{Wish, with_bar},
     convert::{ConvertError, Start, Sum, convert, sum_of},
     journal::{Entry, Journal, Keeping, hex},
+    pipe::Pipe,
     reading::{self, Piece, ReadError},
 };
 use crate::{
@@ -252,19 +253,34 @@ fn volume_size(args: &ImportArgs, image_bytes: u64) -> anyhow::Result<u64> {
     }
 }
 
-/// A pipe cannot be asked twice: nothing to go on with.
+/// A pipe cannot be asked twice: there is nothing to go on with, so what broke off is taken back.
 fn import_stdin(args: &ImportArgs) -> anyhow::Result<()> {
     if args.format != Format::Raw {
         bail!("--format {}: from standard input a disk comes as raw; give a file", args.format);
     }
+    // Before any thread starts.
+    let wish = Wish::listen().context("cannot listen for signals")?;
     let dir = VolumeDir::new(&args.volume);
     let files = dir.begin()?;
+    // What an older import left is not in the files any more.
+    Journal::new(&args.volume).remove().context("cannot remove an old journal of an import")?;
+    let done = from_stdin(args, &dir, &files, wish);
+    if done.is_err()
+        && let Err(e) = dir.give_up()
+    {
+        eprintln!("note: what the import left could not be removed: {e}");
+    }
+    done.context(
+        "cannot import standard input: nothing of it was kept, so the same command with the whole image again begins anew",
+    )
+}
+
+fn from_stdin(args: &ImportArgs, dir: &VolumeDir, files: &LayerFiles, wish: Wish) -> anyhow::Result<()> {
     let progress = Progress::default();
-    let stdin: Box<dyn Read + Send> = Box::new(io::stdin());
-    let done = with_bar(&progress, || copy::import_raw(stdin, &files.data, 0, SIZE_BYTES_MAX, &progress))
-        .context("cannot import standard input")?;
+    let pipe = Pipe::new(io::stdin(), wish);
+    let done = with_bar(&progress, || copy::import_raw(pipe, &files.data, 0, SIZE_BYTES_MAX, &progress))?;
     let size = volume_size(args, done.size_bytes)?;
-    finish(args, &dir, &files, size, &done)
+    finish(args, dir, files, size, &done)
 }
 
 /// Why an export ended.

@@ -26,6 +26,7 @@
 mod bootdisk;
 mod cgroup;
 mod check;
+pub mod counters;
 mod error;
 mod export;
 mod files;

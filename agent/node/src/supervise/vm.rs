@@ -28,7 +28,7 @@ use super::{
 };
 
 /// For a question that is answered from memory.
-const ANSWER_WAIT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
 /// For sealing a volume: it drains what is in flight and syncs.
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
 /// How long a VMM may take to end after `Stop` before it is killed.
@@ -87,6 +87,11 @@ impl VmHandle {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.shared.watched.process().pid()
+    }
+
+    /// Where its VMM is asked.
+    pub(super) fn control(&self) -> PathBuf {
+        self.shared.run.control()
     }
 
     /// The generation that it was launched with.

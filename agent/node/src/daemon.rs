@@ -200,7 +200,7 @@ fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
         reserve_memory: config.capacity.reserve_memory.bytes(),
         overcommit_vcpu: config.capacity.overcommit_vcpu,
     };
-    Reporter::new(settings, core.watches.snapshot.clone())
+    Reporter::new(settings, core.watches.snapshot.clone()).with_state(core.client.clone())
 }
 
 /// Listens for NBD clients; what is written into URIs.

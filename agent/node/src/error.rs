@@ -5,7 +5,7 @@ use std::{error::Error as StdError, sync::Arc};
 
 use serio_control::message::{Code as PeerCode, Failed};
 use serio_store::StoreError;
-use serio_vdc::Refusal;
+use serio_vdc::{Refusal, ledger::Veto};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -53,6 +53,9 @@ pub enum Error {
     /// A quota or the node's capacity does not allow it.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The node does not promise it.
+    #[error(transparent)]
+    Veto(#[from] Veto),
     /// The state of a resource does not allow it.
     #[error("{resource} {why}")]
     Precondition {
@@ -238,7 +241,15 @@ impl Error {
             Self::Invalid(_) => Code::InvalidArgument,
             Self::NotFound { .. } => Code::NotFound,
             Self::Exists { .. } => Code::AlreadyExists,
-            Self::Refused(_) | Self::Full { .. } => Code::ResourceExhausted,
+            Self::Refused(_) | Self::Full { .. } | Self::Veto(Veto::Full(_) | Veto::TooMany { .. }) => {
+                Code::ResourceExhausted
+            }
+            Self::Veto(Veto::Invalid { .. }) => Code::InvalidArgument,
+            Self::Veto(Veto::UnknownToken { .. } | Veto::Expired { .. }) => Code::NotFound,
+            Self::Veto(Veto::Stale { .. }) => Code::Aborted,
+            Self::Veto(Veto::Drained { .. } | Veto::Fenced { .. } | Veto::Taken { .. }) => {
+                Code::FailedPrecondition
+            }
             Self::Precondition { .. } => Code::FailedPrecondition,
             Self::Busy { .. } | Self::Generation { .. } => Code::Aborted,
             Self::Gone { .. } => Code::OutOfRange,
@@ -270,7 +281,8 @@ impl Error {
             Self::Invalid(_) => "INVALID",
             Self::NotFound { .. } => "NOT_FOUND",
             Self::Exists { .. } => "EXISTS",
-            Self::Refused(_) => "DOES_NOT_FIT",
+            Self::Refused(_) | Self::Veto(Veto::Full(_) | Veto::TooMany { .. }) => "DOES_NOT_FIT",
+            Self::Veto(veto) => veto_reason(veto),
             Self::Precondition { .. } => "STATE",
             Self::Busy { .. } => "OPERATION_IN_PROGRESS",
             Self::Gone { .. } => "EVENTS_GONE",
@@ -308,6 +320,19 @@ impl Error {
             _ => {}
         }
         Status::with_error_details(self.code(), chain(self), details)
+    }
+}
+
+fn veto_reason(veto: &Veto) -> &'static str {
+    match veto {
+        Veto::Full(_) | Veto::TooMany { .. } => "DOES_NOT_FIT",
+        Veto::Stale { .. } => "STALE",
+        Veto::Drained { .. } => "DRAINED",
+        Veto::Fenced { .. } => "FENCED",
+        Veto::UnknownToken { .. } => "UNKNOWN_RESERVATION",
+        Veto::Expired { .. } => "RESERVATION_EXPIRED",
+        Veto::Invalid { .. } => "INVALID",
+        Veto::Taken { .. } => "RESERVATION_TAKEN",
     }
 }
 

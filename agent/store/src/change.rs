@@ -7,8 +7,8 @@ use uuid::Uuid;
 use crate::{
     EVENTS_MAX, REQUEST_KEPT_MS,
     record::{
-        EventRecord, ExportRecord, ImageRecord, OperationRecord, RequestRecord, SnapshotRecord, VdcRecord,
-        VdcSnapshotRecord, VmRecord, VolumeRecord,
+        EventRecord, ExportRecord, ImageRecord, OperationRecord, OrdersRecord, RequestRecord,
+        ReservationRecord, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 
@@ -19,8 +19,10 @@ pub enum Key {
     Vdc(Uuid),
     /// An image.
     Image(Uuid),
-    /// A VM.
+    /// A VM, with the reservation that it has taken and the fence that ended it.
     Vm(Uuid),
+    /// A reservation.
+    Reservation(String),
     /// A volume and its snapshots.
     Volume(Uuid),
     /// A snapshot.
@@ -62,6 +64,12 @@ pub enum Change {
     Event(EventRecord),
     /// A request; those older than [`REQUEST_KEPT_MS`] go.
     Request(RequestRecord),
+    /// A reservation that is to outlive the agent.
+    Reservation(Box<ReservationRecord>),
+    /// What is in force for the whole node.
+    Orders(OrdersRecord),
+    /// A VM was ended by the fence of that generation.
+    Fenced(Uuid, u64),
     /// A row that goes.
     Delete(Key),
 }
@@ -94,6 +102,17 @@ impl Change {
             Self::Operation(r) => operation(tx, r),
             Self::Event(r) => event(tx, r),
             Self::Request(r) => request(tx, r),
+            Self::Reservation(r) => reservation(tx, r),
+            Self::Orders(r) => tx
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO orders (id, drain_reason, fence_generation) VALUES (1, ?1, ?2)",
+                )?
+                .execute(params![r.drain_reason, int(r.fence_generation)])
+                .map(drop),
+            Self::Fenced(vm, generation) => tx
+                .prepare_cached("INSERT OR REPLACE INTO fenced (vm, generation) VALUES (?1, ?2)")?
+                .execute(params![vm.to_string(), int(*generation)])
+                .map(drop),
             Self::Delete(key) => delete(tx, key),
         }
     }
@@ -271,6 +290,29 @@ fn export(tx: &Transaction<'_>, r: &ExportRecord) -> Result<(), rusqlite::Error>
     .map(drop)
 }
 
+fn reservation(tx: &Transaction<'_>, r: &ReservationRecord) -> Result<(), rusqlite::Error> {
+    tx.prepare_cached(
+        "INSERT INTO reservations (token, key, resource, vcpus, memory_bytes, storage_bytes, class, wish, numa_node,
+             fence_generation, vm)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+         ON CONFLICT (token) DO UPDATE SET vm = ?11",
+    )?
+    .execute(params![
+        r.token,
+        r.key,
+        r.resource,
+        int(r.amount.vcpus),
+        int(r.amount.memory_bytes),
+        int(r.amount.storage_bytes),
+        r.class.as_str(),
+        r.wish.as_str(),
+        r.numa_node,
+        int(r.fence_generation),
+        r.vm.map(|u| u.to_string())
+    ])
+    .map(drop)
+}
+
 fn event(tx: &Transaction<'_>, r: &EventRecord) -> Result<(), rusqlite::Error> {
     tx.prepare_cached(
         "INSERT INTO events (number, time_ms, resource, kind, message) VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -296,7 +338,12 @@ fn delete(tx: &Transaction<'_>, key: &Key) -> Result<(), rusqlite::Error> {
     match key {
         Key::Vdc(uid) => one("DELETE FROM vdcs WHERE uid = ?1", uid.to_string()),
         Key::Image(uid) => one("DELETE FROM images WHERE uid = ?1", uid.to_string()),
-        Key::Vm(uid) => one("DELETE FROM vms WHERE uid = ?1", uid.to_string()),
+        Key::Vm(uid) => {
+            one("DELETE FROM reservations WHERE vm = ?1", uid.to_string())?;
+            one("DELETE FROM fenced WHERE vm = ?1", uid.to_string())?;
+            one("DELETE FROM vms WHERE uid = ?1", uid.to_string())
+        }
+        Key::Reservation(token) => one("DELETE FROM reservations WHERE token = ?1", token.clone()),
         Key::Volume(uid) => {
             one("DELETE FROM snapshots WHERE volume = ?1", uid.to_string())?;
             one("DELETE FROM volumes WHERE uid = ?1", uid.to_string())

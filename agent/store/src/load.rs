@@ -9,8 +9,8 @@ use uuid::Uuid;
 use crate::{
     error::LoadError,
     record::{
-        End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, RequestRecord, SnapshotRecord,
-        VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
+        End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, OrdersRecord, RequestRecord,
+        ReservationRecord, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 
@@ -35,6 +35,12 @@ pub struct Contents {
     pub vdc_snapshots: Vec<VdcSnapshotRecord>,
     /// All operations that are kept.
     pub operations: Vec<OperationRecord>,
+    /// All reservations that were committed or taken.
+    pub reservations: Vec<ReservationRecord>,
+    /// What is in force for the whole node.
+    pub orders: OrdersRecord,
+    /// VMs that were ended by a fence, with its generation.
+    pub fenced: Vec<(Uuid, u64)>,
     /// The newest event's number; 0 if there is none.
     pub last_event: u64,
 }
@@ -106,9 +112,37 @@ pub(crate) fn load(connection: &Connection) -> Result<Contents, LoadError> {
         exports: all(connection, "exports", "id", export)?,
         vdc_snapshots: all(connection, "vdc_snapshots", "uid", vdc_snapshot)?,
         operations: all(connection, "operations", "uid", operation)?,
+        reservations: all(connection, "reservations", "token", reservation)?,
+        orders: all(connection, "orders", "id", orders)?.pop().unwrap_or_default(),
+        fenced: all(connection, "fenced", "vm", |f| Ok((f.parse("vm")?, f.unsigned("generation")?)))?,
         last_event: connection
             .query_row("SELECT coalesce(max(number), 0) FROM events", [], |row| row.get::<_, i64>(0))
             .map(i64::unsigned_abs)?,
+    })
+}
+
+fn reservation(f: &Fields<'_>) -> Result<ReservationRecord, LoadError> {
+    Ok(ReservationRecord {
+        token: f.get("token")?,
+        key: f.get("key")?,
+        resource: f.get("resource")?,
+        amount: Quota {
+            vcpus: f.unsigned("vcpus")?,
+            memory_bytes: f.unsigned("memory_bytes")?,
+            storage_bytes: f.unsigned("storage_bytes")?,
+        },
+        class: f.parse("class")?,
+        wish: f.parse("wish")?,
+        numa_node: f.get("numa_node")?,
+        fence_generation: f.unsigned("fence_generation")?,
+        vm: f.parse_optional("vm")?,
+    })
+}
+
+fn orders(f: &Fields<'_>) -> Result<OrdersRecord, LoadError> {
+    Ok(OrdersRecord {
+        drain_reason: f.get("drain_reason")?,
+        fence_generation: f.unsigned("fence_generation")?,
     })
 }
 

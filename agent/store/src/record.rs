@@ -341,6 +341,60 @@ pub struct ExportRecord {
     pub expire_time: Millis,
 }
 
+words! {
+    /// For what a reservation is held.
+    ReservationClass {
+        /// For use.
+        Normal = "normal",
+        /// For a recovery.
+        DrHeld = "dr-held",
+    }
+}
+
+words! {
+    /// Where a reservation was wished to lie.
+    NumaWish {
+        /// Wherever there is room.
+        Any = "any",
+        /// On one NUMA node, whichever.
+        OneNode = "one-node",
+        /// On the NUMA node that the row names.
+        Node = "node",
+    }
+}
+
+/// A reservation that was committed, or that a VM has taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReservationRecord {
+    /// Its name.
+    pub token: String,
+    /// Which it is, over repetitions.
+    pub key: String,
+    /// For whom, as the API names it.
+    pub resource: String,
+    /// Without overhead.
+    pub amount: Quota,
+    /// For what.
+    pub class: ReservationClass,
+    /// Where it was wished to lie.
+    pub wish: NumaWish,
+    /// Where it lies; none: wherever there is room.
+    pub numa_node: Option<u32>,
+    /// Of who asked.
+    pub fence_generation: u64,
+    /// The VM that has taken it.
+    pub vm: Option<Uuid>,
+}
+
+/// What is in force for the whole node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OrdersRecord {
+    /// Why it takes nothing new; none: it does.
+    pub drain_reason: Option<String>,
+    /// What was promised under a lower one has ended.
+    pub fence_generation: u64,
+}
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventRecord {

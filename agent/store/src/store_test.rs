@@ -223,3 +223,35 @@ fn a_full_disk_says_so_and_changes_nothing() {
     drop(store);
     assert_eq!(Store::open(&path).unwrap().1, Contents::default());
 }
+
+#[test]
+fn what_was_ordered_comes_back_and_goes_with_its_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.db");
+    let (mut store, _) = Store::open(&path).unwrap();
+    let vm = Uuid::now_v7();
+    let reservation = |token: &str, vm| ReservationRecord {
+        token: token.to_owned(),
+        key: format!("key of {token}"),
+        resource: "vdcs/a/vms/web".to_owned(),
+        amount: Quota { vcpus: 1, memory_bytes: 2, storage_bytes: 3 },
+        class: ReservationClass::DrHeld,
+        wish: NumaWish::OneNode,
+        numa_node: Some(1),
+        fence_generation: 4,
+        vm,
+    };
+    let orders = OrdersRecord { drain_reason: Some("new disks".to_owned()), fence_generation: 4 };
+    let kept = [reservation("a", None), reservation("b", None)];
+    let mut changes: Vec<Change> = kept.iter().cloned().map(|r| Change::Reservation(Box::new(r))).collect();
+    changes.push(Change::Reservation(Box::new(reservation("b", Some(vm)))));
+    changes.extend([Change::Orders(orders.clone()), Change::Fenced(vm, 4)]);
+    store.commit(&changes).unwrap();
+    let contents = Store::open(&path).unwrap().1;
+    assert_eq!(contents.reservations, [reservation("a", None), reservation("b", Some(vm))]);
+    assert_eq!((contents.orders, contents.fenced), (orders, vec![(vm, 4)]));
+    let gone = [Change::Delete(Key::Vm(vm)), Change::Delete(Key::Reservation("a".to_owned()))];
+    store.commit(&gone).unwrap();
+    let contents = Store::open(&path).unwrap().1;
+    assert!(contents.reservations.is_empty() && contents.fenced.is_empty());
+}

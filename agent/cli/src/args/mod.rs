@@ -184,6 +184,20 @@ pub enum NodeVerb {
         #[arg(long)]
         site: Option<String>,
     },
+    /// Let the node that answers take no new VMs and starts; what runs goes on
+    #[command(after_help = "Lists what still runs there. Kept over restarts, until `serio node undrain`.
+
+Examples:
+  serio node drain --reason 'new disks on Friday'
+  serio --host https://a:7440 node drain --reason 'kernel update' -o json")]
+    Drain {
+        /// Why, for whoever is refused
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Let the node that answers take new VMs and starts again
+    #[command(after_help = "Examples:\n  serio node undrain\n  serio --host https://a:7440 node undrain")]
+    Undrain,
     /// Make the scheduler forget a node that is lost for good; --host is a scheduler
     #[command(after_help = "Examples:\n  serio --host https://scheduler:7450 node delete a")]
     Delete {

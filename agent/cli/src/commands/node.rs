@@ -1,8 +1,9 @@
 //! `node`: the host that answers, and the hosts that a scheduler knows.
 
 use serio_api::v1::{
-    DeleteNodeRecordRequest, GetNodeRecordRequest, GetNodeRequest, ListNodesRequest, Node, NodeRecord,
-    node_service_client::NodeServiceClient, scheduler_service_client::SchedulerServiceClient,
+    DeleteNodeRecordRequest, DrainNodeRequest, GetNodeRecordRequest, GetNodeRequest, ListNodesRequest, Node,
+    NodeRecord, UndrainNodeRequest, node_service_client::NodeServiceClient,
+    scheduler_service_client::SchedulerServiceClient,
 };
 
 use crate::{args::NodeVerb, client::Client, error::Failure, names, output, output::Output};
@@ -39,6 +40,28 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
                 row,
             )
         }
+        NodeVerb::Drain { reason } => {
+            let answer = client
+                .call("drain the node", DrainNodeRequest { reason }, |channel, request| async move {
+                    NodeServiceClient::new(channel).drain_node(request).await
+                })
+                .await?;
+            let text = match answer.blocking.as_slice() {
+                [] => "the node takes nothing new, and nothing runs on it".to_owned(),
+                blocking => {
+                    format!("the node takes nothing new; still on it: {}", blocking.join(", "))
+                }
+            };
+            output.done(&answer, &text)
+        }
+        NodeVerb::Undrain => {
+            let answer = client
+                .call("end the drain of the node", UndrainNodeRequest {}, |channel, request| async move {
+                    NodeServiceClient::new(channel).undrain_node(request).await
+                })
+                .await?;
+            output.done(&answer, "the node takes new VMs and starts again")
+        }
         NodeVerb::Delete { name } => {
             let request = DeleteNodeRecordRequest { name: format!("nodes/{name}") };
             let answer = client
@@ -65,6 +88,13 @@ fn show(node: &Node, output: Output) -> Result<(), Failure> {
             ("kernel", node.kernel_version.clone()),
             ("kvm", node.kvm.clone()),
             ("vms", format!("{} running of {}", node.vms_running, node.vms_total)),
+            (
+                "takes new",
+                match node.drain_reason.as_str() {
+                    "" => "yes".to_owned(),
+                    reason => format!("no, drained: {reason}"),
+                },
+            ),
         ],
     )
 }

@@ -3,9 +3,11 @@
 use std::{fs, path::Path, pin::Pin};
 
 use serio_api::v1::{
-    AgentMessage, DeleteNodeRecordRequest, DeleteNodeRecordResponse, GetNodeRecordRequest, Lease,
-    ListNodesRequest, ListNodesResponse, NodeRecord, SchedulerMessage, SendAllocations, Welcome,
+    AgentMessage, AllocationState, Answer, Commit, DeleteNodeRecordRequest, DeleteNodeRecordResponse, Drain,
+    Fence, GetNodeRecordRequest, Lease, ListNodesRequest, ListNodesResponse, NodeRecord, Refused,
+    RefusedKind, Release, Reserve, Reserved, SchedulerMessage, SendAllocations, Undrain, Welcome,
     agent_message::What,
+    answer::What as Answered,
     scheduler_message::What as Said,
     scheduler_service_server::{SchedulerService, SchedulerServiceServer},
 };
@@ -82,6 +84,7 @@ fn a_host_is_read() {
         images: vec!["tiny".into(), "debian".into()],
         provisioned_bytes: 5,
         running: vec![(77, 64 << 20), (78, 1)],
+        ..Snapshot::default()
     };
     let (_sender, receiver) = watch::channel(snapshot);
     let reporter = Reporter::with_host(settings(root.path(), None), receiver, Host::new(root.path()));
@@ -210,6 +213,16 @@ impl Connection {
         .await
     }
 
+    /// Orders, and waits for the answer to just this call.
+    async fn order(&mut self, call: u64, what: Said) -> Answered {
+        self.say(what).await;
+        let answer = |what| match what {
+            What::Answer(Answer { call: of, what }) if of == call => what,
+            _ => None,
+        };
+        self.next_where(answer).await
+    }
+
     async fn say(&self, what: Said) {
         self.to_agent.send(Ok(SchedulerMessage { what: Some(what) })).await.unwrap();
     }
@@ -301,4 +314,96 @@ async fn without_a_scheduler_the_node_goes_on() {
     timeout(Duration::from_secs(20), fine).await.unwrap();
     assert!(!reporter.current().link.connected);
     running.abort();
+}
+
+fn reserve(call: u64, key: &str, vcpus: u32) -> Reserve {
+    let resource = format!("vdcs/a/vms/{key}");
+    Reserve {
+        call,
+        key: key.into(),
+        ttl_ms: 60_000,
+        resource,
+        vcpus,
+        memory_bytes: 32 << 20,
+        ..Default::default()
+    }
+}
+
+fn kind(answer: Answered) -> (RefusedKind, Refused) {
+    match answer {
+        Answered::Refused(refused) => (refused.kind(), refused),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_scheduler_orders_and_the_node_has_the_veto() {
+    let root = recorded();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (connections, mut accepted) = mpsc::channel(4);
+    let service = SchedulerServiceServer::new(FakeScheduler { connections });
+    let server = Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
+    let server = tokio::spawn(server);
+    // 12 vcpus in all.
+    let (state, watches) = crate::state::orders_test::start(&root.path().join("state.db"));
+    let settings = settings(root.path(), Some(url));
+    let reporter =
+        Reporter::with_host(settings, watches.snapshot.clone(), Host::new(root.path())).with_state(state);
+    let running = tokio::spawn(reporter.run());
+    let mut node = accepted.recv().await.unwrap();
+    let What::Hello(_) = node.next().await else { panic!("Hello comes first") };
+    node.say(Said::Welcome(Welcome::default())).await;
+
+    let Answered::Reserved(Reserved { token, ttl_ms, .. }) =
+        node.order(1, Said::Reserve(reserve(1, "web", 8))).await
+    else {
+        panic!("it fits")
+    };
+    assert!(ttl_ms > 0 && ttl_ms <= 60_000);
+    let pending = node.complete_list().await.allocations;
+    assert_eq!((pending[0].state(), pending[0].key.as_str()), (AllocationState::Pending, "web"));
+    let (full, refused) = kind(node.order(2, Said::Reserve(reserve(2, "db", 5))).await);
+    assert_eq!((full, refused.resource.as_str()), (RefusedKind::Full, "vcpus"));
+    assert_eq!((refused.asked, refused.limit, refused.used), (5, 12, 8));
+    assert!(matches!(
+        node.order(3, Said::Commit(Commit { call: 3, token: token.clone() })).await,
+        Answered::Done(_)
+    ));
+    assert!(matches!(
+        node.order(4, Said::Commit(Commit { call: 4, token: token.clone() })).await,
+        Answered::Done(_)
+    ));
+    let Answered::Reserved(again) = node.order(5, Said::Reserve(reserve(5, "web", 8))).await else {
+        panic!("known")
+    };
+    assert_eq!((again.token, again.ttl_ms), (token.clone(), 0), "the same promise, committed");
+
+    assert!(matches!(
+        node.order(6, Said::Drain(Drain { call: 6, reason: "r".into() })).await,
+        Answered::Done(_)
+    ));
+    let drained = node.next_where(|what| match what {
+        What::Inventory(inventory) => inventory.draining.then_some(inventory.drain_reason),
+        _ => None,
+    });
+    assert_eq!(drained.await, "r");
+    assert_eq!(kind(node.order(7, Said::Reserve(reserve(7, "x", 1))).await).0, RefusedKind::Drained);
+    assert!(matches!(node.order(8, Said::Undrain(Undrain { call: 8 })).await, Answered::Done(_)));
+    let stale = Reserve { expected_generation: 1, ..reserve(9, "x", 1) };
+    assert_eq!(kind(node.order(9, Said::Reserve(stale)).await).0, RefusedKind::Stale);
+    let on_one = Reserve { numa_node: Some(1), ..reserve(11, "x", 1) };
+    let Answered::Reserved(on_one) = node.order(11, Said::Reserve(on_one)).await else {
+        panic!("it fits there")
+    };
+    assert_eq!(on_one.numa_node, Some(1));
+
+    let fence = Fence { call: 12, generation: 3, allocation_id: String::new() };
+    let Answered::Done(done) = node.order(12, Said::Fence(fence)).await else { panic!("fenced") };
+    assert_eq!(done.ended.len(), 2);
+    let release = Release { call: 13, token };
+    assert_eq!(kind(node.order(13, Said::Release(release)).await).0, RefusedKind::UnknownToken);
+    assert_eq!(kind(node.order(14, Said::Reserve(reserve(14, "x", 1))).await).0, RefusedKind::Fenced);
+    running.abort();
+    server.abort();
 }

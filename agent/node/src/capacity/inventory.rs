@@ -42,7 +42,9 @@ pub(super) fn read(host: &Host, disk: Disk, policy: Policy, snapshot: &Snapshot)
         cpu_model,
         images,
         vm_overhead_bytes: overhead.unwrap_or(0),
-        ..Inventory::default()
+        draining: snapshot.drain_reason.is_some(),
+        drain_reason: snapshot.drain_reason.clone().unwrap_or_default(),
+        fence_generation: snapshot.fence_generation,
     }
 }
 

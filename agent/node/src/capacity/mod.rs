@@ -3,7 +3,7 @@
 //! ```text
 //!   /sys /proc ─▶ host ─▶ inventory ┐
 //!                 usage ────────────┼─▶ Shared ─▶ current()  (gRPC)
-//!   state ──watch::Snapshot─────────┘        └──▶ scheduler  (one stream, reconnecting)
+//!   state ──watch::Snapshot─────────┘        └──▶ scheduler  (one stream, reconnecting) ──▶ orders ──▶ state
 //! ```
 //!
 //! Owns: the last inventory with its generation, the last usage, the link's state. Never: promises (the state makes
@@ -15,6 +15,7 @@
 mod digest;
 mod host;
 mod inventory;
+mod orders;
 mod scheduler;
 mod usage;
 
@@ -27,7 +28,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serio_api::v1::{Allocation, Allocations, Hello, Inventory, SchedulerLink, Usage};
+use serio_api::v1::{Allocation, Allocations, Hello, Inventory, NumaNode, SchedulerLink, Usage};
+use serio_vdc::ledger::NumaLimit;
 use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval},
@@ -41,6 +43,8 @@ use self::{
 
 pub use digest::digest;
 
+use crate::state::{orders::HostLimits, owner::Client};
+
 /// What the state promises; sent by the state whenever it changes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Snapshot {
@@ -50,6 +54,10 @@ pub struct Snapshot {
     pub images: Vec<String>,
     /// Promised to volumes, bytes.
     pub provisioned_bytes: u64,
+    /// Why nothing new is taken, if so.
+    pub drain_reason: Option<String>,
+    /// What was promised under a lower one has ended.
+    pub fence_generation: u64,
     /// Processes of running VMs, with the memory promised to each guest: their overhead is measured.
     pub running: Vec<(u32, u64)>,
 }
@@ -106,6 +114,8 @@ struct Shared {
     settings: ReporterSettings,
     host: Host,
     snapshot: watch::Receiver<Snapshot>,
+    /// Carries out what the scheduler orders, and promises by what the inventory says.
+    state: Option<Client>,
     now: Mutex<Now>,
     /// Told when the inventory or the promises have changed.
     changes: watch::Sender<()>,
@@ -207,11 +217,47 @@ impl Reporter {
             usage: Usage::default(),
             link,
         };
-        let shared =
-            Shared { settings, host, snapshot, now: Mutex::new(now), changes: watch::Sender::new(()) };
+        let shared = Shared {
+            settings,
+            host,
+            snapshot,
+            state: None,
+            now: Mutex::new(now),
+            changes: watch::Sender::new(()),
+        };
         shared.read_inventory();
         shared.read_usage();
         Self { shared: Arc::new(shared) }
+    }
+
+    /// With a state that hears what the host has, and that carries out the scheduler's orders. Call it first.
+    #[must_use]
+    pub fn with_state(mut self, state: Client) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.state = Some(state);
+        }
+        self
+    }
+
+    /// The state makes promises by what the inventory says.
+    async fn tell_state(&self, told: &mut u64) {
+        let Some(state) = &self.shared.state else { return };
+        let inventory = self.shared.inventory();
+        if inventory.generation == *told {
+            return;
+        }
+        *told = inventory.generation;
+        let node = |node: &NumaNode| NumaLimit {
+            id: node.id,
+            vcpus: node.cpus.unwrap_or_default().allocatable,
+            memory_bytes: node.memory.unwrap_or_default().allocatable,
+        };
+        let host = HostLimits {
+            generation: inventory.generation,
+            nodes: inventory.numa_nodes.iter().map(node).collect(),
+            vm_overhead_bytes: inventory.vm_overhead_bytes,
+        };
+        state.host(host).await;
     }
 
     /// Samples, and holds the link to the scheduler, until dropped.
@@ -231,7 +277,9 @@ impl Reporter {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The first tick is at once, and was done by `new`.
         tick.tick().await;
+        let mut told = 0;
         loop {
+            self.tell_state(&mut told).await;
             let state_lives = tokio::select! {
                 _ = tick.tick() => {
                     self.shared.read_usage();
@@ -245,6 +293,13 @@ impl Reporter {
             self.shared.read_inventory();
             self.shared.changes.send_replace(());
         }
+    }
+
+    /// Why the node takes nothing new (empty: it does), and its fencing generation.
+    #[must_use]
+    pub fn orders(&self) -> (String, u64) {
+        let snapshot = self.shared.snapshot.borrow();
+        (snapshot.drain_reason.clone().unwrap_or_default(), snapshot.fence_generation)
     }
 
     /// What is known now.

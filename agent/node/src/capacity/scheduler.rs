@@ -20,6 +20,7 @@ use serio_api::v1::{
 };
 use tokio::{
     sync::mpsc,
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +29,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::{Shared, digest::digest};
+use super::{Shared, digest::digest, orders};
 
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -40,6 +41,8 @@ const PEER_WAIT: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_secs(10);
 /// Messages under way; one that does not fit waits, and past `PEER_WAIT` the connection is given up.
 const QUEUE: usize = 16;
+/// Orders under way; more wait in the stream.
+const ORDERS_MAX: usize = 64;
 /// A lease outlives that many intervals: two may be lost.
 const LEASE_INTERVALS: u32 = 3;
 
@@ -176,13 +179,21 @@ async fn talk(
     out.digest = welcome.allocations_digest;
     out.lease(shared).await?;
     out.what_changed(shared).await?;
+    // With the connection go those that wait for their answer: what they have done stays, and is in the allocations.
+    let mut orders = JoinSet::new();
     loop {
         tokio::select! {
-            said = incoming.message() => match said?.ok_or(LinkError::Closed)?.what {
+            said = incoming.message(), if orders.len() < ORDERS_MAX => match said?.ok_or(LinkError::Closed)?.what {
                 Some(Said::SendAllocations(_)) => out.allocations(shared, true).await?,
-                // A second Welcome, orders that are not kept here yet, or what a newer scheduler says.
-                Some(_) | None => {}
+                Some(said) => if let Some(order) = orders::parse(said) {
+                    orders.spawn(orders::carry_out(shared.state.clone(), order, shared.inventory().generation));
+                },
+                // What a newer scheduler says.
+                None => {}
             },
+            Some(answer) = orders.join_next(), if !orders.is_empty() => {
+                out.send(What::Answer(answer.map_err(|_| LinkError::Closed)?)).await?;
+            }
             _ = changes.changed() => out.what_changed(shared).await?,
             _ = lease.tick() => out.lease(shared).await?,
             _ = usage.tick() => {

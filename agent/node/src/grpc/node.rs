@@ -4,7 +4,8 @@ use std::{fs, pin::Pin};
 
 use pbjson_types::Timestamp;
 use serio_api::v1::{
-    AuditEntry, Capacity, Event, GetCapacityRequest, GetNodeRequest, Node, VerifyAuditRequest,
+    AuditEntry, Capacity, DrainNodeRequest, DrainNodeResponse, Event, FenceNodeRequest, FenceNodeResponse,
+    GetCapacityRequest, GetNodeRequest, Node, UndrainNodeRequest, UndrainNodeResponse, VerifyAuditRequest,
     VerifyAuditResponse, WatchAuditRequest, WatchEventsRequest, node_service_server::NodeService,
 };
 use serio_store::record::Millis;
@@ -15,7 +16,7 @@ use tonic::{Request, Response, Status};
 use super::{Context, audit, convert, unexpected};
 use crate::{
     error::Error,
-    state::command::{Answer, Query, VmState},
+    state::command::{Answer, Command, Order, Ordered, Query, VmState},
 };
 
 /// Events that are read at once.
@@ -47,6 +48,20 @@ fn kvm() -> String {
 }
 
 impl NodeApi {
+    /// Carries out an order, in the audit log.
+    async fn order(&self, on: String, order: Order) -> Result<Ordered, Error> {
+        let state = self.0.state.clone();
+        let done = self.0.audited(on, None, async move { state.ask(Command::Order(order)).await }).await?;
+        match done {
+            Answer::Ordered(ordered) => Ok(ordered),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn resource(&self) -> String {
+        format!("nodes/{}", self.0.node.name)
+    }
+
     async fn events(&self, from: u64) -> Result<Vec<Event>, Error> {
         match self.0.query(Query::Events { from, limit: EVENTS }).await? {
             Answer::Events(events) => Ok(events.into_iter().map(convert::event).collect()),
@@ -103,6 +118,7 @@ impl NodeService for NodeApi {
             other => return Err(unexpected(&other).into()),
         };
         let running = vms.iter().filter(|v| matches!(v.state, VmState::Running | VmState::Stopping)).count();
+        let (drain_reason, fence_generation) = self.0.reporter.orders();
         let node = &self.0.node;
         let started = node.start_time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let start_time: Timestamp =
@@ -119,6 +135,8 @@ impl NodeService for NodeApi {
             kvm: kvm(),
             vms_running: u32::try_from(running).unwrap_or(u32::MAX),
             vms_total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
+            drain_reason,
+            fence_generation,
         }))
     }
 
@@ -159,5 +177,39 @@ impl NodeService for NodeApi {
         _: Request<VerifyAuditRequest>,
     ) -> Result<Response<VerifyAuditResponse>, Status> {
         Ok(Response::new(audit::verify(&self.0.audit).await?))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<DrainNodeRequest>,
+    ) -> Result<Response<DrainNodeResponse>, Status> {
+        let order = Order::Drain(request.into_inner().reason);
+        match self.order(self.resource(), order).await? {
+            Ordered::Blocking(blocking) => Ok(Response::new(DrainNodeResponse { blocking })),
+            other => Err(unexpected(&Answer::Ordered(other)).into()),
+        }
+    }
+
+    async fn undrain_node(
+        &self,
+        _: Request<UndrainNodeRequest>,
+    ) -> Result<Response<UndrainNodeResponse>, Status> {
+        self.order(self.resource(), Order::Undrain).await?;
+        Ok(Response::new(UndrainNodeResponse {}))
+    }
+
+    async fn fence_node(
+        &self,
+        request: Request<FenceNodeRequest>,
+    ) -> Result<Response<FenceNodeResponse>, Status> {
+        let FenceNodeRequest { allocation_id, generation } = request.into_inner();
+        let (on, id) = match allocation_id.as_str() {
+            "" => (self.resource(), None),
+            id => (format!("allocations/{id}"), Some(id.to_owned())),
+        };
+        match self.order(on, Order::Fence { id, generation }).await? {
+            Ordered::Ended(ended) => Ok(Response::new(FenceNodeResponse { ended })),
+            other => Err(unexpected(&Answer::Ordered(other)).into()),
+        }
     }
 }

@@ -88,6 +88,9 @@ const METHODS: &[(&str, &[(&str, Access)])] = &[
             ("WatchEvents", Read),
             ("WatchAudit", Inspect),
             ("VerifyAudit", Inspect),
+            ("DrainNode", Change),
+            ("UndrainNode", Change),
+            ("FenceNode", Change),
         ],
     ),
     (

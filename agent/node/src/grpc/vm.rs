@@ -58,8 +58,10 @@ impl VmService for VmApi {
         let name = convert::in_vdc(&message.parent, "vm_id", &message.vm_id)?;
         let spec = Box::new(convert::vm_spec(&name.vdc, message.spec)?);
         let start = message.start;
+        let token = message.reservation;
         if message.root_volume.is_empty() {
-            return Ok(one(self.0.mutate(Mutation::CreateVm { name, spec, start }, id).await?)?);
+            let create = Mutation::CreateVm { name, spec, start }.taking(token);
+            return Ok(one(self.0.mutate(create, id).await?)?);
         }
         let root = field("root_volume", resource::parse_volume(&message.root_volume))?;
         if root.vdc != name.vdc {
@@ -69,7 +71,8 @@ impl VmService for VmApi {
             let problem = "is the size of a new root volume: resize the one that is given instead";
             return Err(Error::invalid("spec.root_disk_bytes", problem).into());
         }
-        Ok(one(self.0.mutate(Mutation::CreateVmOn { name, spec, root, start }, id).await?)?)
+        let create = Mutation::CreateVmOn { name, spec, root, start }.taking(token);
+        Ok(one(self.0.mutate(create, id).await?)?)
     }
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {

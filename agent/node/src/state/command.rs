@@ -10,7 +10,10 @@ use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSiz
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-pub use super::vdc_snapshots::Consistency;
+pub use super::{
+    orders::{Order, Ordered},
+    vdc_snapshots::Consistency,
+};
 use crate::error::Error;
 
 /// A client's request id, with what tells one request from another.
@@ -84,6 +87,8 @@ pub enum Mutation {
     BeginImport { name: Name, cmdline: Cmdline },
     /// → [`Answer::Nothing`].
     DeleteImage { name: Name },
+    /// The creation of a VM, with the reservation that it takes; its answer.
+    Taking { token: String, mutation: Box<Mutation> },
     /// The change, if what it is about is at that generation; its answer.
     At { expected: u64, mutation: Box<Mutation> },
 }
@@ -93,6 +98,12 @@ impl Mutation {
     #[must_use]
     pub fn at(self, expected: u64) -> Self {
         if expected == 0 { self } else { Self::At { expected, mutation: Box::new(self) } }
+    }
+
+    /// The creation of a VM that takes a reservation; empty: without one.
+    #[must_use]
+    pub fn taking(self, token: String) -> Self {
+        if token.is_empty() { self } else { Self::Taking { token, mutation: Box::new(self) } }
     }
 
     /// What it is about, as the API names it.
@@ -125,7 +136,7 @@ impl Mutation {
             Self::CreateExport { volume, .. } => resource::volume(volume),
             Self::DeleteExport { id } => format!("exports/{id}"),
             Self::BeginImport { name, .. } | Self::DeleteImage { name } => resource::image(name),
-            Self::At { mutation, .. } => mutation.resource(),
+            Self::At { mutation, .. } | Self::Taking { mutation, .. } => mutation.resource(),
         }
     }
 }
@@ -196,6 +207,8 @@ pub enum Command {
     },
     /// Asks an operation to end → [`Answer::Operation`].
     CancelOperation(Uuid),
+    /// Of a scheduler or an operator → [`Answer::Ordered`].
+    Order(Order),
 }
 
 /// What an import brought.
@@ -256,6 +269,8 @@ pub enum Answer {
     Events(Vec<EventRecord>),
     /// The files of this image may be written now.
     Import(Uuid),
+    /// An order is carried out.
+    Ordered(Ordered),
 }
 
 /// Where an answer goes. Dropped unanswered (which only the end of the daemon does), the caller reads [`Error::Ending`].

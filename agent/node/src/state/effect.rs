@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::{
     command::{Command, Reply},
+    orders::HostLimits,
     vdc_snapshots::Consistency,
 };
 use crate::{
@@ -176,6 +177,8 @@ pub enum Timer {
     ExportExpired { id: Name },
     /// A volume that was open elsewhere is tried again.
     MergeAgain { volume: Uuid },
+    /// The time of an uncommitted reservation is over.
+    ReservationsEnd,
 }
 
 /// What happened.
@@ -226,6 +229,8 @@ pub enum Input {
     ImageRemoved { image: Uuid, result: Result<(), Error> },
     /// A timer.
     Timer(Timer),
+    /// The host was read anew.
+    Host(HostLimits),
 }
 
 /// What became of an earlier VMM.

@@ -76,7 +76,7 @@ impl State {
             memory_bytes: spec.memory.bytes(),
             storage_bytes: 0,
         };
-        serio_vdc::admit(&self.pools(vdc), &ask)?;
+        changes.extend(self.admit_vm(vdc, (name, uid), &ask)?);
         let vm = VmRecord {
             uid,
             vdc: vdc.uid,

@@ -37,6 +37,7 @@ mod images;
 mod merges;
 pub mod model;
 mod operations;
+pub mod orders;
 pub mod owner;
 mod phase;
 pub mod recover;
@@ -53,9 +54,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serio_store::{
     Change, Store,
-    record::{EventRecord, Millis},
+    record::{self, EventRecord, Millis},
 };
 use serio_types::{Name, Quota};
+use serio_vdc::ledger::{Capacity, Ledger};
 use uuid::Uuid;
 
 use command::{Answer, Command, Mutation, Reply, Request};
@@ -98,6 +100,16 @@ pub struct State {
     /// Files of VMs that no row knows, being removed.
     strangers: u32,
     ticket: u64,
+    /// Promises that no VM has yet, drain and fence.
+    ledger: Ledger,
+    /// The reservation that the creation under way takes.
+    taking: Option<String>,
+    /// Fences that wait for the end of VMs.
+    fencings: Vec<orders::Fencing>,
+    /// By a clock that never goes back.
+    clock_ms: u64,
+    /// When a timer for the end of reservations is set.
+    wake_at: Option<u64>,
     now: Millis,
     out: Vec<Effect>,
 }
@@ -105,7 +117,11 @@ pub struct State {
 impl State {
     /// Takes over what the store has. Call [`State::recover`] next.
     #[must_use]
-    pub fn new(store: Store, model: Model, capacity: Quota) -> Self {
+    pub fn new(store: Store, mut model: Model, capacity: Quota) -> Self {
+        let mut ledger = Ledger::new(Capacity { total: capacity, ..Capacity::default() });
+        let kept = std::mem::take(&mut model.reservations).into_iter().map(orders::promise).collect();
+        let record::OrdersRecord { drain_reason, fence_generation } = std::mem::take(&mut model.orders);
+        ledger.restore(kept, drain_reason, fence_generation);
         Self {
             store,
             model,
@@ -123,6 +139,11 @@ impl State {
             operations_version: 0,
             strangers: 0,
             ticket: 0,
+            ledger,
+            taking: None,
+            fencings: Vec::new(),
+            clock_ms: 0,
+            wake_at: None,
             now: Millis::default(),
             out: Vec::new(),
         }
@@ -164,8 +185,11 @@ impl State {
             Input::ExportEnded { id } => self.export_ended(&id),
             Input::ImageRemoved { image, result } => self.image_removed(image, result),
             Input::Timer(timer) => self.timer(timer),
+            Input::Host(host) => self.host_changed(host),
         }
         self.pump_works();
+        self.pump_fences();
+        self.wake_for_expiry();
         std::mem::take(&mut self.out)
     }
 
@@ -184,6 +208,7 @@ impl State {
                 let note = self.event(resource, kind, message);
                 answer(reply, self.commit(vec![note]).map(|_| Answer::Nothing));
             }
+            Command::Order(order) => self.order(order, reply),
             Command::CancelOperation(uid) => answer(reply, self.cancel_operation(uid)),
             Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {
@@ -236,6 +261,12 @@ impl State {
             Mutation::DeleteExport { id } => self.delete_export(&id, op),
             Mutation::BeginImport { name, cmdline } => self.begin_import(name, &cmdline, op),
             Mutation::DeleteImage { name } => self.delete_image(&name, op),
+            Mutation::Taking { token, mutation } => {
+                self.taking = Some(token);
+                self.mutate(*mutation, op);
+                self.taking = None;
+                return;
+            }
             Mutation::At { expected, mutation } => match self.at_generation(&mutation, expected) {
                 Ok(()) => return self.mutate(*mutation, op),
                 Err(error) => refuse(op, error),
@@ -253,6 +284,8 @@ impl State {
             Timer::AdoptAgain { vm } => self.adopt_again(vm),
             Timer::ExportExpired { id } => self.export_expired(&id),
             Timer::MergeAgain { volume } => self.merge_again(volume),
+            // What has ended is gone by now: see `set_clock`.
+            Timer::ReservationsEnd => self.wake_at = None,
         }
     }
 
@@ -290,6 +323,7 @@ impl State {
     fn commit(&mut self, mut changes: Vec<Change>) -> Result<(), Error> {
         self.number_events(&mut changes);
         self.store.commit(&changes)?;
+        changes.iter().for_each(|change| self.follow(change));
         changes.into_iter().for_each(|change| self.model.apply(change));
         Ok(())
     }
@@ -304,6 +338,7 @@ impl State {
         }
         for change in changes {
             if stored.is_ok() || !matches!(change, Change::Event(_)) {
+                self.follow(&change);
                 self.model.apply(change);
             }
         }
@@ -356,6 +391,8 @@ mod agree_test;
 mod bootdisk_test;
 #[cfg(test)]
 mod crash_test;
+#[cfg(test)]
+pub(crate) mod orders_test;
 #[cfg(test)]
 mod state_test;
 #[cfg(test)]

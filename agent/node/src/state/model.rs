@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serio_store::{
     Change, Contents, Key,
     record::{
-        ExportRecord, ImageRecord, Made, Millis, OperationRecord, SnapshotRecord, VdcRecord,
-        VdcSnapshotRecord, VmRecord, VolumeRecord,
+        ExportRecord, ImageRecord, Made, Millis, OperationRecord, OrdersRecord, ReservationRecord,
+        SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 use serio_types::{BootFrom, Name, Quota, VdcName, resource};
@@ -36,6 +36,12 @@ pub struct Model {
     pub vdc_snapshots: BTreeMap<Uuid, VdcSnapshotRecord>,
     /// By id.
     pub operations: BTreeMap<Uuid, OperationRecord>,
+    /// VMs that were ended by a fence, with its generation.
+    pub fenced: BTreeMap<Uuid, u64>,
+    /// As they were at the start: the ledger has taken them over.
+    pub reservations: Vec<ReservationRecord>,
+    /// As they were at the start: the ledger has taken them over.
+    pub orders: OrdersRecord,
     /// The newest event.
     pub last_event: u64,
 }
@@ -54,6 +60,9 @@ impl Model {
             exports: contents.exports.into_iter().map(|r| (r.id.clone(), r)).collect(),
             vdc_snapshots: contents.vdc_snapshots.into_iter().map(|r| (r.uid, r)).collect(),
             operations: contents.operations.into_iter().map(|r| (r.uid, r)).collect(),
+            fenced: contents.fenced.into_iter().collect(),
+            reservations: contents.reservations,
+            orders: contents.orders,
             last_event: contents.last_event,
         }
     }
@@ -71,7 +80,9 @@ impl Model {
             Change::VdcSnapshot(r) => drop(self.vdc_snapshots.insert(r.uid, r)),
             Change::Operation(r) => drop(self.operations.insert(r.uid, r)),
             Change::Event(r) => self.last_event = r.number,
-            Change::Request(_) => {}
+            Change::Fenced(vm, generation) => drop(self.fenced.insert(vm, generation)),
+            // The ledger's.
+            Change::Reservation(_) | Change::Orders(_) | Change::Request(_) => {}
             Change::Delete(key) => self.delete(&key),
         }
     }
@@ -80,7 +91,10 @@ impl Model {
         match key {
             Key::Vdc(uid) => drop(self.vdcs.remove(uid)),
             Key::Image(uid) => drop(self.images.remove(uid)),
-            Key::Vm(uid) => drop(self.vms.remove(uid)),
+            Key::Vm(uid) => {
+                self.vms.remove(uid);
+                self.fenced.remove(uid);
+            }
             Key::Volume(uid) => {
                 self.snapshots.retain(|(volume, _), _| volume != uid);
                 self.volumes.remove(uid);
@@ -91,7 +105,7 @@ impl Model {
             Key::Export(id) => drop(self.exports.remove(id)),
             Key::VdcSnapshot(uid) => drop(self.vdc_snapshots.remove(uid)),
             Key::Operation(uid) => drop(self.operations.remove(uid)),
-            Key::Request(_) | Key::RequestsOf(_) => {}
+            Key::Reservation(_) | Key::Request(_) | Key::RequestsOf(_) => {}
         }
     }
 

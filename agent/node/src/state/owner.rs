@@ -7,11 +7,12 @@
 //!
 //! A thread of its own, because a commit waits for the disk: the runtime's workers never do.
 
-use std::{io, thread};
+use std::{io, thread, time::Instant};
 
 use serio_api::v1::{Allocation, AllocationClass, AllocationState};
 use serio_store::record::Made;
 use serio_types::resource;
+use serio_vdc::ledger::{Class, Promise, Stage};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
@@ -20,6 +21,7 @@ use super::{
     command::{Answer, Command, VmState},
     effect::{Effect, Input},
     model,
+    orders::HostLimits,
 };
 use crate::{capacity::Snapshot, error::Error};
 
@@ -70,6 +72,12 @@ impl Client {
         let _ = self.inputs.try_send(Input::Progress { operation, done_bytes, total_bytes });
     }
 
+    /// Tells the state what the reporter has read of the host.
+    pub async fn host(&self, host: HostLimits) {
+        // A state that is gone has no use for it.
+        let _ = self.inputs.send(Input::Host(host)).await;
+    }
+
     /// Changes with each operation.
     #[must_use]
     pub fn operations(&self) -> watch::Receiver<u64> {
@@ -99,7 +107,9 @@ pub fn spawn(
     let (recovered, watch_recovered) = watch::channel(state.recovered());
     thread::Builder::new().name("state".to_owned()).spawn(move || {
         first.into_iter().for_each(&begin);
+        let start = Instant::now();
         while let Some(input) = inputs.blocking_recv() {
+            state.set_clock(u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX));
             state.step(model::now(), input).into_iter().for_each(&begin);
             let newest = state.model().last_event;
             last_event.send_if_modified(|known| std::mem::replace(known, newest) != newest);
@@ -123,6 +133,40 @@ pub fn spawn(
     })
 }
 
+/// What an allocation has of the reservation that it is, or that its VM has taken.
+fn reserved(promise: Option<&Promise>) -> Allocation {
+    let class = match promise.map(|p| p.want.class) {
+        None | Some(Class::Normal) => AllocationClass::Normal,
+        Some(Class::DrHeld) => AllocationClass::DrHeld,
+    };
+    Allocation {
+        class: class.into(),
+        numa_node: promise.and_then(|p| p.numa_node),
+        token: promise.map(|p| p.token.clone()).unwrap_or_default(),
+        key: promise.map(|p| p.want.key.clone()).unwrap_or_default(),
+        fence_generation: promise.map_or(0, |p| p.want.fence),
+        ..Allocation::default()
+    }
+}
+
+/// A reservation that no VM has yet.
+fn open_reservation(promise: &Promise) -> Option<Allocation> {
+    let state = match promise.stage {
+        Stage::Pending { .. } => AllocationState::Pending,
+        Stage::Committed => AllocationState::Reserved,
+        Stage::Taken(_) => return None,
+    };
+    Some(Allocation {
+        id: promise.token.clone(),
+        resource: promise.want.resource.clone(),
+        state: state.into(),
+        vcpus: u32::try_from(promise.want.amount.vcpus).unwrap_or(u32::MAX),
+        memory_bytes: promise.want.amount.memory_bytes,
+        storage_bytes: promise.want.amount.storage_bytes,
+        ..reserved(Some(promise))
+    })
+}
+
 impl State {
     /// What the node promises now.
     #[must_use]
@@ -138,15 +182,17 @@ impl State {
                 generation: view.record.generation.0,
                 resource: resource::vm(&view.name),
                 state: state.into(),
-                class: AllocationClass::Normal.into(),
                 vcpus: view.record.spec.vcpus.get(),
                 memory_bytes: view.record.spec.memory.bytes(),
-                ..Allocation::default()
+                ..reserved(self.ledger().of_vm(&view.record.uid.to_string()))
             }
         };
+        let open = self.ledger().promises().filter_map(open_reservation);
         let images = self.model().images.values().filter(|r| r.state == Made::Ready);
         Snapshot {
-            allocations: views.iter().map(allocation).collect(),
+            allocations: views.iter().map(allocation).chain(open).collect(),
+            drain_reason: self.ledger().drained().map(str::to_owned),
+            fence_generation: self.ledger().fence_generation(),
             images: images.map(|r| r.name.to_string()).collect(),
             provisioned_bytes: self.model().volumes.values().map(|v| v.size_bytes).sum(),
             running: views

@@ -93,7 +93,9 @@ impl State {
         if run == Run::Creating {
             let resource = self.model.vm_resource(uid);
             tracing::info!(vm = resource, "its creation was broken off by the end of seriod and is undone");
-            self.record(vec![Change::Delete(Key::RequestsOf(resource))]);
+            let mut changes: Vec<Change> = self.give_back(uid).into_iter().collect();
+            changes.push(Change::Delete(Key::RequestsOf(resource)));
+            self.record(changes);
         }
         let after = After::Delete { keep_root, op: Op::default() };
         if has_files {
@@ -202,6 +204,7 @@ impl State {
                 self.phases.insert(uid, Phase::Running { pid });
             }
         }
+        self.end_fenced(uid);
     }
 
     fn found_gone(&mut self, uid: Uuid, run: Run, end: Option<EndRecord>) {

@@ -60,6 +60,7 @@ impl State {
 
     fn plan(&self, vm: &VmRecord) -> Result<Launch, Error> {
         self.volumes_startable(vm)?;
+        self.not_fenced(vm.uid)?;
         let image = self.model.image(&vm.spec.image)?;
         let from_disk = self.model.boots_from_disk(vm);
         // A command line that came with a kernel is for that kernel.
@@ -109,6 +110,7 @@ impl State {
         let event = self.event(self.model.vm_resource(uid), kind, message);
         self.record(vec![Change::Vm(Box::new(vm)), event]);
         self.phases.insert(uid, Phase::Running { pid });
+        self.end_fenced(uid);
         if let Cause::Create(op) | Cause::Start(op) = cause {
             op.finish(self.answer_vm(uid));
         }
@@ -212,6 +214,7 @@ impl State {
         let failure = !matches!(end.kind, EndWord::PowerOff | EndWord::Reset | EndWord::Stopped);
         let steady = vm.start_time.is_some_and(|start| end.time.0 - start.0 >= STEADY_MS);
         let again = match vm.spec.restart_policy {
+            _ if self.model.fenced.contains_key(&uid) => false,
             RestartPolicy::Never => false,
             RestartPolicy::OnFailure => failure,
             RestartPolicy::Always => true,
@@ -353,7 +356,9 @@ impl State {
             return op.finish(Err(undone.unwrap_or(error)));
         }
         let resource = self.model.vm_resource(uid);
-        let mut changes = vec![Change::Delete(Key::Vm(uid))];
+        let mut changes: Vec<Change> =
+            undone.as_ref().and_then(|_| self.give_back(uid)).into_iter().collect();
+        changes.push(Change::Delete(Key::Vm(uid)));
         for volume in self.model.volumes.values().filter(|v| v.vm == Some(uid)) {
             let mut volume = volume.clone();
             if volume.uid == vm.root_volume && vm.run != Run::DeletingKeepRoot {

@@ -33,7 +33,7 @@ impl State {
                 limit: vdc.quota,
                 used: self.model.used(Some(vdc.uid)),
             },
-            Pool { owner: Owner::Node, limit: self.capacity, used: self.model.used(None) },
+            Pool { owner: Owner::Node, limit: self.capacity, used: self.promised() },
         ]
     }
 
@@ -95,14 +95,14 @@ impl State {
         }
         let size = root_size(&spec, image)?;
         let uid = Uuid::now_v7();
-        let attached = self.attach(vdc, &spec, uid)?;
+        let mut attached = self.attach(vdc, &spec, uid)?;
         let spec = self.choose_macs(spec, uid)?;
         let ask = Quota {
             vcpus: u64::from(spec.vcpus.get()),
             memory_bytes: spec.memory.bytes(),
             storage_bytes: size.bytes(),
         };
-        serio_vdc::admit(&self.pools(vdc), &ask)?;
+        attached.extend(self.admit_vm(vdc, (name, uid), &ask)?);
         let root = VolumeRecord {
             uid: Uuid::now_v7(),
             vdc: vdc.uid,
@@ -241,6 +241,8 @@ impl State {
             );
         }
         check!(op, self.usable_vdc(&name.vdc));
+        check!(op, self.takes_new());
+        check!(op, self.not_fenced(record.uid));
         check!(op, self.volumes_startable(&record));
         let mut record = record;
         record.desired = Desired::Running;

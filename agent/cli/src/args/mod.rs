@@ -184,12 +184,8 @@ pub enum NodeVerb {
         #[arg(long)]
         site: Option<String>,
     },
-    /// Let the node that answers take no new VMs and starts; what runs goes on
-    #[command(after_help = "Lists what still runs there. Kept over restarts, until `serio node undrain`.
-
-Examples:
-  serio node drain --reason 'new disks on Friday'
-  serio --host https://a:7440 node drain --reason 'kernel update' -o json")]
+    /// Let the node that answers take no new VMs and starts until undrain, also over restarts; what runs goes on
+    #[command(after_help = "Examples:\n  serio node drain --reason 'new disks on Friday'")]
     Drain {
         /// Why, for whoever is refused
         #[arg(long, value_name = "TEXT")]

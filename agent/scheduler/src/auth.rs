@@ -37,6 +37,8 @@ impl Role {
 pub const AGENTS: &[Role] = &[Role::Node, Role::PeerAgent];
 /// Those who read.
 pub const READERS: &[Role] = &[Role::ControlPlane, Role::Auditor];
+/// Anyone with a role.
+pub const EVERYONE: &[Role] = &[Role::ControlPlane, Role::Auditor, Role::Node, Role::PeerAgent];
 /// Those who change.
 pub const WRITERS: &[Role] = &[Role::ControlPlane];
 

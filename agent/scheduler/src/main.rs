@@ -4,11 +4,11 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serio_scheduler::{
     config::{Config, File, Security},
-    owner, server,
-    store::Store,
+    owner, server, simulate,
+    store::sqlite::Sqlite,
 };
 use tokio::{
     net::TcpListener,
@@ -19,7 +19,7 @@ use tokio::{
 /// What open connections get at the end.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Keeps what the nodes of a region report, and says what it knows.
+/// Keeps what the nodes of a region report, and plans where VMs go.
 #[derive(Debug, Parser)]
 #[command(name = "serio-scheduler", version, max_term_width = 120)]
 #[command(after_help = "Examples:
@@ -44,12 +44,25 @@ struct Args {
     /// No certificates; on loopback only
     #[arg(long)]
     insecure: bool,
+    #[command(subcommand)]
+    command: Option<Verb>,
+}
+
+/// Something else than to serve.
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Try a fleet of simulated agents against a scheduler
+    Simulate(simulate::Options),
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    if let Some(Verb::Simulate(options)) = args.command {
+        return runtime.block_on(simulate::run(options));
+    }
     let file = args.config.as_deref().map(File::read).transpose()?.unwrap_or_default();
     let flags = File {
         listen: args.listen,
@@ -58,12 +71,11 @@ fn main() -> anyhow::Result<()> {
         insecure: args.insecure.then_some(true),
     };
     let config = Config::try_from(file.overridden_by(flags))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(run(config))
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    let store = Store::open(&config.state_dir).context("cannot open the state")?;
+    let store = Sqlite::open(&config.state_dir).context("cannot open the state")?;
     let owner = owner::start(store).context("cannot read the state")?;
     let listener = TcpListener::bind(config.listen)
         .await

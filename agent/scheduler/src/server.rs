@@ -7,12 +7,7 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
-use crate::{
-    auth::Policy,
-    config::Security,
-    owner::{Command, Handle},
-    service::Service,
-};
+use crate::{auth::Policy, config::Security, owner::Handle, service::Service};
 
 /// A complete list of allocations fits; more is refused.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
@@ -48,11 +43,12 @@ pub async fn serve(
     owner: Handle,
     ended: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
+    let advertised = listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
     let (policy, builder) = match security {
         Security::Insecure => (Policy::Insecure, Server::builder()),
         Security::Tls(folder) => (Policy::Certificates, Server::builder().tls_config(tls(folder)?)?),
     };
-    let service = SchedulerServiceServer::new(Service::new(owner.clone(), policy))
+    let service = SchedulerServiceServer::new(Service::new(owner.clone(), policy, advertised))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SchedulerServiceServer<Service>>().await;
@@ -68,7 +64,7 @@ pub async fn serve(
         .add_service(reflection)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
             ended.await;
-            drop(owner.send(Command::End).await);
+            owner.end().await;
         })
         .await?;
     Ok(())

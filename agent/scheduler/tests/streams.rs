@@ -9,7 +9,7 @@ use serio_api::v1::{
     Lease, ListNodesRequest, NodeFreshness, NodeRecord, SchedulerMessage, agent_message::What,
     scheduler_message, scheduler_service_client::SchedulerServiceClient,
 };
-use serio_scheduler::{config::Security, owner, server, store::Store};
+use serio_scheduler::{config::Security, owner, server, store::sqlite::Sqlite};
 use tokio::{net::TcpListener, sync::mpsc, sync::oneshot, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -25,7 +25,7 @@ struct Running {
 }
 
 async fn start(state: &Path, security: Security) -> Running {
-    let owner = owner::start(Store::open(state).unwrap()).unwrap();
+    let owner = owner::start(Sqlite::open(state).unwrap()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (end, ended) = oneshot::channel();

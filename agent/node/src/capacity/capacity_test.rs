@@ -3,8 +3,8 @@
 use std::{fs, path::Path, pin::Pin};
 
 use serio_api::v1::{
-    AgentMessage, AllocationState, Answer, Commit, DeleteNodeRecordRequest, DeleteNodeRecordResponse, Drain,
-    Fence, GetNodeRecordRequest, Lease, ListNodesRequest, ListNodesResponse, NodeRecord, Refused,
+    self, AgentMessage, AllocationState, Answer, Commit, DeleteNodeRecordRequest, DeleteNodeRecordResponse,
+    Drain, Fence, GetNodeRecordRequest, Lease, ListNodesRequest, ListNodesResponse, NodeRecord, Refused,
     RefusedKind, Release, Reserve, Reserved, SchedulerMessage, SendAllocations, Undrain, Welcome,
     agent_message::What,
     answer::What as Answered,
@@ -181,6 +181,84 @@ impl SchedulerService for FakeScheduler {
         &self,
         _: Request<DeleteNodeRecordRequest>,
     ) -> Result<Response<DeleteNodeRecordResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn fence_node_record(
+        &self,
+        _: Request<v1::FenceNodeRecordRequest>,
+    ) -> Result<Response<v1::NodeRecord>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn place(&self, _: Request<v1::PlaceRequest>) -> Result<Response<v1::Placement>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn commit_placement(
+        &self,
+        _: Request<v1::CommitPlacementRequest>,
+    ) -> Result<Response<v1::Placement>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn release_placement(
+        &self,
+        _: Request<v1::ReleasePlacementRequest>,
+    ) -> Result<Response<v1::Placement>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_placement(
+        &self,
+        _: Request<v1::GetPlacementRequest>,
+    ) -> Result<Response<v1::Placement>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_placements(
+        &self,
+        _: Request<v1::ListPlacementsRequest>,
+    ) -> Result<Response<v1::ListPlacementsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn what_fits(
+        &self,
+        _: Request<v1::WhatFitsRequest>,
+    ) -> Result<Response<v1::WhatFitsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn put_recovery_plan(
+        &self,
+        _: Request<v1::PutRecoveryPlanRequest>,
+    ) -> Result<Response<v1::RecoveryPlan>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_recovery_plan(
+        &self,
+        _: Request<v1::GetRecoveryPlanRequest>,
+    ) -> Result<Response<v1::RecoveryPlan>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_recovery_plans(
+        &self,
+        _: Request<v1::ListRecoveryPlansRequest>,
+    ) -> Result<Response<v1::ListRecoveryPlansResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn delete_recovery_plan(
+        &self,
+        _: Request<v1::DeleteRecoveryPlanRequest>,
+    ) -> Result<Response<v1::DeleteRecoveryPlanResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_leader(&self, _: Request<v1::GetLeaderRequest>) -> Result<Response<v1::Leader>, Status> {
         Err(Status::unimplemented(""))
     }
 }

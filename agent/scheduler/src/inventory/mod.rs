@@ -9,15 +9,25 @@
 //! ```
 //! Invariants: (1) a node has at most one session, the newest; inputs of others change nothing; (2) freshness comes from
 //! leases and the receiver's own clock alone; (3) the kept allocations belong to the kept digest; (4) the number of nodes
-//! and the length of each list are bounded; (5) a node is forgotten only when lost and asked for.
+//! and the length of each list are bounded; (5) a node is forgotten only when lost and asked for; (6) what a lost node has
+//! promised stays its own until a fence is recorded, and a fenced node gets nothing new until it has ended what it had.
 
-use std::{collections::BTreeMap, time::Duration};
+mod node;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use pbjson_types::Timestamp;
 use serio_api::v1::{
-    Allocations, Hello, Inventory as NodeInventory, Lease, NodeFreshness, NodeRecord, Usage,
+    Allocations, Hello, Inventory as NodeInventory, Lease, NodeFence, NodeFreshness, NodeRecord, Usage,
 };
 use serio_types::Name;
+
+use crate::placement::{
+    Candidate,
+    view::{Need, NodeView},
+    what_if::Member,
+};
+use node::{Node, change, check_hello};
 
 /// After its lease ran out a node is suspect for that long, then lost.
 pub const SUSPECT: Duration = Duration::from_secs(30);
@@ -78,6 +88,8 @@ pub enum Output {
     Close(SessionId, CloseReason),
     /// The durable part of this node changed: it must be on disk before anything that follows is sent.
     Save(Name),
+    /// What it had is over: it must be told.
+    Fence(SessionId, u64),
     /// For the log.
     Note(Name, Note),
 }
@@ -140,19 +152,8 @@ pub struct Durable {
     pub allocations: Option<Allocations>,
     /// When it was last heard, seconds since 1970.
     pub last_seen: Timestamp,
-}
-
-#[derive(Debug)]
-struct Node {
-    durable: Durable,
-    usage: Option<Usage>,
-    /// The lease's end; the scheduler's start for a node that was not heard since.
-    lease_until: Duration,
-    session: Option<SessionId>,
-    /// Of this session.
-    lease_sequence: u64,
-    /// The list was asked for in this session and has not come yet.
-    asked: bool,
+    /// The last one.
+    pub fence: Option<NodeFence>,
 }
 
 /// Why a record is not deleted.
@@ -166,6 +167,24 @@ pub enum ForgetError {
         "nodes/{0} is not lost yet: only a node whose lease ran out 30 s ago, and that is not connected, is forgotten"
     )]
     NotLost(Name),
+    /// It still has something.
+    #[error(
+        "nodes/{0} has promised {1} things that may still run there: record why they do not (serio node fence {0} --proof …)"
+    )]
+    Unfenced(Name, usize),
+}
+
+/// Why a node is not fenced.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FenceError {
+    /// No such node.
+    #[error("nodes/{0} was never seen here: `serio node list` shows who was")]
+    Unknown(Name),
+    /// It is alive.
+    #[error(
+        "nodes/{0} is connected, or its lease runs: only a node that is not heard of is fenced; drain this one"
+    )]
+    Alive(Name),
 }
 
 /// The nodes.
@@ -180,16 +199,14 @@ impl Inventory {
     /// As it was saved: nobody is connected, everybody is suspect.
     #[must_use]
     pub fn restore(nodes: impl IntoIterator<Item = (Name, Durable)>) -> Self {
-        let node = |durable| Node {
-            durable,
-            usage: None,
-            lease_until: Duration::ZERO,
-            session: None,
-            lease_sequence: 0,
-            asked: false,
-        };
+        Self::restore_at(Duration::ZERO, nodes)
+    }
+
+    /// The same, later in the life of the process.
+    #[must_use]
+    pub fn restore_at(now: Duration, nodes: impl IntoIterator<Item = (Name, Durable)>) -> Self {
         Self {
-            nodes: nodes.into_iter().map(|(name, durable)| (name, node(durable))).collect(),
+            nodes: nodes.into_iter().map(|(name, durable)| (name, Node::restored(now, durable))).collect(),
             sessions: BTreeMap::new(),
         }
     }
@@ -202,6 +219,7 @@ impl Inventory {
             Input::Inventory(session, inventory) => {
                 if let Some((name, node)) = self.heard(session, now, out) {
                     node.durable.inventory = Some(inventory);
+                    node.look_again();
                     out.push(Output::Save(name));
                 }
             }
@@ -238,42 +256,34 @@ impl Inventory {
         match self.nodes.get_mut(&name) {
             Some(node) => {
                 out.push(Output::Note(name.clone(), change(&node.durable.hello, &hello)));
-                node.durable.hello = hello;
-                node.durable.last_seen = now.wall;
-                node.session = Some(session);
-                node.lease_sequence = 0;
-                node.asked = false;
+                node.connect(session, hello, now);
             }
             None => {
                 out.push(Output::Note(name.clone(), Note::New));
-                let node = Node {
-                    durable: Durable { hello, last_seen: now.wall, ..Durable::default() },
-                    usage: None,
-                    // No lease yet: suspect from now on.
-                    lease_until: now.since_start,
-                    session: Some(session),
-                    lease_sequence: 0,
-                    asked: false,
-                };
-                self.nodes.insert(name.clone(), node);
+                self.nodes.insert(name.clone(), Node::new(session, hello, now));
             }
         }
         out.push(Output::Save(name.clone()));
-        let durable = self.nodes.get(&name).map(|node| &node.durable);
+        let Some(node) = self.nodes.get(&name) else { return };
         out.push(Output::Welcome {
             session,
-            inventory_generation: durable.and_then(|d| d.inventory.as_ref()).map_or(0, |i| i.generation),
-            allocations_digest: durable
-                .and_then(|d| d.allocations.as_ref())
+            inventory_generation: node.durable.inventory.as_ref().map_or(0, |i| i.generation),
+            allocations_digest: node
+                .durable
+                .allocations
+                .as_ref()
                 .map(|a| a.digest.clone())
                 .unwrap_or_default(),
         });
+        if let Some(generation) = node.fence_due() {
+            out.push(Output::Fence(session, generation));
+        }
     }
 
     fn gone(&mut self, session: SessionId, out: &mut Vec<Output>) {
         if let Some(name) = self.sessions.remove(&session) {
             if let Some(node) = self.nodes.get_mut(&name) {
-                node.session = None;
+                node.disconnect();
             }
             // When it was last heard is worth keeping, once.
             out.push(Output::Save(name.clone()));
@@ -296,6 +306,7 @@ impl Inventory {
         if allocations.complete {
             node.durable.allocations = Some(allocations);
             node.asked = false;
+            node.look_again();
             out.push(Output::Save(name));
         } else if node.durable.allocations.as_ref().is_none_or(|kept| kept.digest != allocations.digest)
             && !node.asked
@@ -356,6 +367,10 @@ impl Inventory {
         if node.freshness(now) != NodeFreshness::Lost || node.session.is_some() {
             return Err(ForgetError::NotLost(name.clone()));
         }
+        let held = node.view.promises.len();
+        if held > 0 {
+            return Err(ForgetError::Unfenced(name.clone(), held));
+        }
         Ok(())
     }
 
@@ -367,68 +382,100 @@ impl Inventory {
     }
 }
 
-impl Node {
-    fn lease(&mut self, now: Moment, lease: &Lease) {
-        // An older one that arrives late says nothing about now.
-        if lease.sequence <= self.lease_sequence {
-            return;
-        }
-        self.lease_sequence = lease.sequence;
-        let ttl = Duration::from_millis(u64::from(lease.ttl_ms)).min(LEASE_MAX);
-        self.lease_until = self.lease_until.max(now.since_start.saturating_add(ttl));
+/// What placement asks.
+impl Inventory {
+    /// All nodes, as they are now.
+    pub fn candidates(&self, now: Duration) -> impl Iterator<Item = Candidate<'_>> + Clone {
+        self.nodes.iter().map(move |(name, node)| node.candidate(now, name))
     }
 
-    fn freshness(&self, now: Duration) -> NodeFreshness {
-        if now < self.lease_until {
-            NodeFreshness::Fresh
-        } else if now < self.lease_until.saturating_add(SUSPECT) {
-            NodeFreshness::Suspect
-        } else {
-            NodeFreshness::Lost
+    /// The same to take away: cheap copies.
+    #[must_use]
+    pub fn members(&self, now: Duration) -> Vec<Member> {
+        let member = |(name, node): (&Name, &Node)| Member {
+            name: name.clone(),
+            view: Arc::clone(&node.view),
+            freshness: node.freshness(now),
+            fenced: node.fence_due().is_some(),
+        };
+        self.nodes.iter().map(member).collect()
+    }
+
+    /// How many nodes are known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// All sessions.
+    pub fn sessions(&self) -> impl Iterator<Item = SessionId> + '_ {
+        self.sessions.keys().copied()
+    }
+
+    /// The session of a node that is connected.
+    #[must_use]
+    pub fn session(&self, name: &Name) -> Option<SessionId> {
+        self.nodes.get(name).and_then(|node| node.session)
+    }
+
+    /// The node of a session.
+    #[must_use]
+    pub fn speaker(&self, session: SessionId) -> Option<&Name> {
+        self.sessions.get(&session)
+    }
+
+    /// What placement sees of a node.
+    #[must_use]
+    pub fn view(&self, name: &Name) -> Option<&Arc<NodeView>> {
+        self.nodes.get(name).map(|node| &node.view)
+    }
+
+    /// Under which fencing generation a node is asked.
+    #[must_use]
+    pub fn fence_generation(&self, name: &Name) -> u64 {
+        self.nodes.get(name).map_or(0, Node::fence_generation)
+    }
+
+    /// Another node than those fenced that has promised something to it.
+    #[must_use]
+    pub fn holder(&self, resource: &str) -> Option<&Name> {
+        let holds = |node: &Node| node.fence_due().is_none() && node.view.resources.contains(resource);
+        self.nodes.iter().find(|(_, node)| holds(node)).map(|(name, _)| name)
+    }
+
+    /// It was asked for that much, and its list does not have it yet.
+    pub fn expect(&mut self, name: &Name, key: &str, need: Need) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.expect(key, need);
         }
     }
 
-    fn record(&self, now: Duration, name: &Name) -> NodeRecord {
-        NodeRecord {
-            name: format!("nodes/{name}"),
-            hello: Some(self.durable.hello.clone()),
-            inventory: self.durable.inventory.clone(),
-            usage: self.usage,
-            allocations: self.durable.allocations.clone(),
-            freshness: self.freshness(now).into(),
-            last_seen: Some(self.durable.last_seen),
+    /// It will not have it.
+    pub fn expect_no_more(&mut self, name: &Name, key: &str) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.expect_no_more(key);
         }
     }
-}
 
-/// The node's name, if the Hello can be meant.
-fn check_hello(hello: &Hello) -> Result<Name, CloseReason> {
-    let texts = [
-        ("node_uid", &hello.node_uid),
-        ("boot_id", &hello.boot_id),
-        ("agent_version", &hello.agent_version),
-        ("site", &hello.site),
-        ("failure_domain", &hello.failure_domain),
-    ];
-    for (field, text) in texts {
-        if text.chars().count() > TEXT_CHARS_MAX {
-            return Err(CloseReason::BadHello {
-                field,
-                problem: format!("more than {TEXT_CHARS_MAX} characters"),
-            });
+    /// Records that it is dead: what it promised is free from now on. Answers the generation below which all is over.
+    pub fn fence(&mut self, now: Moment, name: &Name, proof: &str) -> Result<u64, FenceError> {
+        let node = self.nodes.get_mut(name).ok_or_else(|| FenceError::Unknown(name.clone()))?;
+        if node.session.is_some() || node.freshness(now.since_start) == NodeFreshness::Fresh {
+            return Err(FenceError::Alive(name.clone()));
         }
+        Ok(node.fence(now, proof))
     }
-    hello.node_id.parse().map_err(|error: serio_types::NameError| CloseReason::BadHello {
-        field: "node_id",
-        problem: error.to_string(),
-    })
-}
 
-fn change(before: &Hello, now: &Hello) -> Note {
-    if before.node_uid != now.node_uid {
-        return Note::OtherUid { before: before.node_uid.clone(), now: now.node_uid.clone() };
+    /// It has ended what it had. Whether that is news.
+    pub fn fence_applied(&mut self, name: &Name) -> bool {
+        self.nodes.get_mut(name).is_some_and(Node::fence_applied)
     }
-    if before.boot_id != now.boot_id { Note::Rebooted } else { Note::Connected }
 }
 
 #[cfg(test)]

@@ -1,0 +1,207 @@
+//! The agent of a simulated node: one real stream, as seriod holds it, with the faults that hosts and networks have.
+//!
+//! ```text
+//!  connect ─▶ Hello ─▶ Welcome ─▶ Inventory, Allocations where they differ ─▶ Lease · Usage and digest · Answers
+//!     ▲                                                                        │ churn, partition, any failure
+//!     └────────────────────────────────── pause, full jitter ◀─────────────────┘
+//! ```
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use serio_api::v1::{
+    AgentMessage, Lease, SchedulerMessage, Usage, agent_message::What, scheduler_message,
+    scheduler_service_client::SchedulerServiceClient,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval_at, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Endpoint};
+
+use super::{chance::Chance, node::Node};
+
+const PAUSE_MAX_MS: u64 = 5_000;
+const PEER_WAIT: Duration = Duration::from_secs(10);
+
+/// When an agent speaks.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// Between leases; each lives three times that.
+    pub lease: Duration,
+    /// Between usages and digests.
+    pub usage: Duration,
+    /// A session is ended by its agent's restart about that often; zero: never.
+    pub churn: Duration,
+    /// A session is cut off for a while about that often; zero: never.
+    pub partition: Duration,
+}
+
+/// What all agents count together.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Streams with a Welcome now.
+    pub connected: AtomicUsize,
+    /// Streams that got a Welcome, ever.
+    pub welcomes: AtomicU64,
+    /// Orders that were answered.
+    pub answers: AtomicU64,
+    /// Agents that restarted.
+    pub restarts: AtomicU64,
+}
+
+/// Holds the stream until told to end. The address may change: that of the scheduler that leads.
+pub async fn run(
+    node: Arc<Node>,
+    mut address: watch::Receiver<String>,
+    timing: Timing,
+    counters: Arc<Counters>,
+    mut chance: Chance,
+) {
+    let mut attempt = 0_u32;
+    loop {
+        let to = address.borrow_and_update().clone();
+        let welcomes = counters.welcomes.load(Ordering::Relaxed);
+        let session = session(&node, &to, timing, &counters, &mut chance);
+        tokio::select! {
+            ended = session => if let Err(error) = ended {
+                tracing::debug!(node = node.name, error, "the stream ended");
+            },
+            changed = address.changed() => if changed.is_err() { return },
+        }
+        attempt =
+            if counters.welcomes.load(Ordering::Relaxed) == welcomes { attempt.saturating_add(1) } else { 0 };
+        let bound = 500_u64.saturating_mul(1_u64.checked_shl(attempt).unwrap_or(u64::MAX)).min(PAUSE_MAX_MS);
+        tokio::time::sleep(Duration::from_millis(chance.below(bound))).await;
+    }
+}
+
+/// Counts a stream for as long as it lives.
+struct Connected<'a>(&'a Counters);
+
+impl<'a> Connected<'a> {
+    fn new(counters: &'a Counters) -> Self {
+        counters.connected.fetch_add(1, Ordering::Relaxed);
+        counters.welcomes.fetch_add(1, Ordering::Relaxed);
+        Self(counters)
+    }
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        self.0.connected.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+type Told = Result<(), String>;
+
+async fn session(
+    node: &Node,
+    address: &str,
+    timing: Timing,
+    counters: &Counters,
+    chance: &mut Chance,
+) -> Told {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
+    let channel = timeout(PEER_WAIT, endpoint.connect())
+        .await
+        .map_err(|_| "no connection in time".to_owned())?
+        .map_err(|error| error.to_string())?;
+    let (sender, receiver) = mpsc::channel(64);
+    let out = Out { sender };
+    out.send(What::Hello(node.hello())).await?;
+    let mut client = SchedulerServiceClient::new(channel);
+    let connecting = timeout(PEER_WAIT, client.connect(ReceiverStream::new(receiver))).await;
+    let mut incoming =
+        connecting.map_err(|_| "no stream in time")?.map_err(|status| status.to_string())?.into_inner();
+    let first = timeout(PEER_WAIT, incoming.message()).await.map_err(|_| "no welcome in time")?;
+    let Ok(Some(SchedulerMessage { what: Some(scheduler_message::What::Welcome(welcome)) })) = first else {
+        return Err(format!("no welcome: {first:?}"));
+    };
+    let _connected = Connected::new(counters);
+    let inventory = node.inventory();
+    if inventory.generation != welcome.inventory_generation {
+        out.send(What::Inventory(inventory)).await?;
+    }
+    if node.allocations(false).digest != welcome.allocations_digest {
+        out.send(What::Allocations(node.allocations(true))).await?;
+    }
+    talk(node, &out, &mut incoming, (timing, counters, chance)).await
+}
+
+async fn talk(
+    node: &Node,
+    out: &Out,
+    incoming: &mut Streaming<SchedulerMessage>,
+    (timing, counters, chance): (Timing, &Counters, &mut Chance),
+) -> Told {
+    let now = tokio::time::Instant::now();
+    // Agents do not speak in step.
+    let mut lease = interval_at(now, timing.lease);
+    let mut usage = interval_at(now + chance.up_to(timing.usage), timing.usage);
+    lease.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    usage.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let churn = tokio::time::sleep(chance.about(timing.churn));
+    let partition = tokio::time::sleep(chance.about(timing.partition));
+    tokio::pin!(churn, partition);
+    let ttl_ms = u32::try_from(timing.lease.as_millis().saturating_mul(3)).unwrap_or(u32::MAX);
+    let mut sequence = 0_u64;
+    loop {
+        tokio::select! {
+            heard = incoming.message() => {
+                let message = heard.map_err(|status| status.to_string())?.ok_or("closed")?;
+                if matches!(message.what, Some(scheduler_message::What::SendAllocations(_))) {
+                    out.send(What::Allocations(node.allocations(true))).await?;
+                } else {
+                    heed(node, out, message, counters).await?;
+                }
+            }
+            _ = lease.tick() => {
+                sequence = sequence.wrapping_add(1);
+                out.send(What::Lease(Lease { sequence, ttl_ms })).await?;
+            }
+            _ = usage.tick() => {
+                out.send(What::Usage(Usage::default())).await?;
+                out.send(What::Allocations(node.allocations(false))).await?;
+            }
+            () = &mut churn => {
+                node.restart();
+                counters.restarts.fetch_add(1, Ordering::Relaxed);
+                return Err("restarted".to_owned());
+            }
+            () = &mut partition => {
+                // Cut off: neither side hears of the other until TCP or the lease gives up.
+                tokio::time::sleep(chance.up_to(timing.lease.saturating_mul(6))).await;
+                return Err("was cut off".to_owned());
+            }
+        }
+    }
+}
+
+async fn heed(node: &Node, out: &Out, message: SchedulerMessage, counters: &Counters) -> Told {
+    let fence = matches!(message.what, Some(scheduler_message::What::Fence(_)));
+    let Some(answer) = node.order(message) else { return Ok(()) };
+    out.send(What::Answer(answer)).await?;
+    counters.answers.fetch_add(1, Ordering::Relaxed);
+    if fence {
+        out.send(What::Inventory(node.inventory())).await?;
+    }
+    out.send(What::Allocations(node.allocations(true))).await
+}
+
+struct Out {
+    sender: mpsc::Sender<AgentMessage>,
+}
+
+impl Out {
+    async fn send(&self, what: What) -> Told {
+        let sent = timeout(PEER_WAIT, self.sender.send(AgentMessage { what: Some(what) })).await;
+        sent.map_err(|_| "the scheduler does not read")?.map_err(|_| "closed".to_owned())
+    }
+}

@@ -28,6 +28,7 @@ use crate::{
     keys::Keys,
     nbd,
     scrub::{Checks, ScrubSettings},
+    shares::Shares,
     state::{
         Executor, Handles, State,
         model::{Model, now},
@@ -286,6 +287,8 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     finish_erasures(&core).await.context("the key of an erased vdc could not be destroyed")?;
     let reporter = reporter(&config, &core, node_name.as_str());
     tokio::spawn(reporter.clone().run());
+    let shares = Shares { supervisor: core.supervisor.clone(), state: core.client.clone() };
+    tokio::spawn(shares.run(core.watches.holdings.clone()));
     let mut recovered = core.watches.recovered.clone();
     if tokio::time::timeout(RECOVERY, recovered.wait_for(|done| *done)).await.is_err() {
         tracing::warn!("some VMs of an earlier seriod do not answer yet; they are asked again");

@@ -24,6 +24,7 @@ pub mod nbd;
 pub mod net;
 pub mod scrub;
 pub mod seed;
+pub mod shares;
 pub mod state;
 pub mod supervise;
 #[allow(

@@ -16,7 +16,7 @@ use serio_api::v1::{
 use tonic::{Code, transport::Channel};
 
 fn quota() -> Option<Quota> {
-    Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 })
+    Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30, ..Default::default() })
 }
 
 async fn create_vdc(channel: &Channel, name: &str) {

@@ -67,7 +67,8 @@ impl Node {
     }
 
     async fn create_vdc(&self, encrypted: bool) -> Result<Vdc, Status> {
-        let quota = Some(Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 * MIB });
+        let quota =
+            Some(Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 * MIB, ..Default::default() });
         let request = CreateVdcRequest { vdc_id: "town-hall".into(), quota, encrypted, ..Default::default() };
         self.vdcs().create_vdc(request).await.map(tonic::Response::into_inner)
     }
@@ -326,7 +327,7 @@ async fn the_wrapping_key_is_rotated_and_a_vdc_is_erased() {
 async fn a_node_without_a_key_makes_no_encrypted_vdc() {
     let Some(node) = Node::start().await else { return };
     fs::remove_file(node.seriod.dir.path().join("old")).unwrap();
-    let quota = Some(Quota { vcpus: 1, memory_bytes: 64 << 20, storage_bytes: MIB });
+    let quota = Some(Quota { vcpus: 1, memory_bytes: 64 << 20, storage_bytes: MIB, ..Default::default() });
     let request = CreateVdcRequest { vdc_id: "other".into(), quota, encrypted: true, ..Default::default() };
     let refused = node.vdcs().create_vdc(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);

@@ -72,7 +72,7 @@ async fn connect_tls(
 }
 
 fn vdc(name: &str) -> CreateVdcRequest {
-    let quota = Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 };
+    let quota = Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30, ..Default::default() };
     CreateVdcRequest { vdc_id: name.to_owned(), quota: Some(quota), ..CreateVdcRequest::default() }
 }
 

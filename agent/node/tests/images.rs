@@ -36,7 +36,7 @@ async fn node() -> Option<(Seriod, Channel)> {
     }
     seriod.start();
     let channel = seriod.connect().await.unwrap();
-    let quota = Quota { vcpus: 1, memory_bytes: 64 << 20, storage_bytes: 64 << 20 };
+    let quota = Quota { vcpus: 1, memory_bytes: 64 << 20, storage_bytes: 64 << 20, ..Default::default() };
     let vdc = CreateVdcRequest { vdc_id: "ardesio".into(), quota: Some(quota), ..Default::default() };
     VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
     Some((seriod, channel))

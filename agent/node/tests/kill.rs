@@ -199,7 +199,7 @@ fn settle_knowledge(vms: &[Vm], knowledge: &mut BTreeMap<&'static str, Known>) {
 
 async fn furnish(channel: Channel, kernel: &[u8]) {
     import_image(channel.clone(), "mini", "mini.test=writer", kernel, &[]).await;
-    let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 << 20 };
+    let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 << 20, ..Default::default() };
     let vdc =
         CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..CreateVdcRequest::default() };
     VdcServiceClient::new(channel).create_vdc(vdc).await.unwrap();

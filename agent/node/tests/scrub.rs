@@ -72,7 +72,7 @@ async fn rot_is_found_when_asked_and_by_the_scrubber() {
     fs::copy(&volumed, seriod.dir.path().join("serio-volumed")).unwrap();
     seriod.start();
     let channel = seriod.connect().await.unwrap();
-    let quota = Quota { vcpus: 1, memory_bytes: 1 << 30, storage_bytes: 1 << 30 };
+    let quota = Quota { vcpus: 1, memory_bytes: 1 << 30, storage_bytes: 1 << 30, ..Default::default() };
     let vdc = CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..Default::default() };
     VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
     let create = CreateVolumeRequest {

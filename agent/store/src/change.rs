@@ -119,11 +119,13 @@ impl Change {
 }
 
 fn vdc(tx: &Transaction<'_>, r: &VdcRecord) -> Result<(), rusqlite::Error> {
+    let limits =
+        serde_json::to_string(&r.limits).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
     tx.prepare_cached(
-        "INSERT INTO vdcs (uid, name, generation, create_time_ms, vcpus, memory_bytes, storage_bytes, encryption)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+        "INSERT INTO vdcs (uid, name, generation, create_time_ms, vcpus, memory_bytes, storage_bytes, encryption, limits)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
          ON CONFLICT (uid) DO UPDATE SET generation = ?3, vcpus = ?5, memory_bytes = ?6, storage_bytes = ?7,
-             encryption = ?8",
+             encryption = ?8, limits = ?9",
     )?
     .execute(params![
         r.uid.to_string(),
@@ -133,7 +135,8 @@ fn vdc(tx: &Transaction<'_>, r: &VdcRecord) -> Result<(), rusqlite::Error> {
         int(r.quota.vcpus),
         int(r.quota.memory_bytes),
         int(r.quota.storage_bytes),
-        r.encryption.as_str()
+        r.encryption.as_str(),
+        limits
     ])
     .map(drop)
 }

@@ -147,6 +147,7 @@ fn orders(f: &Fields<'_>) -> Result<OrdersRecord, LoadError> {
 }
 
 fn vdc(f: &Fields<'_>) -> Result<VdcRecord, LoadError> {
+    let limits: String = f.get("limits")?;
     Ok(VdcRecord {
         uid: f.parse("uid")?,
         name: f.parse("name")?,
@@ -157,6 +158,7 @@ fn vdc(f: &Fields<'_>) -> Result<VdcRecord, LoadError> {
             memory_bytes: f.unsigned("memory_bytes")?,
             storage_bytes: f.unsigned("storage_bytes")?,
         },
+        limits: serde_json::from_str(&limits).map_err(|e| f.bad("limits", &e))?,
         encryption: f.parse("encryption")?,
     })
 }

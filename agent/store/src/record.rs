@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use serio_types::{Desired, Generation, Name, Quota, VmSpec};
+use serio_types::{Desired, Generation, Name, Quota, VdcLimits, VmSpec};
 use uuid::Uuid;
 
 /// Milliseconds since 1970, UTC.
@@ -159,6 +159,8 @@ pub struct VdcRecord {
     pub create_time: Millis,
     /// What it may use.
     pub quota: Quota,
+    /// Its share, and the caps on it.
+    pub limits: VdcLimits,
     /// Whether its volumes are encrypted.
     pub encryption: Encryption,
 }

@@ -1,6 +1,6 @@
 //! The store over real files: what was written comes back, and what is not usable is refused.
 
-use serio_types::{Desired, Generation, Quota, RestartPolicy, VmSpec};
+use serio_types::{Desired, Generation, Quota, RestartPolicy, VdcLimits, VmSpec};
 
 use super::*;
 use crate::record::*;
@@ -12,6 +12,7 @@ fn vdc(name: &str) -> VdcRecord {
         generation: Generation::FIRST,
         create_time: Millis(1),
         quota: Quota { vcpus: 4, memory_bytes: 1 << 32, storage_bytes: 1 << 40 },
+        limits: VdcLimits { weight: 7, snapshots: 3, ..VdcLimits::default() },
         encryption: Encryption::Encrypted,
     }
 }

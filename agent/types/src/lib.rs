@@ -9,6 +9,7 @@ pub mod limits;
 pub mod name;
 pub mod net;
 pub mod resource;
+pub mod share;
 pub mod size;
 pub mod spec;
 
@@ -16,6 +17,7 @@ pub use limits::{Cmdline, LimitError, MemorySize, VcpuCount, VolumeSize};
 pub use name::{Name, NameError, VdcName};
 pub use net::{Cidr, MacAddr, NetError};
 pub use resource::{ResourceError, SnapshotName};
+pub use share::VdcLimits;
 pub use size::{ByteSize, SizeError};
 pub use spec::{
     BootFrom, BootedKernel, CloudInit, Desired, Generation, NicSpec, Quota, RestartPolicy, VmSpec,

@@ -10,7 +10,7 @@ use std::fmt;
 
 use serio_types::{ByteSize, Quota};
 
-/// One of the three amounts.
+/// What there is only so much of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resource {
     /// Virtual processors.
@@ -19,6 +19,8 @@ pub enum Resource {
     Memory,
     /// Volumes as provisioned.
     Storage,
+    /// Snapshots of volumes.
+    Snapshots,
 }
 
 impl Resource {
@@ -31,6 +33,7 @@ impl Resource {
             Self::Vcpus => "vcpus",
             Self::Memory => "memory",
             Self::Storage => "storage",
+            Self::Snapshots => "snapshots",
         }
     }
 
@@ -39,12 +42,14 @@ impl Resource {
             Self::Vcpus => quota.vcpus,
             Self::Memory => quota.memory_bytes,
             Self::Storage => quota.storage_bytes,
+            // Not an amount of a quota: see `admit_snapshots`.
+            Self::Snapshots => 0,
         }
     }
 
     fn show(self, amount: u64) -> String {
         match self {
-            Self::Vcpus => amount.to_string(),
+            Self::Vcpus | Self::Snapshots => amount.to_string(),
             Self::Memory | Self::Storage => ByteSize::from_bytes(amount).to_string(),
         }
     }
@@ -139,6 +144,16 @@ pub fn admit_quota(name: &str, limit: &Quota, used: &Quota) -> Result<(), Refusa
     Ok(())
 }
 
+/// Says whether a vdc may have `asked` snapshots more; a limit of 0 is none.
+pub fn admit_snapshots(name: &str, limit: u32, used: u64, asked: u64) -> Result<(), Refusal> {
+    let limit = u64::from(limit);
+    if limit > 0 && used.checked_add(asked).is_none_or(|sum| sum > limit) {
+        let owner = Owner::Vdc(name.to_owned());
+        return Err(Refusal { resource: Resource::Snapshots, owner, asked, limit, used });
+    }
+    Ok(())
+}
+
 /// The sum of two amounts; saturates.
 #[must_use]
 pub const fn add(a: &Quota, b: &Quota) -> Quota {
@@ -188,6 +203,19 @@ mod tests {
             };
             prop_assert_eq!(admit(&[pool], &rest), Ok(()));
         }
+    }
+
+    #[test]
+    fn snapshots_are_counted() {
+        assert_eq!(admit_snapshots("a", 0, u64::MAX, 1), Ok(()), "no limit");
+        assert_eq!(admit_snapshots("a", 3, 2, 1), Ok(()));
+        let refusal = admit_snapshots("ardesio", 3, 2, 2).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "snapshots: 2 asked, 1 available: the quota of vdc ardesio is 3, of which 2 is in use; ask for less, delete what \
+             vdc ardesio does not need, or raise its quota"
+        );
+        assert!(admit_snapshots("a", 3, 1, u64::MAX).is_err());
     }
 
     #[test]

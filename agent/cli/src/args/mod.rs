@@ -7,13 +7,14 @@ mod layers;
 mod operation;
 mod parse;
 mod transfer;
+mod vdc;
 mod vm;
 mod volume;
 
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serio_types::{ByteSize, Name};
+use serio_types::Name;
 
 pub use audit::{AuditArgs, AuditVerb, EventsArgs, VerifyArgs};
 pub use layers::{
@@ -22,6 +23,7 @@ pub use layers::{
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use transfer::{DownloadArgs, UploadArgs};
+pub use vdc::{ConsistencyArg, LimitArgs, QuotaArgs, UpdateArgs, VdcSnapshotArgs, VdcVerb};
 pub use vm::{Boot, ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 
@@ -200,161 +202,6 @@ pub enum NodeVerb {
         /// The node's name
         name: Name,
     },
-}
-
-/// The quota as typed.
-#[derive(Debug, Args)]
-pub struct QuotaArgs {
-    /// Virtual processors
-    #[arg(long, value_name = "N")]
-    pub vcpus: u32,
-    /// Guest memory
-    #[arg(long, value_name = "SIZE")]
-    pub memory: ByteSize,
-    /// Volumes, as provisioned
-    #[arg(long, value_name = "SIZE")]
-    pub storage: ByteSize,
-}
-
-/// The verbs of `vdc`.
-#[derive(Debug, Subcommand)]
-pub enum VdcVerb {
-    /// Create a virtual data center
-    #[command(after_help = "Examples:
-  serio vdc create ardesio --vcpus 4 --memory 4GiB --storage 20GiB
-  serio vdc create town-hall --vcpus 4 --memory 4GiB --storage 20GiB --encrypted")]
-    Create {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-        /// What it may use.
-        #[command(flatten)]
-        quota: QuotaArgs,
-        /// Encrypt its volumes at rest; needs [keys] in seriod.toml, and cannot be changed later
-        #[arg(long)]
-        encrypted: bool,
-    },
-    /// List the virtual data centers with what they use
-    #[command(after_help = "Examples:\n  serio vdc list")]
-    List,
-    /// Show one
-    #[command(after_help = "Examples:\n  serio vdc show ardesio -o yaml")]
-    Show {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-    },
-    /// Change the quota; what is not named stays
-    #[command(after_help = "Examples:\n  serio vdc update ardesio --memory 8GiB")]
-    Update {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-        /// Virtual processors
-        #[arg(long, value_name = "N", required_unless_present_any = ["memory", "storage"])]
-        vcpus: Option<u32>,
-        /// Guest memory
-        #[arg(long, value_name = "SIZE")]
-        memory: Option<ByteSize>,
-        /// Volumes, as provisioned
-        #[arg(long, value_name = "SIZE")]
-        storage: Option<ByteSize>,
-    },
-    /// Wrap the key of an encrypted virtual data center under the node's key encryption key of today
-    #[command(
-        name = "rotate-key",
-        after_help = "At once, and VMs run on: no volume is touched. To change the key encryption key, name the new one as
-`source` in the section [keys] of seriod.toml and the old one in `previous`, restart seriod, rotate each vdc, and take the
-old one out again.
-
-Examples:\n  serio vdc rotate-key town-hall"
-    )]
-    RotateKey {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-    },
-    /// Destroy the key of an encrypted virtual data center: its volumes are unreadable for ever
-    #[command(
-        after_help = "Its VMs must be stopped and its exports ended. Copies of the volumes elsewhere become unreadable
-too; copies of STATE/keys would not, so destroy those as well. Prints a receipt, which is also in the audit log. What remains
-are volumes that can only be deleted.
-
-Examples:\n  serio vdc erase town-hall --yes"
-    )]
-    Erase {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-        /// Do not ask: there is no way back
-        #[arg(long, required = true)]
-        yes: bool,
-    },
-    /// Seal all volumes of a virtual data center at one instant: all or none
-    Snapshot(VdcSnapshotArgs),
-    /// List the snapshots of a virtual data center, oldest first
-    #[command(after_help = "Examples:\n  serio vdc snapshots ardesio\n  serio vdc snapshots ardesio -o json")]
-    Snapshots {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-    },
-    /// Delete a snapshot of a virtual data center with all its parts
-    #[command(after_help = "ctrl-C ends the waiting, not the operation.
-
-Examples:
-  serio vdc delete-snapshot ardesio monday")]
-    DeleteSnapshot {
-        /// The vdc's name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-        /// The snapshot's
-        snapshot: Name,
-        /// Waiting.
-        #[command(flatten)]
-        wait: WaitArgs,
-    },
-    /// Delete an empty virtual data center
-    #[command(after_help = "Examples:\n  serio vdc delete ardesio")]
-    Delete {
-        /// Its name
-        #[arg(value_parser = vdc_name)]
-        name: Name,
-    },
-}
-
-/// `vdc snapshot`.
-#[derive(Debug, Args)]
-#[command(after_help = "Guests wait while the instant is made: a few milliseconds, three seconds at most.
-With --consistency app the guests' agents (qemu-guest-agent) freeze their file systems first; a guest without one is
-taken as after a power cut, and the snapshot says why.
-
-Examples:
-  serio vdc snapshot ardesio --name monday
-  serio vdc snapshot ardesio --name monday --consistency app
-  serio vdc snapshot ardesio --name monday --consistency app --require-app")]
-pub struct VdcSnapshotArgs {
-    /// The vdc's name
-    #[arg(value_parser = vdc_name)]
-    pub vdc: Name,
-    /// The snapshot's name, in each volume too
-    #[arg(long = "name", id = "point", value_name = "NAME")]
-    pub name: Name,
-    /// What it shall be good for
-    #[arg(long, value_enum, default_value_t = ConsistencyArg::Crash)]
-    pub consistency: ConsistencyArg,
-    /// Rather none than one without a frozen guest
-    #[arg(long, requires = "consistency")]
-    pub require_app: bool,
-}
-
-/// What a point is good for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ConsistencyArg {
-    /// As after a power cut.
-    Crash,
-    /// File systems frozen by the guests' agents.
-    App,
 }
 
 /// The verbs of `image`.

@@ -2,14 +2,14 @@
 
 use serio_api::v1::{
     CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcSnapshotRequest, GetVdcRequest,
-    ListVdcSnapshotsRequest, ListVdcsRequest, PointClass, Quota, UpdateVdcRequest, Vdc,
+    ListVdcSnapshotsRequest, ListVdcsRequest, PointClass, Quota, Share, UpdateVdcRequest, Vdc,
     vdc_service_client::VdcServiceClient,
 };
-use serio_types::{ByteSize, Name, VdcName};
+use serio_types::{Name, VdcName};
 
 use super::{keys, operation, request_id, volume};
 use crate::{
-    args::{ConsistencyArg, VdcSnapshotArgs, VdcVerb},
+    args::{ConsistencyArg, UpdateArgs, VdcSnapshotArgs, VdcVerb},
     client::Client,
     error::Failure,
     names, output,
@@ -18,17 +18,23 @@ use crate::{
 
 pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Result<(), Failure> {
     match verb {
-        VdcVerb::Create { name, quota, encrypted } => {
+        VdcVerb::Create { name, quota, limits, encrypted } => {
             let quota = Quota {
                 vcpus: quota.vcpus,
                 memory_bytes: quota.memory.bytes(),
                 storage_bytes: quota.storage.bytes(),
+                iops: limits.iops.unwrap_or(0),
+                bandwidth_bytes_per_second: limits.bandwidth.map_or(0, |b| b.bytes()),
+                snapshots: limits.snapshots.unwrap_or(0),
             };
+            let share =
+                Share { weight: limits.weight.unwrap_or(0), burst_percent: limits.burst.unwrap_or(0) };
             let request = CreateVdcRequest {
                 request_id: request_id(),
                 vdc_id: name.to_string(),
                 quota: Some(quota),
                 encrypted,
+                share: Some(share),
             };
             let vdc = client
                 .call(&format!("create vdc {name}"), request, |channel, request| async move {
@@ -47,9 +53,7 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
             output.list(&answer.vdcs, &["NAME", "VCPUS", "MEMORY", "STORAGE", "CREATED"], row)
         }
         VdcVerb::Show { name } => show(&get(client, &name).await?, output),
-        VdcVerb::Update { name, vcpus, memory, storage } => {
-            update(client, &name, (vcpus, memory, storage), output).await
-        }
+        VdcVerb::Update { name, change } => update(client, &name, change, output).await,
         VdcVerb::RotateKey { name } => keys::rotate(client, &name, output).await,
         VdcVerb::Erase { name, yes: _ } => keys::erase(client, &name, output).await,
         VdcVerb::Snapshot(args) => snapshot(client, args, output).await,
@@ -79,24 +83,33 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
     }
 }
 
-/// Changes what is named of (vcpus, memory, storage).
-async fn update(
-    client: &Client,
-    name: &Name,
-    (vcpus, memory, storage): (Option<u32>, Option<ByteSize>, Option<ByteSize>),
-    output: Output,
-) -> Result<(), Failure> {
+/// Changes what is named.
+async fn update(client: &Client, name: &Name, change: UpdateArgs, output: Output) -> Result<(), Failure> {
     let doing = format!("update vdc {name}");
     let now = get(client, name).await?;
-    let quota = now.quota.unwrap_or_default();
+    let (quota, share) = (now.quota.unwrap_or_default(), now.share.unwrap_or_default());
+    let bandwidth = quota.bandwidth_bytes_per_second;
+    // Without both the share stays; a weight that came from the vcpus is not frozen by a new cap.
+    let new_share = (change.weight.is_some() || change.burst.is_some()).then(|| Share {
+        weight: change.weight.unwrap_or(if share.weight == quota.vcpus.saturating_mul(100) {
+            0
+        } else {
+            share.weight
+        }),
+        burst_percent: change.burst.unwrap_or(share.burst_percent),
+    });
     let request = UpdateVdcRequest {
         request_id: request_id(),
         name: names::vdc(name),
         quota: Some(Quota {
-            vcpus: vcpus.unwrap_or(quota.vcpus),
-            memory_bytes: memory.map_or(quota.memory_bytes, |m| m.bytes()),
-            storage_bytes: storage.map_or(quota.storage_bytes, |s| s.bytes()),
+            vcpus: change.vcpus.unwrap_or(quota.vcpus),
+            memory_bytes: change.memory.map_or(quota.memory_bytes, |m| m.bytes()),
+            storage_bytes: change.storage.map_or(quota.storage_bytes, |s| s.bytes()),
+            iops: change.iops.unwrap_or(quota.iops),
+            bandwidth_bytes_per_second: change.bandwidth.map_or(bandwidth, |b| b.bytes()),
+            snapshots: change.snapshots.unwrap_or(quota.snapshots),
         }),
+        share: new_share,
         // What is not named stays as it was read: nobody may have changed it in between.
         expected_generation: now.generation,
     };
@@ -177,6 +190,8 @@ fn row(vdc: &Vdc) -> Vec<String> {
 
 fn show(vdc: &Vdc, output: Output) -> Result<(), Failure> {
     let [name, vcpus, memory, storage, created] = row(vdc).try_into().unwrap_or_default();
+    let (used, quota) = (vdc.used.unwrap_or_default(), vdc.quota.unwrap_or_default());
+    let share = vdc.share.unwrap_or_default();
     output.one(
         vdc,
         &[
@@ -188,16 +203,45 @@ fn show(vdc: &Vdc, output: Output) -> Result<(), Failure> {
             ("memory", format!("{memory} used")),
             ("storage", format!("{storage} used")),
             ("volumes", keys::encryption(vdc.encryption()).to_owned()),
+            ("snapshots", of(used.snapshots.to_string(), u64::from(quota.snapshots), |n| n.to_string())),
+            ("iops", cap(quota.iops, |n| format!("{n} reads and {n} writes a second"))),
+            (
+                "bandwidth",
+                cap(quota.bandwidth_bytes_per_second, |n| {
+                    format!("{0} read and {0} written a second", output::size(n))
+                }),
+            ),
+            ("weight", share.weight.to_string()),
+            ("burst", cap(u64::from(share.burst_percent), |n| format!("{n}% of one processor"))),
         ],
     )
 }
 
+/// A cap, in words.
+fn cap(limit: u64, show: impl Fn(u64) -> String) -> String {
+    if limit == 0 { "no limit".to_owned() } else { show(limit) }
+}
+
+fn of(used: String, limit: u64, show: impl Fn(u64) -> String) -> String {
+    if limit == 0 { format!("{used} used, no limit") } else { format!("{used}/{} used", show(limit)) }
+}
+
 fn quota_text(quota: Option<&Quota>) -> String {
     let quota = quota.copied().unwrap_or_default();
-    format!(
+    let mut text = format!(
         "{} vcpus, {} memory, {} storage",
         quota.vcpus,
         output::size(quota.memory_bytes),
         output::size(quota.storage_bytes)
-    )
+    );
+    if quota.iops > 0 {
+        text.push_str(&format!(", {} iops", quota.iops));
+    }
+    if quota.bandwidth_bytes_per_second > 0 {
+        text.push_str(&format!(", {} a second", output::size(quota.bandwidth_bytes_per_second)));
+    }
+    if quota.snapshots > 0 {
+        text.push_str(&format!(", {} snapshots", quota.snapshots));
+    }
+    text
 }

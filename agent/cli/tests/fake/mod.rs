@@ -100,9 +100,10 @@ fn vdc(name: &str) -> Vdc {
         uid: "u".into(),
         generation: 3,
         create_time: Some(pbjson_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
-        quota: Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30 }),
-        used: Some(Quota { vcpus: 1, memory_bytes: 256 << 20, storage_bytes: 1 << 30 }),
+        quota: Some(Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30, ..Default::default() }),
+        used: Some(Quota { vcpus: 1, memory_bytes: 256 << 20, storage_bytes: 1 << 30, ..Default::default() }),
         encryption: Encryption::Encrypted.into(),
+        share: None,
     }
 }
 

@@ -8,7 +8,8 @@ use serio_store::record::{
     Encryption, EventRecord, ImageRecord, Made, Millis, OperationRecord, OperationState, PointClass,
 };
 use serio_types::{
-    BootFrom, CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcName, VmSpec, VolumeSize, resource,
+    BootFrom, CloudInit, Name, NicSpec, Quota, RestartPolicy, VdcLimits, VdcName, VmSpec, VolumeSize,
+    resource,
 };
 
 pub(super) use super::fields::request_of;
@@ -206,24 +207,34 @@ pub fn timestamp(time: Millis) -> Timestamp {
     Timestamp { seconds: time.0.div_euclid(1000), nanos }
 }
 
-fn proto_quota(quota: &Quota) -> v1::Quota {
+/// To the wire; the caps are a vdc's own.
+fn proto_quota(quota: &Quota, limits: &VdcLimits) -> v1::Quota {
     v1::Quota {
         vcpus: u32::try_from(quota.vcpus).unwrap_or(u32::MAX),
         memory_bytes: quota.memory_bytes,
         storage_bytes: quota.storage_bytes,
+        iops: limits.iops,
+        bandwidth_bytes_per_second: limits.bandwidth_bytes,
+        snapshots: limits.snapshots,
     }
 }
 
 /// To the wire.
 #[must_use]
 pub fn vdc(view: &VdcView) -> v1::Vdc {
+    let limits = &view.record.limits;
+    let snapshots = u32::try_from(view.snapshots).unwrap_or(u32::MAX);
     v1::Vdc {
         name: resource::vdc(&view.record.name),
         uid: view.record.uid.to_string(),
         generation: view.record.generation.0,
         create_time: Some(timestamp(view.record.create_time)),
-        quota: Some(proto_quota(&view.record.quota)),
-        used: Some(proto_quota(&view.used)),
+        quota: Some(proto_quota(&view.record.quota, limits)),
+        used: Some(proto_quota(&view.used, &VdcLimits { snapshots, ..VdcLimits::default() })),
+        share: Some(v1::Share {
+            weight: limits.weight_of(view.record.quota.vcpus),
+            burst_percent: limits.burst_percent,
+        }),
         encryption: match view.record.encryption {
             Encryption::Plain => v1::Encryption::Plain,
             Encryption::Encrypted => v1::Encryption::Encrypted,

@@ -4,10 +4,10 @@ use serio_api::v1::{
     CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcResponse,
     DeleteVdcSnapshotRequest, EraseVdcRequest, EraseVdcResponse, GetVdcRequest, GetVdcSnapshotRequest,
     ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, Operation,
-    PointClass, RotateVdcKeyRequest, RotateVdcKeyResponse, UpdateVdcRequest, Vdc, VdcSnapshot,
+    PointClass, Quota, RotateVdcKeyRequest, RotateVdcKeyResponse, Share, UpdateVdcRequest, Vdc, VdcSnapshot,
     vdc_service_server::VdcService,
 };
-use serio_types::{Name, VdcName, resource};
+use serio_types::{Name, VdcLimits, VdcName, resource};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -17,8 +17,11 @@ use super::{
 };
 use crate::{
     error::Error,
-    state::command::{Answer, Consistency, Mutation, Query, VdcSnapshotView, VdcView},
+    state::command::{Answer, Consistency, LimitsChange, Mutation, Query, VdcSnapshotView, VdcView},
 };
+
+/// A cap on processor time beyond that is a typing error.
+const BURST_MAX: u32 = 102_400;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -31,6 +34,25 @@ impl VdcApi {
             other => Err(unexpected(&other)),
         }
     }
+}
+
+/// The caps in a quota, and a share, checked.
+fn limits(quota: Option<Quota>, share: Option<Share>) -> Result<VdcLimits, Error> {
+    let (quota, share) = (quota.unwrap_or_default(), share.unwrap_or_default());
+    let mut fields = Fields::default();
+    if share.weight > VdcLimits::WEIGHT_MAX {
+        fields.wrong("share.weight", format!("is more than {}", VdcLimits::WEIGHT_MAX));
+    }
+    if share.burst_percent > BURST_MAX {
+        fields.wrong("share.burst_percent", format!("is more than {BURST_MAX}, which is 1024 processors"));
+    }
+    fields.done(Some(VdcLimits {
+        weight: share.weight,
+        burst_percent: share.burst_percent,
+        iops: quota.iops,
+        bandwidth_bytes: quota.bandwidth_bytes_per_second,
+        snapshots: quota.snapshots,
+    }))
 }
 
 pub(super) fn one(answer: Answer) -> Result<Response<Vdc>, Error> {
@@ -51,12 +73,13 @@ impl VdcService for VdcApi {
         let id = request_of!("CreateVdc", &message)?;
         let name = field("vdc_id", message.vdc_id.parse())?;
         let quota = convert::quota(message.quota)?;
+        let limits = limits(message.quota, message.share)?;
         let encrypted = message.encrypted;
         if encrypted {
             // Before there is a vdc that could have no volumes.
             self.0.keys.check().await.map_err(|e| Error::from_keys(&resource::vdc(&name), &e))?;
         }
-        let vdc = one(self.0.mutate(Mutation::CreateVdc { name, quota, encrypted }, id).await?)?;
+        let vdc = one(self.0.mutate(Mutation::CreateVdc { name, quota, limits, encrypted }, id).await?)?;
         if encrypted {
             let (name, uid) = (&vdc.get_ref().name, keys::uid_of(vdc.get_ref())?);
             self.0.keys.ensure(uid).await.map_err(|e| Error::from_keys(name, &e))?;
@@ -90,7 +113,12 @@ impl VdcService for VdcApi {
         let id = request_of!("UpdateVdc", &message)?;
         let name = field("name", resource::parse_vdc(&message.name))?;
         let quota = convert::quota(message.quota)?;
-        let mutation = Mutation::UpdateVdc { name, quota, expected_generation: message.expected_generation };
+        let limits = LimitsChange {
+            limits: limits(message.quota, message.share)?,
+            keep_share: message.share.is_none(),
+        };
+        let expected_generation = message.expected_generation;
+        let mutation = Mutation::UpdateVdc { name, quota, limits, expected_generation };
         Ok(one(self.0.mutate(mutation, id).await?)?)
     }
 

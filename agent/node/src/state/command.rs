@@ -6,7 +6,7 @@ use serio_store::record::{
     EventRecord, ExportRecord, ImageRecord, OperationKind, OperationRecord, RequestRecord, SnapshotRecord,
     VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
 };
-use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcName, VmSpec, VolumeSize, resource};
+use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcLimits, VdcName, VmSpec, VolumeSize, resource};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -27,14 +27,23 @@ pub struct Request {
     pub digest: String,
 }
 
+/// New caps of a vdc, and whether its weight and burst are meant too.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitsChange {
+    /// As they shall be.
+    pub limits: VdcLimits,
+    /// Weight and burst stay as they are.
+    pub keep_share: bool,
+}
+
 /// A change that a client asks for. Each is idempotent by its request id.
 #[allow(missing_docs, reason = "the fields are named by their types, the variants say what they are for")]
 #[derive(Debug, Clone)]
 pub enum Mutation {
     /// → [`Answer::Vdc`].
-    CreateVdc { name: Name, quota: Quota, encrypted: bool },
-    /// → [`Answer::Vdc`].
-    UpdateVdc { name: Name, quota: Quota, expected_generation: u64 },
+    CreateVdc { name: Name, quota: Quota, limits: VdcLimits, encrypted: bool },
+    /// Without a weight, that and the burst stay → [`Answer::Vdc`].
+    UpdateVdc { name: Name, quota: Quota, limits: LimitsChange, expected_generation: u64 },
     /// Nothing of it may run → [`Answer::Vdc`]. The key is destroyed by the caller, afterwards.
     EraseVdc { name: Name, uid: Uuid },
     /// → [`Answer::Nothing`].
@@ -283,6 +292,8 @@ pub struct VdcView {
     pub record: VdcRecord,
     /// What its VMs and volumes are promised.
     pub used: Quota,
+    /// How many snapshots its volumes have.
+    pub snapshots: u64,
 }
 
 /// The states of a VM, as the API shows them.

@@ -33,6 +33,7 @@ pub mod effect;
 mod executor;
 mod exports;
 mod given_root;
+pub mod holdings;
 mod images;
 mod merges;
 pub mod model;
@@ -225,10 +226,12 @@ impl State {
     /// Starts a change. What is refused is answered here, at once; the rest answers when it is done.
     fn mutate(&mut self, mutation: Mutation, op: Op) {
         let refused = match mutation {
-            Mutation::CreateVdc { name, quota, encrypted } => self.create_vdc(name, quota, encrypted, op),
+            Mutation::CreateVdc { name, quota, limits, encrypted } => {
+                self.create_vdc(name, (quota, limits), encrypted, op)
+            }
             Mutation::EraseVdc { name, uid } => self.erase_vdc(&name, uid, op),
-            Mutation::UpdateVdc { name, quota, expected_generation } => {
-                self.update_vdc(&name, quota, expected_generation, op)
+            Mutation::UpdateVdc { name, quota, limits, expected_generation } => {
+                self.update_vdc(&name, (quota, limits), expected_generation, op)
             }
             Mutation::DeleteVdc { name } => self.delete_vdc(&name, op),
             Mutation::CreateVm { name, spec, start } => self.create_vm(name, *spec, start, op),

@@ -255,6 +255,13 @@ impl Model {
         vms.chain(volumes).fold(Quota::default(), |sum, one| add(&sum, &one))
     }
 
+    /// How many snapshots the volumes of a vdc have.
+    #[must_use]
+    pub fn snapshots_in(&self, vdc: Uuid) -> u64 {
+        let volumes = self.volumes.values().filter(|r| r.vdc == vdc);
+        volumes.map(|r| self.snapshots_of(r.uid).count() as u64).sum()
+    }
+
     /// The export of a volume's head, if there is one.
     #[must_use]
     pub fn head_export(&self, volume: Uuid) -> Option<&ExportRecord> {

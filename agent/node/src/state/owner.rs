@@ -20,6 +20,7 @@ use super::{
     State,
     command::{Answer, Command, VmState},
     effect::{Effect, Input},
+    holdings::Holdings,
     model,
     orders::HostLimits,
 };
@@ -37,6 +38,8 @@ pub struct Watches {
     pub operations: watch::Receiver<u64>,
     /// What is promised.
     pub snapshot: watch::Receiver<Snapshot>,
+    /// What each vdc holds.
+    pub holdings: watch::Receiver<Holdings>,
     /// All that ran before the start is known again.
     pub recovered: watch::Receiver<bool>,
 }
@@ -104,6 +107,7 @@ pub fn spawn(
     let (last_event, watch_event) = watch::channel(state.model().last_event);
     let (operations, watch_operations) = watch::channel(state.operations_version());
     let (snapshot, watch_snapshot) = watch::channel(state.snapshot());
+    let (holdings, watch_holdings) = watch::channel(state.holdings());
     let (recovered, watch_recovered) = watch::channel(state.recovered());
     thread::Builder::new().name("state".to_owned()).spawn(move || {
         first.into_iter().for_each(&begin);
@@ -121,6 +125,12 @@ pub fn spawn(
                 *known = promised;
                 changed
             });
+            let held = state.holdings();
+            holdings.send_if_modified(|known| {
+                let changed = *known != held;
+                *known = held;
+                changed
+            });
             let settled = state.recovered();
             recovered.send_if_modified(|known| std::mem::replace(known, settled) != settled);
         }
@@ -129,6 +139,7 @@ pub fn spawn(
         last_event: watch_event,
         operations: watch_operations,
         snapshot: watch_snapshot,
+        holdings: watch_holdings,
         recovered: watch_recovered,
     })
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use serio_types::{Quota, RestartPolicy, SnapshotName, VdcName};
+use serio_types::{Quota, RestartPolicy, SnapshotName, VdcLimits, VdcName};
 
 use super::{
-    command::{Answer, Mutation, VmState},
+    command::{Answer, LimitsChange, Mutation, VmState},
     effect::Timer,
     world_test::{Sim, spec},
 };
@@ -209,13 +209,23 @@ fn quotas_refuse_and_name_what_is_short() {
     let mut big = spec(1);
     big.memory = (1 << 40).try_into().unwrap();
     let quota = Quota { vcpus: 100, memory_bytes: 1 << 41, storage_bytes: 1 << 30 };
-    let update = Mutation::UpdateVdc { name: "ardesio".parse().unwrap(), quota, expected_generation: 1 };
+    let update = Mutation::UpdateVdc {
+        name: "ardesio".parse().unwrap(),
+        quota,
+        limits: LimitsChange::default(),
+        expected_generation: 1,
+    };
     sim.ask(update.clone()).unwrap();
     assert!(matches!(sim.ask(update), Err(Error::Generation { expected: 1, found: 2, .. })));
     let refused = sim.ask(Mutation::CreateVm { name: other(), spec: big, start: true }).unwrap_err();
     assert!(refused.to_string().contains("the capacity of this node"), "{refused}");
     let quota = Quota { vcpus: 1, memory_bytes: 1 << 20, storage_bytes: 1 << 30 };
-    let shrink = Mutation::UpdateVdc { name: "ardesio".parse().unwrap(), quota, expected_generation: 0 };
+    let shrink = Mutation::UpdateVdc {
+        name: "ardesio".parse().unwrap(),
+        quota,
+        limits: LimitsChange::default(),
+        expected_generation: 0,
+    };
     assert!(matches!(sim.ask(shrink), Err(Error::Precondition { .. })));
 }
 
@@ -277,4 +287,27 @@ fn a_restarted_seriod_takes_over() {
     sim.settle();
     assert_eq!(sim.vm("ardesio/web").unwrap().record.last_end.unwrap().kind.as_str(), "power-off");
     sim.assert_agreement();
+}
+
+#[test]
+fn snapshots_are_within_the_quota_and_the_share_stays() {
+    let mut sim = running();
+    let quota = Quota { vcpus: 100, memory_bytes: 1 << 41, storage_bytes: 1 << 30 };
+    let update = |sim: &mut Sim, snapshots, keep_share| {
+        let limits = VdcLimits { snapshots, weight: if keep_share { 0 } else { 7 }, ..VdcLimits::default() };
+        let limits = LimitsChange { limits, keep_share };
+        sim.ask(Mutation::UpdateVdc { name: web().vdc, quota, limits, expected_generation: 0 })
+    };
+    update(&mut sim, 1, false).unwrap();
+    let take = |name: &str| Mutation::CreateSnapshot {
+        name: SnapshotName { volume: "ardesio/web-root".parse().unwrap(), snapshot: name.parse().unwrap() },
+    };
+    sim.ask(take("a")).unwrap();
+    let refused = crate::error::chain(&sim.ask(take("b")).unwrap_err());
+    assert!(refused.contains("snapshots: 1 asked, 0 available: the quota of vdc ardesio is 1"), "{refused}");
+    let Answer::Vdc(view) = update(&mut sim, 2, true).unwrap() else { panic!("a vdc") };
+    assert_eq!((view.record.limits.weight, view.record.limits.snapshots, view.snapshots), (7, 2, 1));
+    sim.ask(take("b")).unwrap();
+    let refused = update(&mut sim, 1, true).unwrap_err();
+    assert!(refused.to_string().contains("has 2 snapshots"), "{refused}");
 }

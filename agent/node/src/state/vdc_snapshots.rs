@@ -43,6 +43,7 @@ impl State {
         op: Op,
     ) -> Result<(), Refused> {
         let (parts, records) = check!(op, self.plan_vdc_snapshot(name));
+        check!(op, self.admit_snapshots(&name.vdc, records.len() as u64));
         let vdc = check!(op, self.model.vdc(&name.vdc)).uid;
         let group = VdcSnapshotRecord {
             uid: Uuid::now_v7(),

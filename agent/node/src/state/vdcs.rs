@@ -4,12 +4,12 @@ use serio_store::{
     Change, Key,
     record::{Encryption, Made, VdcRecord},
 };
-use serio_types::{Generation, Name, Quota, resource};
+use serio_types::{Generation, Name, Quota, VdcLimits, resource};
 use uuid::Uuid;
 
 use super::{
     Refused, State, check,
-    command::{Answer, Mutation, Query},
+    command::{Answer, LimitsChange, Mutation, Query},
     phase::{Op, Phase},
     refuse,
 };
@@ -19,7 +19,7 @@ impl State {
     pub(super) fn create_vdc(
         &mut self,
         name: Name,
-        quota: Quota,
+        (quota, limits): (Quota, VdcLimits),
         encrypted: bool,
         op: Op,
     ) -> Result<(), Refused> {
@@ -32,6 +32,7 @@ impl State {
             generation: Generation::FIRST,
             create_time: self.now,
             quota,
+            limits,
             encryption: if encrypted { Encryption::Encrypted } else { Encryption::Plain },
         };
         let mut changes =
@@ -45,7 +46,7 @@ impl State {
     pub(super) fn update_vdc(
         &mut self,
         name: &Name,
-        quota: Quota,
+        (quota, change): (Quota, LimitsChange),
         expected: u64,
         op: Op,
     ) -> Result<(), Refused> {
@@ -62,7 +63,18 @@ impl State {
             );
             return refuse(op, Error::precondition(resource::vdc(name), why));
         }
+        let snapshots = self.model.snapshots_in(record.uid);
+        if change.limits.snapshots > 0 && snapshots > u64::from(change.limits.snapshots) {
+            let why =
+                format!("has {snapshots} snapshots: delete some first, or give a quota that holds them");
+            return refuse(op, Error::precondition(resource::vdc(name), why));
+        }
+        let VdcLimits { weight, burst_percent, .. } = record.limits;
         record.quota = quota;
+        record.limits = change.limits;
+        if change.keep_share {
+            record.limits = VdcLimits { weight, burst_percent, ..record.limits };
+        }
         record.generation = record.generation.next();
         let mut changes =
             vec![Change::Vdc(record), self.event(resource::vdc(name), "updated", "the quota was changed")];

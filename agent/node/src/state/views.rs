@@ -64,7 +64,11 @@ impl State {
     }
 
     pub(super) fn vdc_view(&self, record: &VdcRecord) -> VdcView {
-        VdcView { record: record.clone(), used: self.model.used(Some(record.uid)) }
+        VdcView {
+            record: record.clone(),
+            used: self.model.used(Some(record.uid)),
+            snapshots: self.model.snapshots_in(record.uid),
+        }
     }
 
     pub(super) fn vm_view(&self, record: &VmRecord) -> VmView {

@@ -182,6 +182,7 @@ impl State {
 
     pub(super) fn create_snapshot(&mut self, name: &SnapshotName, op: Op) -> Result<(), Refused> {
         let (record, vm) = check!(op, self.plan_point(&name.volume, &name.snapshot));
+        check!(op, self.admit_snapshots(&name.volume.vdc, 1));
         let resource = resource::snapshot(&name.volume, &name.snapshot);
         let volume = record.volume;
         let mut changes = vec![Change::Snapshot(record)];
@@ -190,6 +191,13 @@ impl State {
         self.volume_ops.insert(volume, VolumeOp::Snapshot { name: name.snapshot.clone(), op });
         self.out.push(Effect::Snapshot { volume, name: name.snapshot.clone(), vm });
         Ok(())
+    }
+
+    /// Whether a vdc may have so many snapshots more.
+    pub(super) fn admit_snapshots(&self, vdc: &Name, asked: u64) -> Result<(), Error> {
+        let record = self.model.vdc(vdc)?;
+        let used = self.model.snapshots_in(record.uid);
+        Ok(serio_vdc::admit_snapshots(vdc.as_str(), record.limits.snapshots, used, asked)?)
     }
 
     /// The row of a new point, and the VM to ask for it if one runs.

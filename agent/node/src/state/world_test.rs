@@ -6,7 +6,7 @@ use std::{
 };
 
 use serio_store::{Store, record::PointClass};
-use serio_types::{Name, Quota, VmSpec};
+use serio_types::{Name, Quota, VdcLimits, VmSpec};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -479,7 +479,13 @@ impl Sim {
         self.input(Input::Command(Command::FinishImport(files), reply));
         waiting.try_recv().unwrap().unwrap();
         let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 1 << 30 };
-        self.ask(Mutation::CreateVdc { name: "ardesio".parse().unwrap(), quota, encrypted: false }).unwrap();
+        self.ask(Mutation::CreateVdc {
+            name: "ardesio".parse().unwrap(),
+            quota,
+            limits: VdcLimits::default(),
+            encrypted: false,
+        })
+        .unwrap();
     }
 }
 

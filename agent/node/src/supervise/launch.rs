@@ -68,7 +68,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     let watched =
         spawn::spawn(&inner.settings.vmm_path, inner.settings.first_uid, control, &run.stderr()).await?;
     let pid = watched.process().pid();
-    inner.cgroups.put(uid, pid, plan.vcpus);
+    inner.cgroups.put(uid, &plan.name.vdc, pid, plan.vcpus);
     let meta = Meta {
         pid,
         start_ticks: watched.process().start_ticks(),

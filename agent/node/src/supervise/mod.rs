@@ -55,6 +55,7 @@ use std::{
 
 use bytes::Bytes;
 use serio_control::message::VdcKey;
+use serio_types::Name;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -64,6 +65,7 @@ use crate::{
     net::Net,
 };
 
+pub use cgroup::VdcGroup;
 pub use check::{CheckAsk, CheckRecord, ProblemRecord, ScrubRecord};
 pub use error::{AdoptError, FileError, JobError, LaunchError, SpawnError, TalkError, VolumeFilesError};
 pub use export::ExportHandle;
@@ -156,7 +158,8 @@ impl Supervisor {
     /// # Errors
     /// A directory cannot be made.
     pub fn new(settings: SupervisorSettings) -> Result<Self, FileError> {
-        let cgroups = Cgroups::new(settings.cgroup_root.as_deref());
+        let disk = cgroup::disk_of(Path::new("/sys"), &settings.state_dir);
+        let cgroups = Cgroups::new(settings.cgroup_root.as_deref(), disk);
         let inner =
             Inner { settings, cgroups, net: Net::default(), gates: Mutex::default(), keys: OnceLock::new() };
         rundir::remove(&inner.jobs_dir())?;
@@ -387,6 +390,29 @@ impl Supervisor {
     /// Ends what may still run of an export and removes its files. Idempotent.
     pub async fn clean_export(&self, id: &str) {
         export::clean(&self.inner, id).await;
+    }
+
+    /// Gives a vdc what it is promised, and takes it from vdcs that are gone (`all` are those that there are). Gives what of it
+    /// this host does not enforce. Writes files: not for a thread that serves others.
+    #[must_use]
+    pub fn share(&self, vdc: &VdcGroup) -> Vec<String> {
+        self.inner.cgroups.share(vdc)
+    }
+
+    /// Removes what is left of vdcs that are not among those.
+    pub fn keep_vdcs(&self, vdcs: &[Name]) {
+        self.inner.cgroups.keep_only(vdcs);
+    }
+
+    /// Puts a VM that an earlier seriod started into its vdc's cgroup.
+    pub fn place(&self, vm: Uuid, vdc: &Name, vcpus: u32) {
+        self.inner.cgroups.adopt(vm, vdc, vcpus);
+    }
+
+    /// A VM's cgroup, if there is one.
+    #[must_use]
+    pub fn cgroup(&self, vm: Uuid) -> Option<PathBuf> {
+        self.inner.cgroups.group_of(vm)
     }
 
     /// A VM's serial log (`STATE/vms/<uuid>/serial.log`).

@@ -127,7 +127,7 @@ fn cgroup() -> Check {
     let remedy = "VMs run, but without limits of their own: boot with systemd.unified_cgroup_hierarchy=1";
     match fs::read_to_string("/sys/fs/cgroup/cgroup.controllers") {
         Ok(controllers) => {
-            let missing: Vec<&str> = ["cpu", "memory"]
+            let missing: Vec<&str> = ["cpu", "memory", "io"]
                 .into_iter()
                 .filter(|want| !controllers.split_whitespace().any(|c| c == *want))
                 .collect();
@@ -138,7 +138,7 @@ fn cgroup() -> Check {
             Check::warn(
                 "cgroup",
                 found,
-                "VMs run, but without those limits: give the controllers to the hierarchy where the agent runs",
+                "VMs run, but without those shares and limits of their vdcs: give the controllers to the hierarchy where the agent runs",
             )
         }
         Err(_) if Path::new("/sys/fs/cgroup/unified").exists() => {

@@ -352,3 +352,24 @@ async fn completions_for_three_shells() {
         assert!(ran.code == 0 && ran.stdout.contains("serio"), "{shell}");
     }
 }
+
+#[tokio::test]
+async fn usage_is_read_page_by_page() {
+    let case = Case::new();
+    let ran = case.run(&["vdc", "usage", "ardesio", "--from", "1970-01-01"]).await;
+    let expected = [
+        "FROM                  VCPU H  CPU H  MEMORY GIB H  STORAGE GIB H  READ  WRITTEN  NET IN  NET OUT  ENERGY",
+        "1970-01-01 00:00:00Z  2.000   0.000  1.000         0.000          0B    0B       0B      0B       not measured",
+        "1970-01-01 01:00:00Z  2.000   0.000  1.000         0.000          0B    0B       0B      0B       not measured",
+    ];
+    assert_eq!(ran.stdout.lines().map(str::trim_end).collect::<Vec<_>>(), expected);
+    let ran = case.run(&["vdc", "usage", "ardesio", "--csv"]).await;
+    assert_eq!(ran.stdout.lines().count(), 3);
+    assert!(
+        ran.stdout.contains("\nardesio,,1970-01-01T01:00:00Z,1970-01-01T02:00:00Z,0,7200,"),
+        "{}",
+        ran.stdout
+    );
+    let ran = case.run(&["vdc", "usage", "ardesio", "--from", "yesterday"]).await;
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+}

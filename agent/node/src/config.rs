@@ -12,7 +12,7 @@ use std::{
 use serde::Deserialize;
 use serio_types::{ByteSize, Name};
 
-use crate::scrub::Every;
+use crate::{energy::EnergySettings, scrub::Every};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,40 @@ pub struct Config {
     pub scheduler: Scheduler,
     /// What is reported and promised.
     pub capacity: Capacity,
+    /// What is counted for invoices.
+    pub meter: Meter,
+    /// What is watched.
+    pub health: Health,
+    /// How energy is shared out.
+    pub energy: EnergySettings,
+    /// For the monitoring.
+    pub metrics: Metrics,
+}
+
+/// What is counted for invoices.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Meter {
+    /// Seconds between two looks.
+    pub interval_s: u64,
+}
+
+/// What is watched.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Health {
+    /// Seconds between two looks.
+    pub interval_s: u64,
+    /// With less free on the disk of `state_dir` nothing new is made or started.
+    pub disk_floor: ByteSize,
+}
+
+/// For the monitoring.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Plain HTTP; none when empty.
+    pub listen: Addr,
 }
 
 /// The gRPC services.
@@ -190,6 +224,10 @@ impl Default for Config {
             keys: Keys::default(),
             scheduler: Scheduler::default(),
             capacity: Capacity::default(),
+            meter: Meter::default(),
+            health: Health::default(),
+            energy: EnergySettings::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -201,6 +239,18 @@ impl Default for Volumes {
             scrub_interval: Every(Duration::from_secs(30 * 24 * 60 * 60)),
             scrub_pace: ByteSize::from_mib(20),
         }
+    }
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self { interval_s: 60 }
+    }
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { interval_s: 30, disk_floor: ByteSize::from_mib(64) }
     }
 }
 
@@ -243,6 +293,16 @@ impl Config {
         }
         if self.capacity.usage_interval_ms == 0 || self.capacity.lease_interval_ms == 0 {
             return inconsistent("capacity.usage_interval_ms and lease_interval_ms must be at least 1");
+        }
+        if self.meter.interval_s == 0 || self.health.interval_s == 0 {
+            return inconsistent("meter.interval_s and health.interval_s must be at least 1");
+        }
+        if !(0.0..=1.0).contains(&self.energy.memory_share)
+            || !(0.0..1e4).contains(&self.energy.carbon_grams_per_kwh)
+        {
+            return inconsistent(
+                "energy.memory_share must be from 0 to 1, carbon_grams_per_kwh from 0 to less than 10000",
+            );
         }
         if !self.capacity.overcommit_vcpu.is_finite() || self.capacity.overcommit_vcpu <= 0.0 {
             return inconsistent("capacity.overcommit_vcpu must be more than 0");

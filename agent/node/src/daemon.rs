@@ -25,8 +25,10 @@ use crate::{
     capacity::{Reporter, ReporterSettings},
     config::Config,
     grpc::{self, Context, NodeInfo, certificates::Certificates, server},
+    health::{Health, HealthSettings},
     keys::Keys,
-    nbd,
+    meter::{Meter, MeterSettings},
+    metrics, nbd,
     scrub::{Checks, ScrubSettings},
     shares::Shares,
     state::{
@@ -235,6 +237,70 @@ async fn start_nbd(config: &Config, handles: &Handles) -> anyhow::Result<Option<
     }))
 }
 
+/// What looks at the node beside the state.
+struct Watchers {
+    health: Health,
+    meter: Meter,
+}
+
+/// Starts the meter and the watch over the node's health, and has the usage report tell of them.
+fn watch_node(config: &Config, core: &Core, reporter: &Reporter, node_name: &str) -> Watchers {
+    let settings = MeterSettings {
+        path: config.state_dir.join("meter.db"),
+        interval: Duration::from_secs(config.meter.interval_s),
+        energy: config.energy.clone(),
+    };
+    let meter = Meter::open(settings, core.supervisor.clone(), core.watches.holdings.clone());
+    tokio::spawn(meter.clone().run());
+    let mut certificates = Vec::new();
+    if config.grpc.listen.0.is_some() || config.nbd.listen.0.is_some() {
+        certificates.push(config.grpc.tls_dir.join("server-cert.pem"));
+    }
+    let health = Health::new(HealthSettings {
+        root: PathBuf::from("/"),
+        resource: format!("nodes/{node_name}"),
+        state_dir: config.state_dir.clone(),
+        floor_bytes: config.health.disk_floor.bytes(),
+        certificates,
+        interval: Duration::from_secs(config.health.interval_s),
+    });
+    tokio::spawn(health.clone().run(core.client.clone()));
+    let (watched, metered) = (health.clone(), meter.clone());
+    reporter.add_to_usage(move |usage| {
+        let conditions = watched.conditions();
+        let worst = conditions.iter().map(|condition| condition.finding.severity).max();
+        usage.health = worst.map_or(0, |severity| grpc::usage::severity(severity).into());
+        usage.conditions = u32::try_from(conditions.len()).unwrap_or(u32::MAX);
+        let energy = metered.energy();
+        usage.energy_joules = energy.method.map(|_| energy.total_uj as f64 / 1e6);
+        usage.power_watts = energy.watts;
+        usage.carbon_grams_per_kwh = energy.carbon_grams_per_kwh;
+    });
+    Watchers { health, meter }
+}
+
+/// Serves /metrics, if that is wanted.
+async fn start_metrics(
+    config: &Config,
+    reporter: &Reporter,
+    watchers: &Watchers,
+    node: &str,
+) -> anyhow::Result<()> {
+    let Some(address) = config.metrics.listen.0 else { return Ok(()) };
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address} (metrics.listen)"))?;
+    tracing::info!("serving /metrics on {}", listener.local_addr()?);
+    let sources = metrics::Sources {
+        node: node.to_owned(),
+        reporter: reporter.clone(),
+        health: watchers.health.clone(),
+        meter: watchers.meter.clone(),
+    };
+    tokio::spawn(metrics::serve(listener, sources));
+    Ok(())
+}
+
 /// Says to systemd, if it started us, that the sockets are open.
 fn notify_ready() {
     if let (Some(path), Ok(socket)) = (std::env::var_os("NOTIFY_SOCKET"), UnixDatagram::unbound()) {
@@ -287,6 +353,8 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     finish_erasures(&core).await.context("the key of an erased vdc could not be destroyed")?;
     let reporter = reporter(&config, &core, node_name.as_str());
     tokio::spawn(reporter.clone().run());
+    let watchers = watch_node(&config, &core, &reporter, node_name.as_str());
+    start_metrics(&config, &reporter, &watchers, node_name.as_str()).await?;
     let shares = Shares { supervisor: core.supervisor.clone(), state: core.client.clone() };
     tokio::spawn(shares.run(core.watches.holdings.clone()));
     let mut recovered = core.watches.recovered.clone();
@@ -315,7 +383,8 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     });
     let Core { client, handles, supervisor, keys, audit, .. } = core;
     let trail = audit.clone();
-    let context = Context { state: client, handles, supervisor, reporter, node, keys, audit };
+    let Watchers { health, meter } = watchers;
+    let context = Context { state: client, handles, supervisor, reporter, node, keys, audit, health, meter };
     let routes = grpc::routes(&context).await?;
     Box::pin(serve(&config, tls, routes, trail)).await
 }

@@ -1,4 +1,5 @@
-//! The system calls that have no safe wrapper: what a child does between fork and exec, and making a tap.
+//! The system calls that have no safe wrapper: what a child does between fork and exec, making a tap,
+//! the state of the clock.
 //!
 //! Owns: these few lines of unsafe code. Never: decisions; each function does one thing for its caller.
 
@@ -13,6 +14,19 @@ use std::{
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::health::observe::Clock;
+
+/// What the kernel says of its clock (adjtimex(2)); `None` when it does not.
+#[must_use]
+pub fn kernel_clock() -> Option<Clock> {
+    // SAFETY: a timex is plain numbers, for each of which zero is a value.
+    let mut timex: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live timex that nobody else has; with modes 0 the kernel changes nothing and only writes there.
+    let state = unsafe { libc::adjtimex(&raw mut timex) };
+    let is_synced = timex.status & libc::STA_UNSYNC == 0;
+    (state >= 0).then_some(Clock { is_synced, error_us: timex.maxerror })
+}
 
 /// Starts a program in a session of its own (a signal to seriod's terminal or group does not reach it), with one
 /// descriptor more than the standard three, under the same number as here.

@@ -32,7 +32,7 @@ fn vm(reservation: &str) -> CreateVmRequest {
 }
 
 async fn furnish(channel: Channel) {
-    let quota = Quota { vcpus: 4, memory_bytes: 1 << 30, storage_bytes: 1 << 30 };
+    let quota = Quota { vcpus: 4, memory_bytes: 1 << 30, storage_bytes: 1 << 30, ..Default::default() };
     let vdc = CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..Default::default() };
     VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
     let kernel = b"\x7fELF\x02\x01\x01 a kernel for those who do not look further";

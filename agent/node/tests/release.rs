@@ -39,7 +39,8 @@ impl Node {
         }
         seriod.start();
         let channel = seriod.connect().await.unwrap();
-        let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 * MIB };
+        let quota =
+            Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 64 * MIB, ..Default::default() };
         let vdc = CreateVdcRequest { vdc_id: "ardesio".into(), quota: Some(quota), ..Default::default() };
         VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
         Some(Node { seriod, volumes: VolumeServiceClient::new(channel) })

@@ -15,6 +15,7 @@
 mod change;
 mod error;
 mod load;
+pub mod meter;
 pub mod record;
 mod schema;
 

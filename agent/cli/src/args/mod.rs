@@ -23,7 +23,9 @@ pub use layers::{
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use transfer::{DownloadArgs, UploadArgs};
-pub use vdc::{ConsistencyArg, LimitArgs, QuotaArgs, UpdateArgs, VdcSnapshotArgs, VdcVerb};
+pub use vdc::{
+    ConsistencyArg, GranularityArg, LimitArgs, QuotaArgs, UpdateArgs, UsageArgs, VdcSnapshotArgs, VdcVerb,
+};
 pub use vm::{Boot, ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 

@@ -69,6 +69,44 @@ pub struct UpdateArgs {
     pub burst: Option<u32>,
 }
 
+/// `vdc usage`.
+#[derive(Debug, Args)]
+#[command(after_help = "Counted for invoicing: the numbers never go back, and are kept for 13 months.
+-o csv prints a line a span with all numbers; times are UTC.
+
+Examples:
+  serio vdc usage ardesio
+  serio vdc usage ardesio --from 2026-03-01 --to 2026-04-01 --by day
+  serio vdc usage ardesio --from 2026-01-01 --by month --csv")]
+pub struct UsageArgs {
+    /// Its name
+    #[arg(value_parser = vdc_name)]
+    pub name: Name,
+    /// Not before: 2026-03-01 or 2026-03-01T08:00:00Z; a day ago when left out
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Before: likewise; now when left out
+    #[arg(long, value_name = "TIME")]
+    pub to: Option<String>,
+    /// A line for each of
+    #[arg(long, value_enum, default_value_t = GranularityArg::Hour)]
+    pub by: GranularityArg,
+    /// Comma-separated values instead of a table
+    #[arg(long)]
+    pub csv: bool,
+}
+
+/// The spans of `vdc usage`, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GranularityArg {
+    /// Full hours.
+    Hour,
+    /// Days.
+    Day,
+    /// Months.
+    Month,
+}
+
 /// The verbs of `vdc`.
 #[derive(Debug, Subcommand)]
 pub enum VdcVerb {
@@ -167,6 +205,8 @@ Examples:
         #[command(flatten)]
         wait: WaitArgs,
     },
+    /// What a virtual data center has used, by hour, day or month
+    Usage(UsageArgs),
     /// Delete an empty virtual data center
     #[command(after_help = "Examples:\n  serio vdc delete ardesio")]
     Delete {

@@ -16,6 +16,7 @@ mod operation;
 mod pki;
 mod source;
 mod transfer;
+mod usage;
 mod vdc;
 mod vm;
 mod volume;

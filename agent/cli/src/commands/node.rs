@@ -1,8 +1,8 @@
 //! `node`: the host that answers, and the hosts that a scheduler knows.
 
 use serio_api::v1::{
-    DeleteNodeRecordRequest, DrainNodeRequest, GetNodeRecordRequest, GetNodeRequest, ListNodesRequest, Node,
-    NodeRecord, UndrainNodeRequest, node_service_client::NodeServiceClient,
+    Condition, DeleteNodeRecordRequest, DrainNodeRequest, GetNodeRecordRequest, GetNodeRequest,
+    ListNodesRequest, Node, NodeRecord, UndrainNodeRequest, node_service_client::NodeServiceClient,
     scheduler_service_client::SchedulerServiceClient,
 };
 
@@ -74,29 +74,63 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
     }
 }
 
+/// Lines of what is wrong.
+fn conditions(node: &Node) -> Vec<(&'static str, String)> {
+    if node.conditions.is_empty() {
+        return vec![("health", "well".to_owned())];
+    }
+    let line = |condition: &Condition| {
+        let severity = condition.severity().as_str_name().trim_start_matches("SEVERITY_").to_lowercase();
+        let Condition { kind, reason, remedy, .. } = condition;
+        let since = output::time(condition.since.as_ref());
+        ("health", format!("{severity}, {kind} since {since}: {reason}; to do: {remedy}"))
+    };
+    node.conditions.iter().map(line).collect()
+}
+
+fn energy(node: &Node) -> String {
+    let energy = node.energy.clone().unwrap_or_default();
+    let Some(joules) = energy.joules else { return "not measured".to_owned() };
+    let mut text = format!("{joules:.0} J since the agent's start");
+    if let Some(watts) = energy.watts {
+        text.push_str(&format!(", {watts:.1} W"));
+    }
+    if let (Some(idle), true) = (energy.idle_joules, joules > 0.0) {
+        text.push_str(&format!(", {:.0}% idle", idle / joules * 100.0));
+    }
+    if let Some(grams) = energy.carbon_grams_per_kwh {
+        text.push_str(&format!(", {grams} g CO2 for a kWh"));
+    }
+    format!("{text} ({})", energy.method)
+}
+
 fn show(node: &Node, output: Output) -> Result<(), Failure> {
-    output.one(
-        node,
-        &[
-            ("name", names::short(&node.name)),
-            ("uid", node.uid.clone()),
-            ("site", node.site.clone()),
-            ("failure domain", node.failure_domain.clone()),
-            ("agent", node.agent_version.clone()),
-            ("started", output::time(node.start_time.as_ref())),
-            ("boot id", node.boot_id.clone()),
-            ("kernel", node.kernel_version.clone()),
-            ("kvm", node.kvm.clone()),
-            ("vms", format!("{} running of {}", node.vms_running, node.vms_total)),
-            (
-                "takes new",
-                match node.drain_reason.as_str() {
-                    "" => "yes".to_owned(),
-                    reason => format!("no, drained: {reason}"),
-                },
-            ),
-        ],
-    )
+    let mut rows = facts(node);
+    rows.extend(conditions(node));
+    rows.push(("energy", energy(node)));
+    output.one(node, &rows)
+}
+
+fn facts(node: &Node) -> Vec<(&'static str, String)> {
+    vec![
+        ("name", names::short(&node.name)),
+        ("uid", node.uid.clone()),
+        ("site", node.site.clone()),
+        ("failure domain", node.failure_domain.clone()),
+        ("agent", node.agent_version.clone()),
+        ("started", output::time(node.start_time.as_ref())),
+        ("boot id", node.boot_id.clone()),
+        ("kernel", node.kernel_version.clone()),
+        ("kvm", node.kvm.clone()),
+        ("vms", format!("{} running of {}", node.vms_running, node.vms_total)),
+        (
+            "takes new",
+            match node.drain_reason.as_str() {
+                "" => "yes".to_owned(),
+                reason => format!("no, drained: {reason}"),
+            },
+        ),
+    ]
 }
 
 /// What a node has and has promised.

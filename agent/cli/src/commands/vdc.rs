@@ -7,7 +7,7 @@ use serio_api::v1::{
 };
 use serio_types::{Name, VdcName};
 
-use super::{keys, operation, request_id, volume};
+use super::{keys, operation, request_id, usage, volume};
 use crate::{
     args::{ConsistencyArg, UpdateArgs, VdcSnapshotArgs, VdcVerb},
     client::Client,
@@ -54,6 +54,7 @@ pub(super) async fn run(client: &Client, verb: VdcVerb, output: Output) -> Resul
         }
         VdcVerb::Show { name } => show(&get(client, &name).await?, output),
         VdcVerb::Update { name, change } => update(client, &name, change, output).await,
+        VdcVerb::Usage(args) => usage::run(client, args, output).await,
         VdcVerb::RotateKey { name } => keys::rotate(client, &name, output).await,
         VdcVerb::Erase { name, yes: _ } => keys::erase(client, &name, output).await,
         VdcVerb::Snapshot(args) => snapshot(client, args, output).await,

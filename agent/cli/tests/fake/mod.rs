@@ -13,10 +13,11 @@ use serio_api::v1::{
     DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, Encryption, EraseVdcRequest,
     EraseVdcResponse, GetImageRequest, GetOperationRequest, GetVdcRequest, GetVdcSnapshotRequest,
     GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListOperationsRequest,
-    ListOperationsResponse, ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest,
-    ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation, OperationState, PointClass, Quota,
-    ReadLogRequest, RebootVmRequest, Receipt, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
-    StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot, Vm, WatchOperationRequest,
+    ListOperationsResponse, ListUsageRequest, ListUsageResponse, ListVdcSnapshotsRequest,
+    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation,
+    OperationState, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt, RotateVdcKeyRequest,
+    RotateVdcKeyResponse, Snapshot, StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot,
+    VdcUsage, Vm, WatchOperationRequest,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
     operation_service_server::{OperationService, OperationServiceServer},
@@ -159,6 +160,26 @@ impl VdcService for Fake {
         _: Request<ListVdcSnapshotsRequest>,
     ) -> Result<Response<ListVdcSnapshotsResponse>, Status> {
         Ok(Response::new(ListVdcSnapshotsResponse::default()))
+    }
+
+    async fn list_usage(
+        &self,
+        request: Request<ListUsageRequest>,
+    ) -> Result<Response<ListUsageResponse>, Status> {
+        let ListUsageRequest { parent, page_token, .. } = request.into_inner();
+        // Two pages.
+        let (start, next_page_token) =
+            if page_token.is_empty() { (0, "more".to_owned()) } else { (3600, String::new()) };
+        let stamp = |seconds| Some(pbjson_types::Timestamp { seconds, nanos: 0 });
+        let usage = VdcUsage {
+            vdc: parent,
+            start_time: stamp(start),
+            end_time: stamp(start + 3600),
+            vcpu_seconds: 7200.0,
+            memory_byte_seconds: 3600.0 * (1_u64 << 30) as f64,
+            ..Default::default()
+        };
+        Ok(Response::new(ListUsageResponse { usages: vec![usage], next_page_token }))
     }
 
     async fn delete_vdc_snapshot(

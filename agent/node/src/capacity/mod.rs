@@ -24,7 +24,7 @@ mod capacity_test;
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -119,6 +119,17 @@ struct Shared {
     now: Mutex<Now>,
     /// Told when the inventory or the promises have changed.
     changes: watch::Sender<()>,
+    /// Adds what others measure.
+    more: OnceLock<More>,
+}
+
+/// Adds to a usage report.
+struct More(Box<dyn Fn(&mut Usage) + Send + Sync>);
+
+impl std::fmt::Debug for More {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("More")
+    }
 }
 
 #[derive(Debug)]
@@ -194,6 +205,9 @@ impl Shared {
         let running = u32::try_from(self.snapshot.borrow().running.len()).unwrap_or(u32::MAX);
         let mut now = self.now();
         now.usage = now.sampler.sample(&self.host, running, SystemTime::now());
+        if let Some(more) = self.more.get() {
+            (more.0)(&mut now.usage);
+        }
     }
 }
 
@@ -224,6 +238,7 @@ impl Reporter {
             state: None,
             now: Mutex::new(now),
             changes: watch::Sender::new(()),
+            more: OnceLock::new(),
         };
         shared.read_inventory();
         shared.read_usage();
@@ -258,6 +273,12 @@ impl Reporter {
             vm_overhead_bytes: inventory.vm_overhead_bytes,
         };
         state.host(host).await;
+    }
+
+    /// Has what others measure added to each usage report; once.
+    pub fn add_to_usage(&self, more: impl Fn(&mut Usage) + Send + Sync + 'static) {
+        // A second one changes nothing.
+        let _ = self.shared.more.set(More(Box::new(more)));
     }
 
     /// Samples, and holds the link to the scheduler, until dropped.

@@ -38,7 +38,7 @@ impl Sampler {
             memory_pressure: pressure(host, "memory"),
             io_pressure: pressure(host, "io"),
             vms_running,
-            energy_joules: None,
+            ..Usage::default()
         }
     }
 }

@@ -25,6 +25,7 @@ mod operation;
 mod page;
 pub mod policy;
 pub mod server;
+pub mod usage;
 mod vdc;
 mod vm;
 mod volume;
@@ -44,7 +45,9 @@ use crate::{
     audit::{Detail, Trail, result as audit_result},
     capacity::Reporter,
     error::Error,
+    health::Health,
     keys::Keys,
+    meter::Meter,
     state::{
         Handles,
         command::{Answer, Command, Mutation, Query, Request},
@@ -70,6 +73,10 @@ pub struct Context {
     pub keys: Keys,
     /// What was done, and by whom.
     pub audit: Trail,
+    /// What is wrong with the node.
+    pub health: Health,
+    /// What is used.
+    pub meter: Meter,
 }
 
 /// Who the node is.
@@ -109,6 +116,7 @@ impl Context {
 
     /// A change, once it can be: soon after a start what it is about may still be looked at.
     async fn apply(&self, mutation: Mutation, request: Option<Request>) -> Result<Answer, Error> {
+        self.health.admit(&mutation)?;
         let started = self.node.start_time.elapsed().unwrap_or(SETTLING);
         let settling = started < SETTLING;
         let patience = Instant::now() + BUSY_WAIT;

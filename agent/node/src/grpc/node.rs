@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
-use super::{Context, audit, convert, unexpected};
+use super::{Context, audit, convert, unexpected, usage};
 use crate::{
     error::Error,
     state::command::{Answer, Command, Order, Ordered, Query, VmState},
@@ -137,6 +137,8 @@ impl NodeService for NodeApi {
             vms_total: u32::try_from(vms.len()).unwrap_or(u32::MAX),
             drain_reason,
             fence_generation,
+            conditions: self.0.health.conditions().iter().map(usage::condition).collect(),
+            energy: Some(usage::energy(&self.0.meter.energy())),
         }))
     }
 

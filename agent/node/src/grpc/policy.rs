@@ -106,6 +106,8 @@ const METHODS: &[(&str, &[(&str, Access)])] = &[
             ("CreateVdcSnapshot", Change),
             ("GetVdcSnapshot", Read),
             ("ListVdcSnapshots", Read),
+            // What is invoiced.
+            ("ListUsage", Inspect),
             ("DeleteVdcSnapshot", Change),
         ],
     ),

@@ -3,9 +3,9 @@
 use serio_api::v1::{
     CreateVdcRequest, CreateVdcSnapshotRequest, DeleteVdcRequest, DeleteVdcResponse,
     DeleteVdcSnapshotRequest, EraseVdcRequest, EraseVdcResponse, GetVdcRequest, GetVdcSnapshotRequest,
-    ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, Operation,
-    PointClass, Quota, RotateVdcKeyRequest, RotateVdcKeyResponse, Share, UpdateVdcRequest, Vdc, VdcSnapshot,
-    vdc_service_server::VdcService,
+    ListUsageRequest, ListUsageResponse, ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest,
+    ListVdcsResponse, Operation, PointClass, Quota, RotateVdcKeyRequest, RotateVdcKeyResponse, Share,
+    UpdateVdcRequest, Vdc, VdcSnapshot, vdc_service_server::VdcService,
 };
 use serio_types::{Name, VdcLimits, VdcName, resource};
 use tonic::{Request, Response, Status};
@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Context,
     convert::{self, Fields, field, request_of},
-    keys, operation, page, unexpected,
+    keys, operation, page, unexpected, usage,
 };
 use crate::{
     error::Error,
@@ -203,6 +203,13 @@ impl VdcService for VdcApi {
         let (all, next_page_token) = page::cut(all, message.page_size, &message.page_token, key)?;
         let snapshots = all.iter().map(convert::vdc_snapshot).collect();
         Ok(Response::new(ListVdcSnapshotsResponse { snapshots, next_page_token }))
+    }
+
+    async fn list_usage(
+        &self,
+        request: Request<ListUsageRequest>,
+    ) -> Result<Response<ListUsageResponse>, Status> {
+        Ok(Response::new(usage::list(&self.0, request.into_inner()).await?))
     }
 
     async fn delete_vdc_snapshot(

@@ -251,7 +251,12 @@ async fn furnish(client: &Client) {
     };
     client.ask(Command::FinishImport(files)).await.unwrap();
     let quota = Quota { vcpus: 1000, memory_bytes: 1 << 40, storage_bytes: 1 << 40 };
-    let vdc = Mutation::CreateVdc { name: "ardesio".parse().unwrap(), quota, encrypted: false };
+    let vdc = Mutation::CreateVdc {
+        name: "ardesio".parse().unwrap(),
+        quota,
+        limits: serio_types::VdcLimits::default(),
+        encrypted: false,
+    };
     mutate(vdc).await.unwrap();
 }
 

@@ -468,24 +468,14 @@ impl Sim {
         let begin = Mutation::BeginImport { name: "tiny".parse().unwrap(), cmdline: Default::default() };
         let Ok(Answer::Import(uid)) = self.ask(begin) else { panic!("no import") };
         self.world.images.insert(uid);
-        let files = ImportedFiles {
-            uid,
-            size_bytes: 1 << 20,
-            blake3: String::new(),
-            has_kernel: true,
-            has_initrd: false,
-        };
+        let blake3 = String::new();
+        let files = ImportedFiles { uid, size_bytes: 1 << 20, blake3, has_kernel: true, has_initrd: false };
         let (reply, mut waiting) = oneshot::channel();
         self.input(Input::Command(Command::FinishImport(files), reply));
         waiting.try_recv().unwrap().unwrap();
+        let (name, limits) = ("ardesio".parse().unwrap(), VdcLimits::default());
         let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 1 << 30 };
-        self.ask(Mutation::CreateVdc {
-            name: "ardesio".parse().unwrap(),
-            quota,
-            limits: VdcLimits::default(),
-            encrypted: false,
-        })
-        .unwrap();
+        self.ask(Mutation::CreateVdc { name, quota, limits, encrypted: false }).unwrap();
     }
 }
 

@@ -1,6 +1,6 @@
 //! Resource names of the API and back: `ardesio/web` is `vdcs/ardesio/vms/web` there.
 
-pub use serio_types::resource::{image, snapshot, vdc, vdc_snapshot, vm, volume};
+pub use serio_types::resource::{image, snapshot, vdc, vdc_snapshot, vm, vm_snapshot, volume};
 
 /// As people write it: the collections left out. A name of another shape stays as it is.
 #[must_use]
@@ -8,7 +8,7 @@ pub fn short(resource: &str) -> String {
     let parts: Vec<&str> = resource.split('/').collect();
     match parts.as_slice() {
         ["vdcs", vdc, "vms" | "volumes", name] => format!("{vdc}/{name}"),
-        ["vdcs", vdc, "volumes", name, "snapshots", point] => format!("{vdc}/{name}@{point}"),
+        ["vdcs", vdc, "vms" | "volumes", name, "snapshots", point] => format!("{vdc}/{name}@{point}"),
         ["vdcs", vdc, "snapshots", name] => format!("{vdc}@{name}"),
         ["operations", id] => (*id).to_owned(),
         ["vdcs" | "images" | "nodes" | "exports", name] => (*name).to_owned(),
@@ -21,7 +21,7 @@ pub fn short(resource: &str) -> String {
 pub fn with_noun(resource: &str) -> String {
     let noun = match resource.split('/').collect::<Vec<_>>().as_slice() {
         ["vdcs", _] | ["vdcs", _, "snapshots", _] => "vdc",
-        ["vdcs", _, "vms", _] => "vm",
+        ["vdcs", _, "vms", ..] => "vm",
         ["vdcs", _, "volumes", ..] => "volume",
         ["images", _] => "image",
         ["nodes", _] => "node",

@@ -171,6 +171,13 @@ pub fn time(stamp: Option<&Timestamp>) -> String {
         .unwrap_or_default()
 }
 
+/// The time now as a part of a name: `20260131-235959`.
+#[must_use]
+pub fn now_compact() -> String {
+    let form = format_description!("[year][month][day]-[hour][minute][second]");
+    OffsetDateTime::now_utc().format(form).unwrap_or_default()
+}
+
 /// Seconds for people: `5s`, `3m20s`, `4h07m`, `12d3h`.
 #[must_use]
 pub fn span(seconds: u64) -> String {

@@ -99,6 +99,7 @@ async fn answers_have_their_exit_codes() {
             "error: cannot start vm ardesio/web: vdcs/ardesio has 0 of 4 vcpus left",
         ),
         (&["vm", "reboot", "ardesio/web"], 4, "the VM is stopped"),
+        (&["vm", "resume", "ardesio/web"], 4, "is not paused"),
         (&["image", "delete", "tiny"], 4, "changed meanwhile"),
         (&["vdc", "delete", "ardesio"], 4, "the role auditor may not"),
         (&["image", "show", "tiny"], 1, "the disk is on fire"),
@@ -208,6 +209,10 @@ async fn a_vm_as_typed() {
             key.to_str().unwrap(),
             "--restart",
             "always",
+            "--cpu",
+            "x86-64-v3",
+            "--hugepages",
+            "2MiB",
         ])
         .await;
     assert_eq!(ran.code, 0, "{}", ran.stderr);
@@ -215,6 +220,7 @@ async fn a_vm_as_typed() {
     assert!(request.start && request.parent == "vdcs/ardesio" && request.vm_id == "web");
     let spec = request.spec.unwrap();
     assert_eq!((spec.vcpus, spec.memory_bytes, spec.root_disk_bytes), (2, 256 << 20, 1 << 30));
+    assert_eq!((spec.cpu_baseline.as_str(), spec.page_bytes), ("x86-64-v3", 2 << 20));
     assert_eq!(
         (spec.image.as_str(), spec.volumes),
         ("images/tiny", vec!["vdcs/ardesio/volumes/data".to_owned()])
@@ -223,6 +229,20 @@ async fn a_vm_as_typed() {
     assert_eq!(case.run(&["vm", "create", "ardesio/web", "--image", "tiny"]).await.code, 0);
     let request = case.node.seen.lock().unwrap().vm.take().unwrap();
     assert!(!request.start && request.spec.unwrap().cloud_init.is_none());
+    let update = ["vm", "update", "ardesio/web", "--disk-iops", "9", "--restart", "never", "--vsock"];
+    assert_eq!(case.run(&update).await.stdout, "updated vm ardesio/web\n");
+    let request = case.node.seen.lock().unwrap().update.take().unwrap();
+    assert_eq!(request.fields, ["vsock", "disk_limits.operations_per_second", "restart_policy"]);
+    let spec = request.spec.unwrap();
+    assert!(spec.vsock && spec.disk_limits.unwrap().operations_per_second == 9);
+    assert_eq!(case.run(&["vm", "update", "ardesio/web"]).await.code, 2);
+    let saved = case.run(&["vm", "snapshot", "ardesio/web", "--name", "before"]).await;
+    assert!(saved.stdout.starts_with("saved vm ardesio/web as before: 1MiB of memory"), "{}", saved.stdout);
+    let copy = case.run(&["vm", "restore", "ardesio/web", "before", "--as", "copy"]).await;
+    assert_eq!((copy.code, copy.stdout.as_str()), (0, "vm ardesio/copy is running\n"));
+    assert_eq!(case.run(&["vm", "delete-snapshot", "ardesio/web", "none"]).await.code, 3);
+    let paused = case.run(&["vm", "pause", "ardesio/web"]).await;
+    assert_eq!((paused.code, paused.stdout.as_str()), (0, "vm ardesio/web is paused\n"));
     assert_eq!(case.run(&["vm", "stop", "ardesio/web", "--timeout", "90s"]).await.code, 0);
     let stop = case.node.seen.lock().unwrap().stop.take().unwrap();
     assert_eq!((stop.timeout.unwrap().seconds, stop.force), (90, false));

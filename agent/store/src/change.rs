@@ -169,10 +169,10 @@ fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
     let kernel = r.kernel.as_ref().map(serde_json::to_string).transpose().map_err(failed)?;
     tx.prepare_cached(
         "INSERT INTO vms (uid, vdc, name, generation, create_time_ms, spec, root_volume, desired, run, start_time_ms,
-             end_time_ms, end_kind, end_reason, restarts, kernel)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)
+             end_time_ms, end_kind, end_reason, restarts, kernel, restore)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
          ON CONFLICT (uid) DO UPDATE SET generation = ?4, spec = ?6, desired = ?8, run = ?9, start_time_ms = ?10,
-             end_time_ms = ?11, end_kind = ?12, end_reason = ?13, restarts = ?14, kernel = ?15",
+             end_time_ms = ?11, end_kind = ?12, end_reason = ?13, restarts = ?14, kernel = ?15, restore = ?16",
     )?
     .execute(params![
         r.uid.to_string(),
@@ -189,7 +189,8 @@ fn vm(tx: &Transaction<'_>, r: &VmRecord) -> Result<(), rusqlite::Error> {
         r.last_end.as_ref().map(|e| e.kind.as_str()),
         r.last_end.as_ref().map(|e| e.reason.as_str()),
         r.restarts,
-        kernel
+        kernel,
+        r.restore.map(|group| group.to_string())
     ])
     .map(drop)
 }
@@ -238,16 +239,20 @@ fn snapshot(tx: &Transaction<'_>, r: &SnapshotRecord) -> Result<(), rusqlite::Er
 }
 
 fn vdc_snapshot(tx: &Transaction<'_>, r: &VdcSnapshotRecord) -> Result<(), rusqlite::Error> {
+    let failed = |e: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(Box::new(e));
+    let saved = r.saved.as_ref().map(serde_json::to_string).transpose().map_err(failed)?;
     tx.prepare_cached(
-        "INSERT INTO vdc_snapshots (uid, vdc, name, create_time_ms, state) VALUES (?1, ?2, ?3, ?4, ?5)
-         ON CONFLICT (uid) DO UPDATE SET create_time_ms = ?4, state = ?5",
+        "INSERT INTO vdc_snapshots (uid, vdc, name, create_time_ms, state, vm, saved) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+         ON CONFLICT (uid) DO UPDATE SET create_time_ms = ?4, state = ?5, saved = ?7",
     )?
     .execute(params![
         r.uid.to_string(),
         r.vdc.to_string(),
         r.name.as_str(),
         r.create_time.0,
-        r.state.as_str()
+        r.state.as_str(),
+        r.saved.as_ref().map(|saved| saved.vm.to_string()),
+        saved
     ])
     .map(drop)
 }

@@ -10,7 +10,7 @@ use crate::{
     error::LoadError,
     record::{
         End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, OrdersRecord, RequestRecord,
-        ReservationRecord, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
+        ReservationRecord, SavedVm, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 
@@ -210,6 +210,7 @@ fn vm(f: &Fields<'_>) -> Result<VmRecord, LoadError> {
             Some(kernel) => Some(serde_json::from_str(&kernel).map_err(|e| f.bad("kernel", &e))?),
             None => None,
         },
+        restore: f.parse_optional("restore")?,
     })
 }
 
@@ -250,6 +251,13 @@ fn vdc_snapshot(f: &Fields<'_>) -> Result<VdcSnapshotRecord, LoadError> {
         name: f.parse("name")?,
         create_time: f.millis("create_time_ms")?,
         state: f.parse("state")?,
+        saved: match (f.get::<Option<String>>("saved")?, f.parse_optional("vm")?) {
+            (Some(saved), Some(vm)) => {
+                let saved: SavedVm = serde_json::from_str(&saved).map_err(|e| f.bad("saved", &e))?;
+                Some(Box::new(SavedVm { vm, ..saved }))
+            }
+            _ => None,
+        },
     })
 }
 

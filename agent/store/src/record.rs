@@ -62,6 +62,8 @@ words! {
         Starting = "starting",
         /// A process runs.
         Running = "running",
+        /// A process runs whose guest stands still.
+        Paused = "paused",
         /// The power button was pressed.
         Stopping = "stopping",
         /// The plug is being pulled; finished at the next start.
@@ -82,11 +84,21 @@ words! {
         FlattenVolume = "flatten-volume",
         /// Merges the layers of all snapshots of a vdc's point away.
         DeleteVdcSnapshot = "delete-vdc-snapshot",
+        /// The same of a VM's point.
+        DeleteVmSnapshot = "delete-vm-snapshot",
         // ----------
         /// Reads a volume in.
         ImportVolume = "import-volume",
         /// Compares a volume with its checksums.
         CheckVolume = "check-volume",
+    }
+}
+
+impl OperationKind {
+    /// Whether it deletes the parts of a whole: a point of a vdc or of a VM.
+    #[must_use]
+    pub const fn is_whole(self) -> bool {
+        matches!(self, Self::DeleteVdcSnapshot | Self::DeleteVmSnapshot)
     }
 }
 
@@ -240,19 +252,35 @@ pub struct SnapshotRecord {
     pub reason: String,
 }
 
-/// A point of all volumes of a vdc.
+/// A point of all volumes of a vdc, or of a VM with its memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VdcSnapshotRecord {
     /// Its id; its parts have it as `group`.
     pub uid: Uuid,
     /// Its vdc.
     pub vdc: Uuid,
-    /// Its name in the vdc, and in each volume.
+    /// Its name in the vdc or the VM, and in each volume.
     pub name: Name,
     /// When it was made.
     pub create_time: Millis,
     /// How far it is made.
     pub state: Made,
+    /// Of a VM: what was saved.
+    pub saved: Option<Box<SavedVm>>,
+}
+
+/// What was saved of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SavedVm {
+    /// The VM.
+    #[serde(skip)]
+    pub vm: Uuid,
+    /// What it was: a VM that goes on from there must be the same.
+    pub spec: VmSpec,
+    /// Bytes of its memory that were not zero.
+    pub memory_bytes: u64,
+    /// How long it stood still, nanoseconds.
+    pub paused_ns: u64,
 }
 
 /// A long operation.
@@ -322,6 +350,8 @@ pub struct VmRecord {
     pub restarts: u32,
     /// What it booted at its last start, if that was from its root disk.
     pub kernel: Option<serio_types::BootedKernel>,
+    /// The point that its next start goes on from.
+    pub restore: Option<Uuid>,
 }
 
 /// A point, or a stopped volume, that is served.

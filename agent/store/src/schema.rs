@@ -7,13 +7,14 @@ use rusqlite::Connection;
 use crate::StoreError;
 
 /// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
-const MIGRATIONS: [&str; 6] = [
+const MIGRATIONS: [&str; 7] = [
     include_str!("migrations/0001_first.sql"),
     include_str!("migrations/0002_operations.sql"),
     include_str!("migrations/0003_encryption.sql"),
     include_str!("migrations/0004_kernel.sql"),
     include_str!("migrations/0005_orders.sql"),
     include_str!("migrations/0006_vdc_limits.sql"),
+    include_str!("migrations/0007_vm_snapshots.sql"),
 ];
 
 /// How long a lock of another program (a backup, `sqlite3`) is waited for.

@@ -38,6 +38,7 @@ fn vm(vdc: Uuid, volume: Uuid) -> VmRecord {
             cloud_init: Some(serio_types::CloudInit::default()),
             restart_policy: RestartPolicy::Always,
             boot: serio_types::BootFrom::Disk,
+            machine: serio_types::MachineSpec { vsock: true, mtu: 9000, ..Default::default() },
         },
         root_volume: volume,
         desired: Desired::Running,
@@ -46,6 +47,7 @@ fn vm(vdc: Uuid, volume: Uuid) -> VmRecord {
         last_end: Some(End { time: Millis(6), kind: EndWord::GuestError, reason: "triple fault".to_owned() }),
         restarts: 3,
         kernel: Some(serio_types::BootedKernel { path: "/vmlinuz".to_owned(), ..Default::default() }),
+        restore: Some(Uuid::new_v4()),
     }
 }
 
@@ -103,6 +105,7 @@ fn what_was_written_comes_back() {
     };
     let operation = operation(volume.uid);
     let vdc_snapshot = VdcSnapshotRecord {
+        saved: Some(Box::new(SavedVm { vm: vm.uid, spec: vm.spec.clone(), memory_bytes: 7, paused_ns: 9 })),
         uid: Uuid::new_v4(),
         vdc: vdc.uid,
         name: "monday".parse().unwrap(),

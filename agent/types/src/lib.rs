@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod limits;
+pub mod machine;
 pub mod name;
 pub mod net;
 pub mod resource;
@@ -14,6 +15,7 @@ pub mod size;
 pub mod spec;
 
 pub use limits::{Cmdline, LimitError, MemorySize, VcpuCount, VolumeSize};
+pub use machine::{Balloon, CpuBaseline, IoLimits, MachineError, MachineSpec, PageSize, Watchdog};
 pub use name::{Name, NameError, VdcName};
 pub use net::{Cidr, MacAddr, NetError};
 pub use resource::{ResourceError, SnapshotName};

@@ -102,6 +102,12 @@ pub fn parse_vm(text: &str) -> Result<VdcName, ResourceError> {
     parts::<2>(text, "vdcs/VDC/vms/NAME").map(|[vdc, name]| VdcName { vdc, name })
 }
 
+/// `vdcs/VDC/vms/NAME/snapshots/SNAPSHOT`.
+pub fn parse_vm_snapshot(text: &str) -> Result<(VdcName, Name), ResourceError> {
+    parts::<3>(text, "vdcs/VDC/vms/NAME/snapshots/SNAPSHOT")
+        .map(|[vdc, name, snapshot]| (VdcName { vdc, name }, snapshot))
+}
+
 /// `vdcs/VDC/volumes/NAME`.
 pub fn parse_volume(text: &str) -> Result<VdcName, ResourceError> {
     parts::<2>(text, "vdcs/VDC/volumes/NAME").map(|[vdc, name]| VdcName { vdc, name })
@@ -143,6 +149,12 @@ pub fn vdc_snapshot(name: &VdcName) -> String {
     format!("vdcs/{}/snapshots/{}", name.vdc, name.name)
 }
 
+/// `vdcs/VDC/vms/NAME/snapshots/SNAPSHOT`.
+#[must_use]
+pub fn vm_snapshot(vm_name: &VdcName, snapshot: &Name) -> String {
+    format!("{}/snapshots/{snapshot}", vm(vm_name))
+}
+
 /// `vdcs/VDC/volumes/NAME/snapshots/SNAPSHOT`.
 #[must_use]
 pub fn snapshot(volume_name: &VdcName, snapshot: &Name) -> String {
@@ -163,6 +175,9 @@ mod tests {
         let point = parse_snapshot(&snapshot(&web, &"before".parse().unwrap())).unwrap();
         assert_eq!(point, SnapshotName { volume: web.clone(), snapshot: "before".parse().unwrap() });
         assert_eq!(parse_vdc_snapshot(&vdc_snapshot(&web)).as_ref(), Ok(&web));
+        let of_vm = vm_snapshot(&web, &"before".parse().unwrap());
+        assert_eq!(parse_vm_snapshot(&of_vm), Ok((web.clone(), "before".parse().unwrap())));
+        assert!(parse_vm(&of_vm).is_err());
         let typed: SnapshotName = "ardesio/web@before".parse().unwrap();
         assert_eq!((typed.to_string().as_str(), typed.snapshot.as_str()), ("ardesio/web@before", "before"));
         assert!("ardesio/web".parse::<SnapshotName>().is_err() && "web@x".parse::<SnapshotName>().is_err());

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Cidr, Cmdline, MacAddr, MemorySize, Name, VcpuCount, VolumeSize};
+use crate::{Cidr, Cmdline, MacAddr, MachineSpec, MemorySize, Name, VcpuCount, VolumeSize};
 
 /// Counts the changes of a resource.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -57,6 +57,9 @@ pub struct VmSpec {
     /// Where the kernel comes from.
     #[serde(default)]
     pub boot: BootFrom,
+    /// Its other devices, and their limits.
+    #[serde(default)]
+    pub machine: MachineSpec,
 }
 
 /// Where a VM's kernel comes from.

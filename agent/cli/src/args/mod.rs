@@ -4,11 +4,13 @@
 
 mod audit;
 mod layers;
+mod machine;
 mod operation;
 mod parse;
 mod transfer;
 mod vdc;
 mod vm;
+mod vm_snapshot;
 mod volume;
 
 use std::{path::PathBuf, time::Duration};
@@ -20,6 +22,7 @@ pub use audit::{AuditArgs, AuditVerb, EventsArgs, VerifyArgs};
 pub use layers::{
     ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
 };
+pub use machine::{MachineArgs, OnWatchdog, Switch, VmUpdateArgs};
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use transfer::{DownloadArgs, UploadArgs};
@@ -27,6 +30,7 @@ pub use vdc::{
     ConsistencyArg, GranularityArg, LimitArgs, QuotaArgs, UpdateArgs, UsageArgs, VdcSnapshotArgs, VdcVerb,
 };
 pub use vm::{Boot, ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
+pub use vm_snapshot::{RestoreArgs, VmSnapshotArgs};
 pub use volume::{ExportArgs, VolumeVerb};
 
 const CONNECTION: &str = "Connection";

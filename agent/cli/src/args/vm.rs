@@ -5,7 +5,10 @@ use std::{path::PathBuf, str::FromStr};
 use clap::{Args, Subcommand, ValueEnum};
 use serio_types::{ByteSize, Name, VdcName};
 
-use super::parse::{image_name, in_vdc, vdc_name};
+use super::{
+    MachineArgs, RestoreArgs, VmSnapshotArgs, VmUpdateArgs, WaitArgs,
+    parse::{image_name, in_vdc, vdc_name},
+};
 
 /// The verbs of `vm`.
 #[derive(Debug, Subcommand)]
@@ -13,7 +16,7 @@ pub enum VmVerb {
     /// Create a VM and leave it stopped
     #[command(after_help = "Examples:
   serio vm create ardesio/db --image debian --vcpus 2 --memory 1GiB --disk-size 10GiB --volume ardesio/data")]
-    Create(VmArgs),
+    Create(Box<VmArgs>),
     /// Create a VM and start it
     #[command(
         after_help = "The root disk becomes the volume VDC/NAME-root. A seed disk for cloud-init is made when --ssh-key, --user-data,
@@ -21,10 +24,11 @@ pub enum VmVerb {
 
 Examples:
   serio vm run ardesio/web --image tiny --vcpus 1 --memory 256MiB --disk-size 1GiB
+  serio vm run ardesio/web --image tiny --disk-size 1GiB --cpu x86-64-v3 --disk-iops 1000 --disk-bandwidth 50MiB
   serio vm run ardesio/db --image debian --vcpus 2 --memory 1GiB --nic address=192.168.7.10/24,gateway=192.168.7.1 \\
       --ssh-key ~/.ssh/id_ed25519.pub --restart always"
     )]
-    Run(VmArgs),
+    Run(Box<VmArgs>),
     /// List the VMs
     #[command(after_help = "Examples:\n  serio vm list\n  serio vm list ardesio -o json")]
     List {
@@ -39,6 +43,8 @@ Examples:
         #[arg(value_parser = in_vdc)]
         name: VdcName,
     },
+    /// Change what a VM has
+    Update(Box<VmUpdateArgs>),
     /// Start a stopped VM
     #[command(after_help = "Examples:\n  serio vm start ardesio/web")]
     Start {
@@ -54,6 +60,46 @@ Examples:
         /// VDC/NAME
         #[arg(value_parser = in_vdc)]
         name: VdcName,
+    },
+    /// Stop the guest where it is; it keeps its memory
+    #[command(after_help = "Examples:\n  serio vm pause ardesio/web")]
+    Pause {
+        /// VDC/NAME
+        #[arg(value_parser = in_vdc)]
+        name: VdcName,
+    },
+    /// Let a paused guest go on
+    #[command(after_help = "Examples:\n  serio vm resume ardesio/web")]
+    Resume {
+        /// VDC/NAME
+        #[arg(value_parser = in_vdc)]
+        name: VdcName,
+    },
+    /// Save a VM with its memory and its volumes at one instant
+    Snapshot(VmSnapshotArgs),
+    /// List the snapshots of a VM, oldest first
+    #[command(after_help = "Examples:\n  serio vm snapshots ardesio/web")]
+    Snapshots {
+        /// VDC/NAME
+        #[arg(value_parser = in_vdc)]
+        name: VdcName,
+    },
+    /// Let a VM, or a new one, go on from a snapshot
+    Restore(RestoreArgs),
+    /// Delete a snapshot of a VM
+    #[command(after_help = "ctrl-C ends the waiting, not the operation.
+
+Examples:
+  serio vm delete-snapshot ardesio/web before-upgrade")]
+    DeleteSnapshot {
+        /// VDC/NAME
+        #[arg(value_parser = in_vdc)]
+        name: VdcName,
+        /// The snapshot's
+        snapshot: Name,
+        /// Waiting.
+        #[command(flatten)]
+        wait: WaitArgs,
     },
     /// Attach to the serial console
     Console(ConsoleArgs),
@@ -121,6 +167,9 @@ pub struct VmArgs {
     /// Where the kernel comes from, at each start and reboot
     #[arg(long, value_enum, default_value_t = Boot::Auto)]
     pub boot: Boot,
+    /// The machine.
+    #[command(flatten)]
+    pub machine: MachineArgs,
 }
 
 /// Where the kernel comes from.

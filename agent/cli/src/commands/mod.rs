@@ -10,6 +10,7 @@ mod events;
 mod image;
 mod keys;
 mod layers;
+mod machine;
 mod man;
 mod node;
 mod operation;
@@ -19,6 +20,7 @@ mod transfer;
 mod usage;
 mod vdc;
 mod vm;
+mod vm_snapshot;
 mod volume;
 
 use clap::ArgMatches;

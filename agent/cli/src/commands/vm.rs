@@ -4,14 +4,14 @@ use std::{fs, path::Path, time::Duration};
 
 use serio_api::v1::{
     BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec,
-    ReadLogRequest, RebootVmRequest, RestartPolicy, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState,
-    VmStatus, vm_service_client::VmServiceClient,
+    ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, VmStatus,
+    vm_service_client::VmServiceClient,
 };
 use serio_types::{Name, VdcName};
 
-use super::request_id;
+use super::{machine, request_id, vm_snapshot};
 use crate::{
-    args::{Boot, Global, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb},
+    args::{Boot, Global, LogArgs, NicArg, StopArgs, VmArgs, VmVerb},
     client::Client,
     error::Failure,
     names, output,
@@ -30,10 +30,14 @@ pub(super) async fn run(
     output: Output,
 ) -> Result<(), Failure> {
     match verb {
-        VmVerb::Create(args) => create(client, args, false, output).await,
-        VmVerb::Run(args) => create(client, args, true, output).await,
+        VmVerb::Create(args) => create(client, *args, false, output).await,
+        VmVerb::Run(args) => create(client, *args, true, output).await,
         VmVerb::List { vdc } => list(client, vdc, output).await,
         VmVerb::Show { name } => show(&get(client, &name).await?, output),
+        VmVerb::Update(args) => {
+            let vm = machine::update(client, *args).await?;
+            output.done(&vm, &format!("updated vm {}", names::short(&vm.name)))
+        }
         VmVerb::Start { name } => {
             let request =
                 StartVmRequest { request_id: request_id(), name: names::vm(&name), ..Default::default() };
@@ -54,6 +58,23 @@ pub(super) async fn run(
                 })
                 .await?;
             output.done(&vm, &format!("vm {name} was reset"))
+        }
+        VmVerb::Pause { name } => {
+            let vm = machine::pause(client, &name).await?;
+            output.done(&vm, &sentence(&vm))
+        }
+        VmVerb::Resume { name } => {
+            let vm = machine::resume(client, &name).await?;
+            output.done(&vm, &sentence(&vm))
+        }
+        VmVerb::Snapshot(args) => vm_snapshot::snapshot(client, args, output).await,
+        VmVerb::Snapshots { name } => vm_snapshot::snapshots(client, &name, output).await,
+        VmVerb::Restore(args) => {
+            let vm = vm_snapshot::restore(client, args).await?;
+            output.done(&vm, &sentence(&vm))
+        }
+        VmVerb::DeleteSnapshot { name, snapshot, wait } => {
+            vm_snapshot::delete(client, (&name, &snapshot), wait, output).await
         }
         VmVerb::Log(args) => log(client, &args).await,
         VmVerb::Delete { name, keep_root_volume, force } => {
@@ -111,6 +132,7 @@ async fn create(client: &Client, args: VmArgs, start: bool, output: Output) -> R
 
 fn spec(args: VmArgs) -> Result<VmSpec, Failure> {
     let cloud_init = cloud_init(&args)?;
+    let machine = machine::said(args.machine).spec;
     Ok(VmSpec {
         vcpus: args.vcpus,
         memory_bytes: args.memory.bytes(),
@@ -124,18 +146,14 @@ fn spec(args: VmArgs) -> Result<VmSpec, Failure> {
             .collect(),
         cmdline: args.cmdline.unwrap_or_default(),
         cloud_init,
-        restart_policy: match args.restart {
-            Restart::Never => RestartPolicy::Never,
-            Restart::OnFailure => RestartPolicy::OnFailure,
-            Restart::Always => RestartPolicy::Always,
-        }
-        .into(),
+        restart_policy: machine::restart(args.restart).into(),
         boot: match args.boot {
             Boot::Auto => BootSource::Unspecified,
             Boot::Image => BootSource::Image,
             Boot::Disk => BootSource::Disk,
         }
         .into(),
+        ..machine
     })
 }
 
@@ -250,11 +268,17 @@ fn show(vm: &Vm, output: Output) -> Result<(), Failure> {
             ("pid", if status.pid == 0 { String::new() } else { status.pid.to_string() }),
             ("vcpus", spec.vcpus.to_string()),
             ("memory", output::size(spec.memory_bytes)),
+            ("balloon", machine::balloon_line(status.memory.as_ref(), &spec)),
+            ("guest memory", machine::memory_line(status.memory.as_ref())),
+            ("machine", machine::machine(&spec)),
             ("image", names::short(&spec.image)),
             ("kernel", kernel(&status)),
             ("root volume", names::short(&status.root_volume)),
             ("volumes", volumes.collect::<Vec<_>>().join(", ")),
             ("nics", nics.collect::<Vec<_>>().join(", ")),
+            ("disk limits", machine::limits(spec.disk_limits.as_ref())),
+            ("nic limits", machine::limits(spec.nic_limits.as_ref())),
+            ("vsock", status.vsock_path.clone()),
             (
                 "restart",
                 spec.restart_policy()

@@ -10,14 +10,16 @@ use std::{
 use serio_api::v1::{
     CancelOperationRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest,
     CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse,
-    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, Encryption, EraseVdcRequest,
-    EraseVdcResponse, GetImageRequest, GetOperationRequest, GetVdcRequest, GetVdcSnapshotRequest,
-    GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse, ListOperationsRequest,
-    ListOperationsResponse, ListUsageRequest, ListUsageResponse, ListVdcSnapshotsRequest,
-    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, ListVmsRequest, ListVmsResponse, Operation,
-    OperationState, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt, RotateVdcKeyRequest,
-    RotateVdcKeyResponse, Snapshot, StartVmRequest, StopVmRequest, UpdateVdcRequest, Vdc, VdcSnapshot,
-    VdcUsage, Vm, WatchOperationRequest,
+    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest, Encryption,
+    EraseVdcRequest, EraseVdcResponse, GetImageRequest, GetOperationRequest, GetVdcRequest,
+    GetVdcSnapshotRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse,
+    ListOperationsRequest, ListOperationsResponse, ListUsageRequest, ListUsageResponse,
+    ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse,
+    ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
+    OperationState, PauseVmRequest, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt,
+    RestoreVmRequest, ResumeVmRequest, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
+    SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVdcRequest, UpdateVmRequest, Vdc, VdcSnapshot,
+    VdcUsage, Vm, VmSnapshot, VmState, VmStatus, WatchOperationRequest,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
     operation_service_server::{OperationService, OperationServiceServer},
@@ -41,6 +43,7 @@ pub(crate) struct Seen {
     pub(crate) request_ids: Vec<String>,
     pub(crate) vm: Option<CreateVmRequest>,
     pub(crate) stop: Option<StopVmRequest>,
+    pub(crate) update: Option<UpdateVmRequest>,
     pub(crate) kernel: Vec<u8>,
     pub(crate) disk: Vec<u8>,
     pub(crate) chunk_bytes: usize,
@@ -282,6 +285,50 @@ impl VmService for Fake {
 
     async fn reboot_vm(&self, _: Request<RebootVmRequest>) -> Result<Response<Vm>, Status> {
         Err(Status::failed_precondition("the VM is stopped"))
+    }
+
+    async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        let vm = Vm { name: request.name.clone(), ..Vm::default() };
+        self.seen.lock().unwrap().update = Some(request);
+        Ok(Response::new(vm))
+    }
+
+    async fn snapshot_vm(&self, request: Request<SnapshotVmRequest>) -> Result<Response<VmSnapshot>, Status> {
+        let request = request.into_inner();
+        let name = format!("{}/snapshots/{}", request.vm, request.snapshot_id);
+        Ok(Response::new(VmSnapshot { name, memory_bytes: 1 << 20, ..VmSnapshot::default() }))
+    }
+
+    async fn list_vm_snapshots(
+        &self,
+        _: Request<ListVmSnapshotsRequest>,
+    ) -> Result<Response<ListVmSnapshotsResponse>, Status> {
+        Ok(Response::new(ListVmSnapshotsResponse::default()))
+    }
+
+    async fn delete_vm_snapshot(
+        &self,
+        _: Request<DeleteVmSnapshotRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Err(Status::not_found("vdcs/ardesio/vms/web/snapshots/none does not exist"))
+    }
+
+    async fn restore_vm(&self, request: Request<RestoreVmRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.name, "vdcs/ardesio/vms/web/snapshots/before");
+        let status = Some(VmStatus { state: VmState::Running.into(), ..VmStatus::default() });
+        let name = format!("vdcs/ardesio/vms/{}", request.as_new);
+        Ok(Response::new(Vm { name, status, ..Vm::default() }))
+    }
+
+    async fn pause_vm(&self, request: Request<PauseVmRequest>) -> Result<Response<Vm>, Status> {
+        let status = Some(VmStatus { state: VmState::Paused.into(), ..VmStatus::default() });
+        Ok(Response::new(Vm { name: request.into_inner().name, status, ..Vm::default() }))
+    }
+
+    async fn resume_vm(&self, _: Request<ResumeVmRequest>) -> Result<Response<Vm>, Status> {
+        Err(Status::failed_precondition("is not paused"))
     }
 
     async fn delete_vm(&self, _: Request<DeleteVmRequest>) -> Result<Response<DeleteVmResponse>, Status> {

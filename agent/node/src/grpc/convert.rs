@@ -14,6 +14,7 @@ use serio_types::{
 
 pub(super) use super::fields::request_of;
 pub use super::fields::{Fields, field};
+use super::machine;
 use crate::{
     error::{Error, chain},
     state::command::{ExportView, SnapshotView, VdcSnapshotView, VdcView, VmState, VmView, VolumeView},
@@ -120,6 +121,32 @@ fn cloud_init(fields: &mut Fields, init: v1::CloudInit) -> CloudInit {
     }
 }
 
+/// What to do when it ends.
+pub fn restart_policy(fields: &mut Fields, policy: i32) -> RestartPolicy {
+    match v1::RestartPolicy::try_from(policy) {
+        Ok(v1::RestartPolicy::Unspecified | v1::RestartPolicy::OnFailure) => RestartPolicy::OnFailure,
+        Ok(v1::RestartPolicy::Never) => RestartPolicy::Never,
+        Ok(v1::RestartPolicy::Always) => RestartPolicy::Always,
+        Err(_) => {
+            fields.wrong("spec.restart_policy", format!("{policy} is unknown"));
+            RestartPolicy::Never
+        }
+    }
+}
+
+/// Where the kernel comes from.
+pub fn boot(fields: &mut Fields, boot: i32) -> BootFrom {
+    match v1::BootSource::try_from(boot) {
+        Ok(v1::BootSource::Unspecified) => BootFrom::Auto,
+        Ok(v1::BootSource::Image) => BootFrom::Image,
+        Ok(v1::BootSource::Disk) => BootFrom::Disk,
+        Err(_) => {
+            fields.wrong("spec.boot", format!("{boot} is unknown"));
+            BootFrom::Auto
+        }
+    }
+}
+
 /// What is wanted of a VM.
 ///
 /// # Errors
@@ -127,28 +154,12 @@ fn cloud_init(fields: &mut Fields, init: v1::CloudInit) -> CloudInit {
 pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
     let spec = spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
     let mut fields = Fields::default();
-    let policy = v1::RestartPolicy::try_from(spec.restart_policy);
-    let restart_policy = match policy {
-        Ok(v1::RestartPolicy::Unspecified | v1::RestartPolicy::OnFailure) => RestartPolicy::OnFailure,
-        Ok(v1::RestartPolicy::Never) => RestartPolicy::Never,
-        Ok(v1::RestartPolicy::Always) => RestartPolicy::Always,
-        Err(_) => {
-            fields.wrong("spec.restart_policy", format!("{} is unknown", spec.restart_policy));
-            RestartPolicy::Never
-        }
-    };
-    let boot = match v1::BootSource::try_from(spec.boot) {
-        Ok(v1::BootSource::Unspecified) => BootFrom::Auto,
-        Ok(v1::BootSource::Image) => BootFrom::Image,
-        Ok(v1::BootSource::Disk) => BootFrom::Disk,
-        Err(_) => {
-            fields.wrong("spec.boot", format!("{} is unknown", spec.boot));
-            BootFrom::Auto
-        }
-    };
+    let restart_policy = restart_policy(&mut fields, spec.restart_policy);
+    let boot = boot(&mut fields, spec.boot);
     let vcpus = fields.take("spec.vcpus", spec.vcpus.try_into());
     let memory = fields.take("spec.memory_bytes", spec.memory_bytes.try_into());
     let image = fields.take("spec.image", resource::parse_image(&spec.image));
+    let machine = machine::from_proto(&mut fields, &spec, memory);
     let root_disk = volume_size(&mut fields, "spec.root_disk_bytes", spec.root_disk_bytes);
     let volumes = spec.volumes.iter().enumerate().filter_map(|(index, name)| {
         let volume = fields.take(format!("spec.volumes[{index}]"), resource::parse_volume(name))?;
@@ -176,6 +187,7 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
         cloud_init,
         restart_policy,
         boot,
+        machine,
     });
     fields.done(whole)
 }
@@ -279,6 +291,7 @@ fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
             BootFrom::Disk => v1::BootSource::Disk,
         }
         .into(),
+        ..machine::to_proto(&spec.machine)
     }
 }
 
@@ -289,6 +302,7 @@ pub const fn vm_state(state: VmState) -> v1::VmState {
         VmState::Stopped => v1::VmState::Stopped,
         VmState::Starting => v1::VmState::Starting,
         VmState::Running => v1::VmState::Running,
+        VmState::Paused => v1::VmState::Paused,
         VmState::Stopping => v1::VmState::Stopping,
         VmState::Failed => v1::VmState::Failed,
     }
@@ -299,7 +313,9 @@ pub const fn vm_state(state: VmState) -> v1::VmState {
 pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
     let record = &view.record;
     let state = vm_state(view.state);
-    let up = record.start_time.filter(|_| matches!(view.state, VmState::Running | VmState::Stopping));
+    let up = record
+        .start_time
+        .filter(|_| matches!(view.state, VmState::Running | VmState::Paused | VmState::Stopping));
     let uptime = up.map(|start| {
         let ms = now.0.saturating_sub(start.0).max(0);
         ProtoDuration {
@@ -328,6 +344,8 @@ pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
             partition: kernel.partition,
             cmdline: kernel.cmdline,
         }),
+        // Asked of the VMM by the caller.
+        ..v1::VmStatus::default()
     };
     v1::Vm {
         name: resource::vm(&view.name),
@@ -376,6 +394,23 @@ pub fn vdc_snapshot(view: &VdcSnapshotView) -> v1::VdcSnapshot {
         create_time: Some(timestamp(view.record.create_time)),
         snapshots: view.parts.iter().map(snapshot).collect(),
         class: point_class(if app { PointClass::App } else { PointClass::Crash }).into(),
+        deleting: view.record.state == Made::Deleting,
+    }
+}
+
+/// To the wire.
+#[must_use]
+pub fn vm_snapshot(view: &VdcSnapshotView) -> v1::VmSnapshot {
+    let saved = view.record.saved.as_ref();
+    let part = |part: &SnapshotView| resource::snapshot(&part.volume, &part.record.name);
+    v1::VmSnapshot {
+        name: view.resource.clone(),
+        uid: view.record.uid.to_string(),
+        create_time: Some(timestamp(view.record.create_time)),
+        spec: saved.map(|saved| proto_spec(&view.name.vdc, &saved.spec)),
+        memory_bytes: saved.map_or(0, |saved| saved.memory_bytes),
+        pause: saved.map(|saved| Duration::from_nanos(saved.paused_ns).into()),
+        volume_snapshots: view.parts.iter().map(part).collect(),
         deleting: view.record.state == Made::Deleting,
     }
 }

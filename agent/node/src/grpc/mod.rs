@@ -20,6 +20,7 @@ mod image;
 mod image_disk;
 mod kernel;
 mod keys;
+mod machine;
 mod node;
 mod operation;
 mod page;

@@ -117,7 +117,10 @@ impl NodeService for NodeApi {
             Answer::Vms(vms) => vms,
             other => return Err(unexpected(&other).into()),
         };
-        let running = vms.iter().filter(|v| matches!(v.state, VmState::Running | VmState::Stopping)).count();
+        let running = vms
+            .iter()
+            .filter(|v| matches!(v.state, VmState::Running | VmState::Paused | VmState::Stopping))
+            .count();
         let (drain_reason, fence_generation) = self.0.reporter.orders();
         let node = &self.0.node;
         let started = node.start_time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

@@ -3,8 +3,10 @@
 use std::{pin::Pin, time::Duration};
 
 use serio_api::v1::{
-    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, GetVmRequest,
-    ListVmsRequest, ListVmsResponse, ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm,
+    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest,
+    GetVmRequest, ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse,
+    Operation, PauseVmRequest, ReadLogRequest, RebootVmRequest, RestoreVmRequest, ResumeVmRequest,
+    SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVmRequest, Vm, VmSnapshot,
     vm_service_server::VmService,
 };
 use serio_types::resource;
@@ -14,12 +16,12 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     Context, console,
     convert::{self, field, request_of},
-    page, unexpected,
+    machine, operation, page, unexpected,
 };
 use crate::{
     error::Error,
     state::{
-        command::{Answer, Mutation, Query, VmView},
+        command::{Answer, Mutation, Query, VdcSnapshotView, VmView},
         model,
     },
 };
@@ -77,7 +79,23 @@ impl VmService for VmApi {
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {
         let view = self.find(&request.get_ref().name).await?;
-        Ok(Response::new(convert::vm(&view, model::now())))
+        let mut vm = convert::vm(&view, model::now());
+        if let Some((handle, status)) = self.0.handles.vm(view.record.uid).zip(vm.status.as_mut()) {
+            status.vsock_path =
+                handle.vsock_path().map(|path| path.display().to_string()).unwrap_or_default();
+            // One that is too busy to say shows nothing of it.
+            status.memory = handle.balloon_stats().await.ok().map(|stats| machine::memory(&stats));
+        }
+        Ok(Response::new(vm))
+    }
+
+    async fn update_vm(&self, request: Request<UpdateVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("UpdateVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let changes = machine::changes(&message.fields, message.spec)?;
+        let update = Mutation::UpdateVm { name, changes };
+        Ok(one(self.0.mutate(update.at(message.expected_generation), id).await?)?)
     }
 
     async fn list_vms(&self, request: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {
@@ -117,6 +135,73 @@ impl VmService for VmApi {
         let id = request_of!("RebootVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
         Ok(one(self.0.mutate(Mutation::RebootVm { name }.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn pause_vm(&self, request: Request<PauseVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("PauseVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        Ok(one(self.0.mutate(Mutation::PauseVm { name }.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn resume_vm(&self, request: Request<ResumeVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("ResumeVm", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        Ok(one(self.0.mutate(Mutation::ResumeVm { name }.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn snapshot_vm(&self, request: Request<SnapshotVmRequest>) -> Result<Response<VmSnapshot>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("SnapshotVm", &message)?;
+        let name = field("vm", resource::parse_vm(&message.vm))?;
+        let point = field("snapshot_id", message.snapshot_id.parse())?;
+        match self.0.mutate(Mutation::SnapshotVm { name, point }, id).await? {
+            Answer::VdcSnapshot(view) => Ok(Response::new(convert::vm_snapshot(&view))),
+            other => Err(unexpected(&other).into()),
+        }
+    }
+
+    async fn list_vm_snapshots(
+        &self,
+        request: Request<ListVmSnapshotsRequest>,
+    ) -> Result<Response<ListVmSnapshotsResponse>, Status> {
+        let message = request.into_inner();
+        let vm = field("vm", resource::parse_vm(&message.vm))?;
+        let all = match self.0.query(Query::VmSnapshots(vm)).await? {
+            Answer::VdcSnapshots(views) => views,
+            other => return Err(unexpected(&other).into()),
+        };
+        let key = |v: &VdcSnapshotView| page::oldest_first(v.record.create_time.0, v.record.name.as_str());
+        let (all, next_page_token) = page::cut(all, message.page_size, &message.page_token, key)?;
+        let snapshots = all.iter().map(convert::vm_snapshot).collect();
+        Ok(Response::new(ListVmSnapshotsResponse { snapshots, next_page_token }))
+    }
+
+    async fn delete_vm_snapshot(
+        &self,
+        request: Request<DeleteVmSnapshotRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DeleteVmSnapshot", &message)?;
+        let (name, point) = field("name", resource::parse_vm_snapshot(&message.name))?;
+        Ok(operation::one(self.0.mutate(Mutation::DeleteVmSnapshot { name, point }, id).await?)?)
+    }
+
+    async fn restore_vm(&self, request: Request<RestoreVmRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("RestoreVm", &message)?;
+        let (name, point) = field("name", resource::parse_vm_snapshot(&message.name))?;
+        if message.as_new.is_empty() {
+            let restore = Mutation::RestoreVm { name, point, discard_later: message.discard_later };
+            return Ok(one(self.0.mutate(restore.at(message.expected_generation), id).await?)?);
+        }
+        let clone = field("as_new", message.as_new.parse())?;
+        if message.discard_later || message.expected_generation != 0 {
+            let problem = "leaves the VM and its volumes as they are: leave out what is about them";
+            return Err(Error::invalid("as_new", problem).into());
+        }
+        Ok(one(self.0.mutate(Mutation::CloneVm { name, point, clone }, id).await?)?)
     }
 
     async fn delete_vm(

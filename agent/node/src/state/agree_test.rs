@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serio_types::Name;
 
-use super::world_test::Sim;
+use super::sim_test::Sim;
 
 impl Sim {
     /// Compares rows with the host; call it when all has settled.
@@ -14,7 +14,9 @@ impl Sim {
         for vm in model.vms.values() {
             let process = self.world.processes.get(&vm.uid);
             match vm.run {
+                Run::Paused => assert!(process.is_some(), "a paused VM has a process"),
                 Run::Running => {
+                    assert!(!process.is_some_and(|p| p.paused), "a VM that runs stands still");
                     let view = self.state().vm_view(vm);
                     assert_eq!(view.pid, Some(process.expect("a running VM has a process").pid));
                 }

@@ -7,7 +7,8 @@ use uuid::Uuid;
 use super::{
     command::{Mutation, VmState},
     effect::{Effect, Input, Started},
-    world_test::{Sim, World, spec},
+    sim_test::{Sim, spec},
+    world_test::World,
 };
 use crate::{error::Error, supervise::EndKind};
 

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 pub use super::{
     orders::{Order, Ordered},
+    update::{LimitField, VmChange},
     vdc_snapshots::Consistency,
 };
 use crate::error::Error;
@@ -52,12 +53,26 @@ pub enum Mutation {
     CreateVm { name: VdcName, spec: Box<VmSpec>, start: bool },
     /// The same with a root that is there → [`Answer::Vm`].
     CreateVmOn { name: VdcName, spec: Box<VmSpec>, root: VdcName, start: bool },
+    /// All of it or nothing → [`Answer::Vm`].
+    UpdateVm { name: VdcName, changes: Vec<VmChange> },
     /// → [`Answer::Vm`].
     StartVm { name: VdcName },
     /// → [`Answer::Vm`].
     StopVm { name: VdcName, force: bool, timeout: Duration },
     /// → [`Answer::Vm`].
     RebootVm { name: VdcName },
+    /// With its memory → [`Answer::VdcSnapshot`].
+    SnapshotVm { name: VdcName, point: Name },
+    /// → [`Answer::Operation`].
+    DeleteVmSnapshot { name: VdcName, point: Name },
+    /// The VM goes on from there; or a new one does → [`Answer::Vm`].
+    RestoreVm { name: VdcName, point: Name, discard_later: bool },
+    /// The same as a new VM of that vdc → [`Answer::Vm`].
+    CloneVm { name: VdcName, point: Name, clone: Name },
+    /// → [`Answer::Vm`].
+    PauseVm { name: VdcName },
+    /// → [`Answer::Vm`].
+    ResumeVm { name: VdcName },
     /// → [`Answer::Nothing`].
     DeleteVm { name: VdcName, keep_root_volume: bool, force: bool },
     /// → [`Answer::Volume`].
@@ -125,10 +140,20 @@ impl Mutation {
             | Self::DeleteVdc { name } => resource::vdc(name),
             Self::CreateVm { name, .. }
             | Self::CreateVmOn { name, .. }
+            | Self::UpdateVm { name, .. }
             | Self::StartVm { name }
             | Self::StopVm { name, .. }
             | Self::RebootVm { name }
+            | Self::PauseVm { name }
+            | Self::ResumeVm { name }
             | Self::DeleteVm { name, .. } => resource::vm(name),
+            Self::RestoreVm { name, .. } => resource::vm(name),
+            Self::CloneVm { name, clone, .. } => {
+                resource::vm(&VdcName { vdc: name.vdc.clone(), name: clone.clone() })
+            }
+            Self::SnapshotVm { name, point } | Self::DeleteVmSnapshot { name, point } => {
+                resource::vm_snapshot(name, point)
+            }
             Self::CreateVolume { name, .. }
             | Self::DeleteVolume { name }
             | Self::ResizeVolume { name, .. }
@@ -168,6 +193,8 @@ pub enum Query {
     Snapshots(VdcName),
     /// → [`Answer::VdcSnapshots`].
     VdcSnapshots(Name),
+    /// → [`Answer::VdcSnapshots`]: of a VM.
+    VmSnapshots(VdcName),
     /// → [`Answer::Operation`].
     Operation(Uuid),
     /// → [`Answer::Operations`].
@@ -305,6 +332,8 @@ pub enum VmState {
     Starting,
     /// Its guest runs.
     Running,
+    /// Its guest stands still.
+    Paused,
     /// Ending.
     Stopping,
     /// Ended by failure, for good.
@@ -357,6 +386,8 @@ pub struct VdcSnapshotView {
     pub record: VdcSnapshotRecord,
     /// `VDC/NAME`.
     pub name: VdcName,
+    /// As the API names it.
+    pub resource: String,
     /// Its parts.
     pub parts: Vec<SnapshotView>,
 }

@@ -4,13 +4,14 @@
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
+use serio_store::record::Run;
 use serio_types::{Name, SnapshotName, VdcName};
 use uuid::Uuid;
 
 use super::{
     command::{Answer, Command, Consistency, Mutation, Request},
     effect::{Effect, Input},
-    world_test::{Sim, Waiting, spec},
+    sim_test::{Sim, Waiting, spec},
 };
 use crate::{error::Error, supervise::EndKind};
 
@@ -33,7 +34,7 @@ fn volume(rng: &mut StdRng) -> VdcName {
 
 fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
     let point: Name = format!("p{}", rng.random_range(0..2)).parse().unwrap();
-    match rng.random_range(0..27) {
+    match rng.random_range(0..34) {
         0..=4 => {
             let mut spec = spec(rng.random_range(1..4));
             if rng.random_bool(0.3) {
@@ -92,10 +93,24 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
             name: name(rng, "all"),
             consistency: Consistency { app: rng.random(), required: false },
         },
-        25 => Mutation::DeleteVdcSnapshot { name: name(rng, "all") },
+        25 => Mutation::PauseVm { name: name(rng, "vm") },
+        26 => Mutation::ResumeVm { name: name(rng, "vm") },
+        27..=31 => of_vm_snapshots(rng, point),
+        32 => Mutation::DeleteVdcSnapshot { name: name(rng, "all") },
         _ => Mutation::DeleteExport {
             id: exports.choose(rng).cloned().unwrap_or_else(|| "none".parse().unwrap()),
         },
+    }
+}
+
+/// What there is to do with points of VMs.
+fn of_vm_snapshots(rng: &mut StdRng, point: Name) -> Mutation {
+    let vm = name(rng, "vm");
+    match rng.random_range(0..5) {
+        0..=1 => Mutation::SnapshotVm { name: vm, point },
+        2 => Mutation::DeleteVmSnapshot { name: vm, point },
+        3 => Mutation::RestoreVm { name: vm, point, discard_later: rng.random() },
+        _ => Mutation::CloneVm { name: vm, point, clone: name(rng, "vm").name },
     }
 }
 
@@ -112,6 +127,10 @@ fn kill(sim: &mut Sim, rng: &mut StdRng) {
             // Half a volume.
             Effect::CreateVolume { volume, .. } | Effect::CloneVolume { volume, .. } if rng.random() => {
                 sim.world.make(volume, 0);
+            }
+            // Half a clone.
+            Effect::CloneVolumes { clones, .. } if rng.random() => {
+                sim.world.make(clones[0].volume, 0);
             }
             // Only some of the volumes.
             Effect::VdcSnapshot { name, parts, .. } if rng.random() => {
@@ -229,6 +248,10 @@ fn run(seed: u64) {
     sim.start();
     sim.settle();
     sim.assert_agreement();
+    // Now that nothing failed, what shall stand still does.
+    let rows = sim.state().model().vms.values();
+    let paused: Vec<Uuid> = rows.filter(|vm| vm.run == Run::Paused).map(|vm| vm.uid).collect();
+    assert!(paused.iter().all(|vm| sim.world.processes[vm].paused), "it should stand still");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use super::{
     command::{Command, Reply},
     orders::HostLimits,
     vdc_snapshots::Consistency,
+    vm_orders::Order,
 };
 use crate::{
     error::Error,
@@ -33,8 +34,10 @@ pub enum Effect {
     PowerButton { vm: Uuid },
     /// Its answer is the VM's end.
     Stop { vm: Uuid },
-    /// → [`Input::Reset`].
-    Reset { vm: Uuid },
+    /// To that process → [`Input::Ordered`].
+    Order { vm: Uuid, pid: u32, order: Order },
+    /// Asks the guest to give back memory. Nobody waits for it: it follows in its own time.
+    Balloon { vm: Uuid, target_bytes: u64 },
     /// Ends what may still run, removes run files → [`Input::Cleaned`].
     Clean { vm: Uuid },
     /// Removes a VM's kept files (log, seed) and its root volume's → [`Input::VmRemoved`].
@@ -54,6 +57,12 @@ pub enum Effect {
     CancelOperation { operation: Uuid },
     /// Seals volumes at one instant → [`Input::VdcSnapshotted`].
     VdcSnapshot { group: Uuid, name: Name, consistency: Consistency, parts: Vec<Part> },
+    /// Writes a VM's memory and state and seals its volumes at that point → [`Input::VmSaved`].
+    SaveVm { group: Uuid, vm: Uuid, pid: u32, name: Name, volumes: Vec<Uuid>, memory_bytes: u64 },
+    /// Removes what was saved of a VM. What stays is removed by the next start.
+    RemoveSaved { vm: Uuid, group: Uuid },
+    /// Makes the volumes of a new VM, all or none → [`Input::VolumeCreated`] of its root.
+    CloneVolumes { root: Uuid, clones: Vec<CloneOne> },
     /// → [`Input::Inspected`].
     Inspect { volume: Uuid },
     /// → [`Input::ExportStarted`].
@@ -75,6 +84,39 @@ pub enum Goal {
     Snapshot(Name),
     /// All layers whose files are shared.
     Shared,
+}
+
+/// A volume to be made from another one's snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneOne {
+    /// The new one.
+    pub volume: Uuid,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The other one.
+    pub source: Uuid,
+    /// Its snapshot.
+    pub point: Name,
+}
+
+/// Where a VM goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restore {
+    /// The VM that was saved.
+    pub vm: Uuid,
+    /// The point.
+    pub group: Uuid,
+    /// Volumes that go back to it first.
+    pub rollback: Vec<(Uuid, Name)>,
+}
+
+/// How much was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SavedSize {
+    /// Bytes of memory that were not zero.
+    pub memory_bytes: u64,
+    /// How long the VM stood still.
+    pub paused_ns: u64,
 }
 
 /// How a merge ended.
@@ -141,6 +183,10 @@ pub struct Launch {
     pub nics: Vec<LaunchNic>,
     /// A seed disk, last.
     pub seed: Option<serio_types::CloudInit>,
+    /// Its other devices, and their limits.
+    pub machine: serio_types::MachineSpec,
+    /// It goes on from there instead of booting.
+    pub restore: Option<Restore>,
 }
 
 /// A VM that was started.
@@ -197,8 +243,8 @@ pub enum Input {
     Adopted { vm: Uuid, found: Adopted },
     /// A VMM's process is gone.
     Ended { vm: Uuid, pid: u32, end: EndRecord },
-    /// A machine was reset, or not.
-    Reset { vm: Uuid, result: Result<(), Error> },
+    /// A machine was reset, paused or resumed, or not.
+    Ordered { vm: Uuid, order: Order, result: Result<(), Error> },
     /// No process and no run files any more.
     Cleaned { vm: Uuid },
     /// A VM's kept files are gone, or some are not.
@@ -217,6 +263,8 @@ pub enum Input {
     Progress { operation: Uuid, done_bytes: u64, total_bytes: u64 },
     /// Volumes are sealed at one instant, or perhaps some are.
     VdcSnapshotted { group: Uuid, result: Result<Vec<SealedPart>, Error> },
+    /// A VM and its volumes are saved, or perhaps some volumes are sealed.
+    VmSaved { group: Uuid, result: Result<SavedSize, Error> },
     /// What a volume's headers say.
     Inspected { volume: Uuid, result: Result<VolumeInfo, Error> },
     /// An export takes clients, or nothing of it is there.
@@ -240,6 +288,8 @@ pub enum Adopted {
     Runs {
         /// Its process.
         pid: u32,
+        /// Its guest stands still.
+        paused: bool,
     },
     /// It is gone, with what it said.
     Gone(Option<EndRecord>),

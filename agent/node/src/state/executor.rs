@@ -17,7 +17,10 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::effect::{Adopted, Effect, Input, Launch, Started};
+use super::{
+    effect::{Adopted, Effect, Input, Launch, Restore, Started},
+    vm_orders::Order,
+};
 use crate::{
     error::{Error, chain},
     net,
@@ -26,9 +29,6 @@ use crate::{
         BootPlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle,
     },
 };
-
-/// Bytes of a guest's frames: what every network takes.
-const MTU: u32 = 1500;
 
 /// What runs now; shared with the gRPC side, which talks to consoles and counts clients.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +71,7 @@ pub struct Executor {
 }
 
 /// A directory that is gone afterwards, durably. No error when it was not there.
-fn remove_dir(dir: &Path) -> Result<(), Error> {
+pub(super) fn remove_dir(dir: &Path) -> Result<(), Error> {
     let failed =
         |e: io::Error| Error::Failed { doing: "removing files", why: format!("{}: {e}", dir.display()) };
     match std::fs::remove_dir_all(dir) {
@@ -85,7 +85,7 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(Error::Ending))
@@ -118,7 +118,7 @@ impl Executor {
         self.state_dir.join("images").join(image.to_string())
     }
 
-    fn vm_dir(&self, vm: Uuid) -> PathBuf {
+    pub(super) fn vm_dir(&self, vm: Uuid) -> PathBuf {
         self.state_dir.join("vms").join(vm.to_string())
     }
 
@@ -133,9 +133,10 @@ impl Executor {
                     handle.stop().await;
                 }
             }
-            Effect::Reset { vm } => {
-                let result = self.reset(vm).await;
-                self.send(Input::Reset { vm, result }).await;
+            Effect::Balloon { vm, target_bytes } => self.balloon(vm, target_bytes).await,
+            Effect::Order { vm, pid, order } => {
+                let result = self.order(vm, pid, order).await;
+                self.send(Input::Ordered { vm, order, result }).await;
             }
             Effect::Clean { vm } => {
                 self.supervisor.clean(vm).await;
@@ -163,7 +164,12 @@ impl Executor {
 
     async fn launch(&self, launch: Launch) {
         let vm = launch.vm;
-        let result = match self.plan(launch).await {
+        let rolled_back = self.roll_back(launch.restore.as_ref()).await;
+        let planned = match rolled_back {
+            Ok(()) => self.plan(launch).await,
+            Err(error) => Err(error),
+        };
+        let result = match planned {
             Ok(plan) => self.supervisor.launch(plan).await.map_err(|e| Error::from_launch(&e)),
             Err(error) => Err(error),
         };
@@ -202,7 +208,7 @@ impl Executor {
             mac: nic.mac.bytes(),
             bridge: net::bridge_name(launch.vdc),
             tap: net::tap_name(launch.vm, index),
-            mtu: MTU,
+            mtu: launch.machine.mtu(),
         };
         Ok(LaunchPlan {
             uid: launch.vm,
@@ -220,6 +226,8 @@ impl Executor {
             nics: launch.nics.iter().enumerate().map(nic).collect(),
             name: launch.name,
             cmdline: launch.cmdline,
+            machine: launch.machine,
+            restore: launch.restore.map(|from| self.saved_dir(from.vm, from.group)),
         })
     }
 
@@ -252,9 +260,10 @@ impl Executor {
 
     async fn adopt(&self, vm: Uuid) {
         let found = match self.supervisor.adopt(vm).await {
-            Ok(Some(handle)) => {
+            Ok(Some((handle, paused))) => {
                 self.handles.with(|r| r.vms.insert(vm, handle.clone()));
-                self.send(Input::Adopted { vm, found: Adopted::Runs { pid: handle.pid() } }).await;
+                let found = Adopted::Runs { pid: handle.pid(), paused };
+                self.send(Input::Adopted { vm, found }).await;
                 return self.watch(vm, handle).await;
             }
             Ok(None) => Adopted::Gone(self.supervisor.end_record(vm)),
@@ -271,10 +280,42 @@ impl Executor {
         }
     }
 
-    async fn reset(&self, vm: Uuid) -> Result<(), Error> {
+    async fn balloon(&self, vm: Uuid, target_bytes: u64) {
+        let Some(handle) = self.handles.vm(vm) else { return };
+        if let Err(error) = handle.set_balloon(target_bytes).await {
+            tracing::warn!(%vm, "its balloon stays as it is: {}", chain(&error));
+        }
+    }
+
+    async fn order(&self, vm: Uuid, pid: u32, order: Order) -> Result<(), Error> {
         let gone = || Error::precondition(format!("vms/{vm}"), "ended just now");
-        let handle = self.handles.vm(vm).ok_or_else(gone)?;
-        handle.reset().await.map_err(|e| Error::Failed { doing: "resetting the VM", why: chain(&e) })
+        let handle = self.handles.vm(vm).filter(|handle| handle.pid() == pid).ok_or_else(gone)?;
+        let (doing, result) = match order {
+            Order::Reset => ("resetting the VM", handle.reset().await),
+            Order::Pause => ("pausing the VM", handle.pause().await),
+            // A save is an effect of its own.
+            Order::Resume | Order::Save => ("resuming the VM", handle.resume().await),
+        };
+        result.map_err(|e| Error::Failed { doing, why: chain(&e) })
+    }
+
+    /// Where all VMs' kept files are.
+    pub(super) fn saved_root(&self) -> PathBuf {
+        self.state_dir.join("vms")
+    }
+
+    /// Where a VM is saved.
+    pub(super) fn saved_dir(&self, vm: Uuid, group: Uuid) -> PathBuf {
+        self.vm_dir(vm).join("saved").join(group.to_string())
+    }
+
+    /// Takes the volumes of a VM back before it goes on from there. Done twice it is the same.
+    async fn roll_back(&self, restore: Option<&Restore>) -> Result<(), Error> {
+        for (volume, point) in restore.into_iter().flat_map(|from| &from.rollback) {
+            let result = self.supervisor.rollback_volume(*volume, point.clone().into(), true).await;
+            result.map_err(|e| Error::from_job("going back to the snapshot", &e))?;
+        }
+        Ok(())
     }
 
     async fn remove_vm(&self, vm: Uuid, volume: Option<Uuid>) -> Result<(), Error> {

@@ -91,6 +91,7 @@ impl State {
             last_end: None,
             restarts: 0,
             kernel: None,
+            restore: None,
         };
         Ok((vm, changes))
     }

@@ -289,7 +289,7 @@ impl State {
             None => end,
         };
         if let Some(record) = record
-            && record.kind == OperationKind::DeleteVdcSnapshot
+            && record.kind.is_whole()
             && end.is_ok()
             && let Some(group) = record.subject
         {
@@ -325,11 +325,7 @@ impl State {
         for work in queue {
             self.cancelled.insert(work.operation);
             let gone = Error::precondition(self.model.volume_resource(volume), "was deleted meanwhile");
-            let vdc_wide = self
-                .model
-                .operations
-                .get(&work.operation)
-                .is_some_and(|r| r.kind == OperationKind::DeleteVdcSnapshot);
+            let vdc_wide = self.model.operations.get(&work.operation).is_some_and(|r| r.kind.is_whole());
             // A part that went with its volume is as good as merged away.
             let end = if vdc_wide { Ok(()) } else { Err(gone) };
             self.settle_operation(work.operation, end, Vec::new());
@@ -357,7 +353,7 @@ impl State {
             };
             let works: Vec<_> = works.into_iter().filter(|(volume, _)| whole(volume)).collect();
             if works.is_empty() {
-                let end = if record.kind == OperationKind::DeleteVdcSnapshot {
+                let end = if record.kind.is_whole() {
                     Ok(())
                 } else {
                     Err(Error::precondition(record.target.clone(), "was deleted meanwhile"))

@@ -16,6 +16,7 @@
 //!   creating            anything                undo: remove files, then the row (its client got no answer)
 //!   starting            no process              start it
 //!   running             process                 adopt it;  none: record its end, policy decides
+//!   paused              process                 adopt it, pause it if it runs;  none: as running
 //!   stopping            process                 adopt it, press the button again;  none: record its end
 //!   killing             process                 pull the plug;  none: record its end
 //!   deleting            anything                go on deleting
@@ -44,9 +45,14 @@ mod phase;
 pub mod recover;
 mod reshape;
 mod run;
+mod save_work;
+mod update;
 mod vdc_snapshots;
 mod vdcs;
 mod views;
+mod vm_orders;
+mod vm_restore;
+mod vm_snapshots;
 mod vms;
 mod volume_work;
 mod volumes;
@@ -67,6 +73,7 @@ pub use executor::{Executor, Handles};
 use merges::Work;
 use model::Model;
 use phase::{Op, Phase, VolumeOp};
+use vm_orders::{Order, Pending};
 
 use crate::error::Error;
 
@@ -82,8 +89,8 @@ pub struct State {
     failures: BTreeMap<Uuid, u32>,
     /// Volumes with an operation.
     volume_ops: BTreeMap<Uuid, VolumeOp>,
-    /// VMs being reset.
-    resets: BTreeMap<Uuid, Op>,
+    /// Running VMs being reset, paused or resumed.
+    vm_orders: BTreeMap<Uuid, Pending>,
     /// Exports being started or ended.
     export_ops: BTreeMap<Name, Op>,
     /// Images being removed.
@@ -130,7 +137,7 @@ impl State {
             phases: BTreeMap::new(),
             failures: BTreeMap::new(),
             volume_ops: BTreeMap::new(),
-            resets: BTreeMap::new(),
+            vm_orders: BTreeMap::new(),
             export_ops: BTreeMap::new(),
             image_ops: BTreeMap::new(),
             works: BTreeMap::new(),
@@ -166,7 +173,7 @@ impl State {
             Input::Launched { vm, result } => self.launched(vm, result),
             Input::Adopted { vm, found } => self.adopted(vm, found),
             Input::Ended { vm, pid, end } => self.ended(vm, pid, end),
-            Input::Reset { vm, result } => self.reset_done(vm, result),
+            Input::Ordered { vm, order, result } => self.ordered(vm, order, result),
             Input::Cleaned { vm } => self.cleaned(vm),
             Input::VmRemoved { vm, result } => self.vm_removed(vm, result),
             Input::Snapshotted { volume, result } => self.snapshotted(volume, result),
@@ -181,6 +188,7 @@ impl State {
                 self.operation_progress(operation, done_bytes, total_bytes);
             }
             Input::VdcSnapshotted { group, result } => self.vdc_snapshotted(group, result),
+            Input::VmSaved { group, result } => self.vm_saved(group, result),
             Input::ExportStarted { id, result } => self.export_started(id, result),
             Input::ExportAdopted { id, runs } => self.export_adopted(&id, runs),
             Input::ExportEnded { id } => self.export_ended(&id),
@@ -238,9 +246,18 @@ impl State {
             Mutation::CreateVmOn { name, spec, root, start } => {
                 self.create_vm_on(&name, (*spec, &root), start, op)
             }
+            Mutation::UpdateVm { name, changes } => self.update_vm(&name, &changes, op),
             Mutation::StartVm { name } => self.start_vm(&name, op),
             Mutation::StopVm { name, force, timeout } => self.stop_vm(&name, force, timeout, op),
-            Mutation::RebootVm { name } => self.reboot_vm(&name, op),
+            Mutation::RebootVm { name } => self.order_vm(&name, Order::Reset, op),
+            Mutation::SnapshotVm { name, point } => self.snapshot_vm(&name, point, op),
+            Mutation::DeleteVmSnapshot { name, point } => self.delete_vm_snapshot(&name, &point, op),
+            Mutation::RestoreVm { name, point, discard_later } => {
+                self.restore_vm(&name, &point, discard_later, op)
+            }
+            Mutation::CloneVm { name, point, clone } => self.clone_vm(&name, &point, clone, op),
+            Mutation::PauseVm { name } => self.order_vm(&name, Order::Pause, op),
+            Mutation::ResumeVm { name } => self.order_vm(&name, Order::Resume, op),
             Mutation::DeleteVm { name, keep_root_volume, force } => {
                 self.delete_vm(&name, keep_root_volume, force, op)
             }
@@ -397,6 +414,14 @@ mod crash_test;
 #[cfg(test)]
 pub(crate) mod orders_test;
 #[cfg(test)]
+mod sim_test;
+#[cfg(test)]
 mod state_test;
+#[cfg(test)]
+mod update_test;
+#[cfg(test)]
+mod vm_orders_test;
+#[cfg(test)]
+mod vm_snapshots_test;
 #[cfg(test)]
 mod world_test;

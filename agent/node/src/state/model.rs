@@ -155,8 +155,29 @@ impl Model {
         let vdc = self.vdc(&name.vdc)?;
         self.vdc_snapshots
             .values()
-            .find(|r| r.vdc == vdc.uid && r.name == name.name)
+            .find(|r| r.vdc == vdc.uid && r.name == name.name && r.saved.is_none())
             .ok_or_else(|| Error::not_found(resource::vdc_snapshot(name)))
+    }
+
+    /// The snapshots of a VM, oldest first.
+    pub fn vm_snapshots(&self, vm: Uuid) -> impl Iterator<Item = &VdcSnapshotRecord> {
+        self.vdc_snapshots.values().filter(move |r| r.saved.as_ref().is_some_and(|saved| saved.vm == vm))
+    }
+
+    /// The snapshot of a VM of that name.
+    pub fn vm_snapshot(&self, vm: &VdcName, name: &Name) -> Result<&VdcSnapshotRecord, Error> {
+        let uid = self.vm(vm)?.uid;
+        let found = self.vm_snapshots(uid).find(|r| r.name == *name);
+        found.ok_or_else(|| Error::not_found(resource::vm_snapshot(vm, name)))
+    }
+
+    /// The API's name of a snapshot of a vdc or of a VM.
+    #[must_use]
+    pub fn group_resource(&self, record: &VdcSnapshotRecord) -> String {
+        match &record.saved {
+            Some(saved) => format!("{}/snapshots/{}", self.vm_resource(saved.vm), record.name),
+            None => resource::vdc_snapshot(&self.vdc_snapshot_name(record)),
+        }
     }
 
     /// The parts of a vdc's snapshot.

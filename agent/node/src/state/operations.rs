@@ -21,9 +21,10 @@ const KEPT_MS: i64 = 7 * 24 * 60 * 60 * 1000;
 /// Whether the next seriod can go on with it.
 pub(super) const fn is_resumable(kind: OperationKind) -> bool {
     match kind {
-        OperationKind::DeleteSnapshot | OperationKind::FlattenVolume | OperationKind::DeleteVdcSnapshot => {
-            true
-        }
+        OperationKind::DeleteSnapshot
+        | OperationKind::FlattenVolume
+        | OperationKind::DeleteVdcSnapshot
+        | OperationKind::DeleteVmSnapshot => true,
         OperationKind::ImportVolume | OperationKind::CheckVolume => false,
     }
 }
@@ -147,7 +148,7 @@ impl State {
         if record.state != OperationState::Running {
             return Ok(Answer::Operation(record));
         }
-        if record.kind == OperationKind::DeleteVdcSnapshot {
+        if record.kind.is_whole() {
             let why =
                 "deletes parts of a vdc's snapshot, and what is left of it would be of no use: let it go on";
             return Err(Error::precondition(resource(uid), why));

@@ -22,7 +22,7 @@ use super::{
     model::{Model, now},
     owner::{self, Client},
     recover::Found,
-    world_test::{Sim, Waiting, capacity, spec},
+    sim_test::{Sim, Waiting, capacity, spec},
 };
 use crate::error::Error;
 

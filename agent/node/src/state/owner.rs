@@ -186,7 +186,9 @@ impl State {
         let allocation = |view: &super::command::VmView| {
             let state = match view.state {
                 VmState::Stopped | VmState::Failed => AllocationState::Reserved,
-                VmState::Starting | VmState::Running | VmState::Stopping => AllocationState::Active,
+                VmState::Starting | VmState::Running | VmState::Paused | VmState::Stopping => {
+                    AllocationState::Active
+                }
             };
             Allocation {
                 id: view.record.uid.to_string(),

@@ -154,7 +154,7 @@ impl VolumeOp {
             Self::Snapshot { .. } => "a snapshot",
             Self::Resize(_) => "a resize",
             Self::Rollback { .. } => "a rollback",
-            Self::VdcSnapshot => "a snapshot of its vdc",
+            Self::VdcSnapshot => "a snapshot of its vdc or VM",
             Self::Lend { .. } => "a clone of it",
             Self::Inspect { .. } => "its check after a failure or the start of seriod",
         }

@@ -81,7 +81,7 @@ impl State {
                 self.out.push(Effect::Clean { vm: uid });
             }
             Run::Off | Run::Failed => drop(self.phases.insert(uid, Phase::Off)),
-            Run::Starting | Run::Running | Run::Stopping | Run::Killing => {
+            Run::Starting | Run::Running | Run::Paused | Run::Stopping | Run::Killing => {
                 self.phases.insert(uid, Phase::Adopting { silent: 0 });
                 self.out.push(Effect::Adopt { vm: uid });
             }
@@ -126,8 +126,7 @@ impl State {
             self.out.push(Effect::DeleteVolume { volume: uid });
         }
         let points = self.model.snapshots.values().filter(|s| s.state != Made::Ready).map(|s| s.volume);
-        let volumes =
-            self.model.volumes.values().filter(|v| v.unsure && v.state == Made::Ready).map(|v| v.uid);
+        let volumes = self.model.volumes.values().filter(|v| self.to_be_looked_at(v)).map(|v| v.uid);
         let unsure: BTreeSet<Uuid> = points.chain(volumes).collect();
         for uid in unsure {
             if let Entry::Vacant(free) = self.volume_ops.entry(uid) {
@@ -172,7 +171,7 @@ impl State {
                 let after = std::time::Duration::from_millis(after_ms);
                 self.out.push(Effect::Timer { after, timer: Timer::AdoptAgain { vm: uid } });
             }
-            Adopted::Runs { pid } => self.found_running(uid, pid, run),
+            Adopted::Runs { pid, paused } => self.found_running(uid, (pid, paused), run),
             Adopted::Gone(end) => self.found_gone(uid, run, end),
         }
     }
@@ -183,7 +182,8 @@ impl State {
         }
     }
 
-    fn found_running(&mut self, uid: Uuid, pid: u32, run: Run) {
+    fn found_running(&mut self, uid: Uuid, (pid, paused): (u32, bool), run: Run) {
+        self.restored(uid);
         let event =
             self.event(self.model.vm_resource(uid), "adopted", format!("it ran on, as process {pid}"));
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
@@ -197,11 +197,13 @@ impl State {
                 self.stopping(uid, pid, None, After::Rest(Op::default()));
             }
             _ => {
-                vm.run = Run::Running;
+                vm.run = if run == Run::Paused { Run::Paused } else { Run::Running };
                 vm.desired = Desired::Running;
                 vm.start_time = vm.start_time.or(Some(self.now));
                 self.record(vec![Change::Vm(Box::new(vm)), event]);
                 self.phases.insert(uid, Phase::Running { pid });
+                self.settle_pause(uid, (pid, paused), run);
+                self.set_balloon(uid, false);
             }
         }
         self.end_fenced(uid);
@@ -213,7 +215,7 @@ impl State {
             // It never ran, or died on the way: its start still stands.
             (Run::Starting, None) => After::Launch,
             (Run::Starting, Some(end)) if end.kind == EndKind::LaunchFailed => After::Launch,
-            (Run::Starting | Run::Running, Some(end))
+            (Run::Starting | Run::Running | Run::Paused, Some(end))
                 if end.kind == EndKind::Reset && self.reboots(uid, EndWord::Reset) =>
             {
                 self.record_reboot(uid);

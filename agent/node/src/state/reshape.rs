@@ -122,20 +122,13 @@ impl State {
         let mut changes = vec![Change::Volume(record)];
         changes.extend(self.remember(&op, resource::volume(&name)));
         check!(op, self.commit(changes));
-        // The source may not change under the clone's hands.
-        match self.volume_ops.get_mut(&lender) {
-            Some(VolumeOp::Lend { clones }) => drop(clones.insert(uid)),
-            _ => {
-                let clones = std::iter::once(uid).collect();
-                self.volume_ops.insert(lender, VolumeOp::Lend { clones });
-            }
-        }
+        self.lend(lender, uid);
         self.volume_ops.insert(uid, VolumeOp::Create(op));
         self.out.push(effect);
         Ok(())
     }
 
-    fn plan_clone(
+    pub(super) fn plan_clone(
         &self,
         source: &SnapshotName,
         name: &VdcName,
@@ -189,6 +182,17 @@ impl State {
         Ok((record, point.volume))
     }
 
+    /// The source may not change under the clone's hands.
+    pub(super) fn lend(&mut self, lender: Uuid, clone: Uuid) {
+        match self.volume_ops.get_mut(&lender) {
+            Some(VolumeOp::Lend { clones }) => drop(clones.insert(clone)),
+            _ => {
+                let clones = std::iter::once(clone).collect();
+                self.volume_ops.insert(lender, VolumeOp::Lend { clones });
+            }
+        }
+    }
+
     /// A volume was made, or not: whoever lent it layers has them back.
     pub(super) fn return_loan(&mut self, clone: Uuid) {
         let lender = self.volume_ops.iter_mut().find_map(|(uid, op)| match op {
@@ -217,7 +221,11 @@ impl State {
         Ok(())
     }
 
-    fn plan_rollback(&self, name: &SnapshotName, discard_later: bool) -> Result<VolumeRecord, Error> {
+    pub(super) fn plan_rollback(
+        &self,
+        name: &SnapshotName,
+        discard_later: bool,
+    ) -> Result<VolumeRecord, Error> {
         let (volume, vm) = self.idle_volume(&name.volume)?;
         let resource = resource::volume(&name.volume);
         if let Some(vm) = vm {

@@ -83,6 +83,8 @@ impl State {
             vdc: vm.vdc,
             nics: vm.spec.nics.iter().filter_map(nic).collect(),
             seed: vm.spec.cloud_init.clone(),
+            machine: vm.spec.machine.clone(),
+            restore: self.plan_restore(vm)?,
         })
     }
 
@@ -103,7 +105,9 @@ impl State {
         let what =
             kernel.as_ref().map_or_else(String::new, |kernel| format!(", with {} of its disk", kernel.path));
         vm.kernel = kernel;
+        let restored = vm.restore.take().is_some();
         let (kind, message) = match cause {
+            _ if restored => ("restored", format!("its guest goes on from its snapshot, in process {pid}")),
             Cause::Again => ("restarted", format!("it was started again, as process {pid}{what}")),
             _ => ("started", format!("its guest runs, in process {pid}{what}")),
         };
@@ -111,6 +115,8 @@ impl State {
         self.record(vec![Change::Vm(Box::new(vm)), event]);
         self.phases.insert(uid, Phase::Running { pid });
         self.end_fenced(uid);
+        self.set_balloon(uid, false);
+        self.look_at_volumes(uid);
         if let Cause::Create(op) | Cause::Start(op) = cause {
             op.finish(self.answer_vm(uid));
         }
@@ -124,6 +130,7 @@ impl State {
             Cause::Start(op) => {
                 vm.desired = Desired::Stopped;
                 vm.run = Run::Failed;
+                vm.restore = None;
                 let event = self.event(
                     self.model.vm_resource(uid),
                     "failed",
@@ -134,6 +141,7 @@ impl State {
                 changes.extend(Self::forget(op.request.as_ref()));
                 self.record(changes);
                 self.phases.insert(uid, Phase::Off);
+                self.look_at_volumes(uid);
                 op.finish(Err(error));
             }
             Cause::Again => {
@@ -231,6 +239,7 @@ impl State {
             (self.event(resource, "failed", message), After::Again { pause_ms })
         } else {
             vm.desired = Desired::Stopped;
+            vm.restore = None;
             vm.run = if failure { Run::Failed } else { Run::Off };
             let kind = if failure { "failed" } else { "stopped" };
             (self.event(resource, kind, format!("it ended by itself ({what})")), After::Rest(Op::default()))
@@ -238,6 +247,7 @@ impl State {
         vm.start_time = None;
         vm.last_end = Some(end);
         self.record(vec![Change::Vm(Box::new(vm)), event]);
+        self.look_at_volumes(uid);
         after
     }
 
@@ -295,21 +305,6 @@ impl State {
         }
     }
 
-    pub(super) fn reset_done(&mut self, uid: Uuid, result: Result<(), Error>) {
-        let Some(op) = self.resets.remove(&uid) else { return };
-        match result {
-            Ok(()) => {
-                let event = self.event(self.model.vm_resource(uid), "reset", "it was reset");
-                self.record(vec![event]);
-                op.finish(self.answer_vm(uid));
-            }
-            Err(error) => {
-                self.record(Self::forget(op.request.as_ref()).into_iter().collect());
-                op.finish(Err(error));
-            }
-        }
-    }
-
     /// The rows that say that a VM is being deleted.
     fn deletion(&self, vm: &VmRecord, keep_root: bool) -> Vec<Change> {
         let mut vm = vm.clone();
@@ -359,10 +354,14 @@ impl State {
         let mut changes: Vec<Change> =
             undone.as_ref().and_then(|_| self.give_back(uid)).into_iter().collect();
         changes.push(Change::Delete(Key::Vm(uid)));
-        for volume in self.model.volumes.values().filter(|v| v.vm == Some(uid)) {
-            let mut volume = volume.clone();
+        let unborn = self.is_unborn_clone(&vm);
+        let of_vm = self.model.volumes.values().filter(|v| v.vm == Some(uid));
+        for mut volume in of_vm.cloned().collect::<Vec<_>>() {
             if volume.uid == vm.root_volume && vm.run != Run::DeletingKeepRoot {
                 changes.push(Change::Delete(Key::Volume(volume.uid)));
+            } else if unborn {
+                // It never ran: its volumes were made for it, and go with it.
+                changes.extend(self.drop_clone(volume));
             } else {
                 volume.vm = None;
                 volume.generation = volume.generation.next();
@@ -379,6 +378,7 @@ impl State {
         });
         self.record(changes);
         self.forget_empty_groups();
+        self.drop_vm_snapshots(uid);
         self.failures.remove(&uid);
         op.finish(undone.map_or(Ok(Answer::Nothing), Err));
     }

@@ -7,7 +7,7 @@ use serio_types::{Quota, RestartPolicy, SnapshotName, VdcLimits, VdcName};
 use super::{
     command::{Answer, LimitsChange, Mutation, VmState},
     effect::Timer,
-    world_test::{Sim, spec},
+    sim_test::{Sim, spec},
 };
 use crate::{error::Error, supervise::EndKind};
 

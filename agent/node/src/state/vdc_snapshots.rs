@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 use serio_store::{
     Change, Key,
-    record::{Made, OperationKind, SnapshotRecord, VdcSnapshotRecord, VolumeRecord},
+    record::{Made, OperationKind, SavedVm, SnapshotRecord, VdcSnapshotRecord, VolumeRecord},
 };
 use serio_types::{Name, VdcName, resource};
 use uuid::Uuid;
@@ -51,6 +51,7 @@ impl State {
             name: name.name.clone(),
             create_time: self.now,
             state: Made::Creating,
+            saved: None,
         };
         let uid = group.uid;
         let mut changes = vec![Change::VdcSnapshot(group)];
@@ -86,15 +87,29 @@ impl State {
     }
 
     pub(super) fn vdc_snapshotted(&mut self, group: Uuid, result: Result<Vec<SealedPart>, Error>) {
+        self.group_sealed(group, result, None);
+    }
+
+    /// All parts are sealed, or some are perhaps; of a VM's point with what was saved.
+    pub(super) fn group_sealed(
+        &mut self,
+        group: Uuid,
+        result: Result<Vec<SealedPart>, Error>,
+        saved: Option<Box<SavedVm>>,
+    ) {
         let Some(op) = self.group_ops.remove(&group) else { return };
         let Some(record) = self.model.vdc_snapshots.get(&group).cloned() else { return };
         let parts: Vec<SnapshotRecord> = self.model.parts_of(group).cloned().collect();
         for part in &parts {
             self.volume_ops.remove(&part.volume);
         }
-        let name = resource::vdc_snapshot(&self.model.vdc_snapshot_name(&record));
+        let name = self.model.group_resource(&record);
         let committed = result.and_then(|sealed| {
-            let mut changes = vec![Change::VdcSnapshot(VdcSnapshotRecord { state: Made::Ready, ..record })];
+            let mut changes = vec![Change::VdcSnapshot(VdcSnapshotRecord {
+                state: Made::Ready,
+                saved: saved.or(record.saved.clone()),
+                ..record
+            })];
             for part in &parts {
                 let (class, reason) = sealed
                     .iter()
@@ -120,7 +135,7 @@ impl State {
     /// A whole that did not come about: what was sealed of it is merged away.
     pub(super) fn undo_vdc_snapshot(&mut self, group: Uuid, why: &str) {
         let Some(record) = self.model.vdc_snapshots.get(&group) else { return };
-        let name = resource::vdc_snapshot(&self.model.vdc_snapshot_name(record));
+        let name = self.model.group_resource(record);
         let event = self.event(name, "undone", format!("the snapshot was not made: {why}"));
         if let Err(error) = self.dissolve(group, vec![event], &Op::default()) {
             tracing::error!("the next start tries again to undo: {}", crate::error::chain(&error));
@@ -128,12 +143,19 @@ impl State {
     }
 
     /// Begins the operation that deletes a whole with its parts.
-    fn dissolve(&mut self, group: Uuid, more: Vec<Change>, op: &Op) -> Result<Answer, Error> {
+    pub(super) fn dissolve(&mut self, group: Uuid, more: Vec<Change>, op: &Op) -> Result<Answer, Error> {
         let record = self.model.vdc_snapshots.get(&group).cloned();
         let record = record.ok_or_else(|| Error::not_found("the vdc's snapshot"))?;
-        let target = resource::vdc_snapshot(&self.model.vdc_snapshot_name(&record));
+        let target = self.model.group_resource(&record);
         let parts: Vec<SnapshotRecord> = self.model.parts_of(group).cloned().collect();
-        let operation = self.new_operation(OperationKind::DeleteVdcSnapshot, target, Some(group));
+        let kind = if record.saved.is_some() {
+            OperationKind::DeleteVmSnapshot
+        } else {
+            OperationKind::DeleteVdcSnapshot
+        };
+        let operation = self.new_operation(kind, target, Some(group));
+        // Before the row goes: what is left over is removed by the next start.
+        self.remove_saved(&record);
         let mut changes = more;
         changes.push(Change::VdcSnapshot(VdcSnapshotRecord { state: Made::Deleting, ..record }));
         let deleting = |p: &SnapshotRecord| SnapshotRecord { state: Made::Deleting, ..p.clone() };
@@ -150,7 +172,11 @@ impl State {
 
     pub(super) fn delete_vdc_snapshot(&mut self, name: &VdcName, op: Op) -> Result<(), Refused> {
         let record = check!(op, self.model.vdc_snapshot(name)).clone();
-        let resource = resource::vdc_snapshot(name);
+        self.delete_group(&record, op)
+    }
+
+    pub(super) fn delete_group(&mut self, record: &VdcSnapshotRecord, op: Op) -> Result<(), Refused> {
+        let resource = self.model.group_resource(record);
         if record.state == Made::Creating {
             return refuse(op, Error::Busy { resource, operation: "its creation" });
         }
@@ -171,6 +197,9 @@ impl State {
 
     /// After a start: a whole that was not finished is undone, and a deletion that had failed is tried again.
     pub(super) fn recover_vdc_snapshots(&mut self) {
+        let deleting: Vec<_> =
+            self.model.vdc_snapshots.values().filter(|r| r.state == Made::Deleting).cloned().collect();
+        deleting.iter().for_each(|record| self.remove_saved(record));
         let going: BTreeSet<Uuid> =
             self.list_operations("", true).iter().filter_map(|operation| operation.subject).collect();
         let unfinished =
@@ -184,7 +213,7 @@ impl State {
                 continue;
             }
             if let Some(record) = self.model.vdc_snapshots.get(&group) {
-                let name = resource::vdc_snapshot(&self.model.vdc_snapshot_name(record));
+                let name = self.model.group_resource(record);
                 self.record(vec![Change::Delete(Key::RequestsOf(name))]);
             }
             self.undo_vdc_snapshot(group, "seriod ended meanwhile");
@@ -193,21 +222,19 @@ impl State {
 
     /// Wholes whose last part went with its volume go too.
     pub(super) fn forget_empty_groups(&mut self) {
-        let empty: Vec<Change> = self
-            .model
-            .vdc_snapshots
-            .values()
-            .filter(|r| r.state == Made::Ready && self.model.parts_of(r.uid).next().is_none())
-            .map(|r| Change::Delete(Key::VdcSnapshot(r.uid)))
-            .collect();
-        if !empty.is_empty() {
-            self.record(empty);
+        let gone =
+            |r: &&VdcSnapshotRecord| r.state == Made::Ready && self.model.parts_of(r.uid).next().is_none();
+        let empty: Vec<_> = self.model.vdc_snapshots.values().filter(gone).cloned().collect();
+        for record in empty {
+            self.remove_saved(&record);
+            self.record(vec![Change::Delete(Key::VdcSnapshot(record.uid))]);
         }
     }
 
     pub(super) fn vdc_snapshot_view(&self, record: &VdcSnapshotRecord) -> VdcSnapshotView {
         VdcSnapshotView {
             name: self.model.vdc_snapshot_name(record),
+            resource: self.model.group_resource(record),
             parts: self.model.parts_of(record.uid).map(|p| self.snapshot_view(p)).collect(),
             record: record.clone(),
         }
@@ -216,7 +243,11 @@ impl State {
     /// The snapshots of a vdc, oldest first.
     pub(super) fn vdc_snapshots(&self, vdc: &Name) -> Result<Vec<VdcSnapshotView>, Error> {
         let vdc = self.model.vdc(vdc)?.uid;
-        let of = self.model.vdc_snapshots.values().filter(|r| r.vdc == vdc && r.state != Made::Creating);
+        let of = self
+            .model
+            .vdc_snapshots
+            .values()
+            .filter(|r| r.vdc == vdc && r.saved.is_none() && r.state != Made::Creating);
         Ok(of.map(|r| self.vdc_snapshot_view(r)).collect())
     }
 

@@ -12,6 +12,7 @@ use super::{
     command::{Answer, LimitsChange, Mutation, Query},
     phase::{Op, Phase},
     refuse,
+    vm_orders::Pending,
 };
 use crate::error::Error;
 
@@ -191,8 +192,8 @@ impl State {
     fn twin(&mut self, name: &str) -> Option<&mut Op> {
         if let Ok(vm) = resource::parse_vm(name) {
             let uid = self.model.vm(&vm).ok()?.uid;
-            if self.resets.contains_key(&uid) {
-                return self.resets.get_mut(&uid);
+            if self.vm_orders.contains_key(&uid) {
+                return self.vm_orders.get_mut(&uid).map(Pending::op_mut);
             }
             return self.phases.get_mut(&uid)?.op_mut();
         }
@@ -201,6 +202,10 @@ impl State {
         }
         if let Ok(whole) = resource::parse_vdc_snapshot(name) {
             let uid = self.model.vdc_snapshot(&whole).ok()?.uid;
+            return self.group_ops.get_mut(&uid);
+        }
+        if let Ok((vm, point)) = resource::parse_vm_snapshot(name) {
+            let uid = self.model.vm_snapshot(&vm, &point).ok()?.uid;
             return self.group_ops.get_mut(&uid);
         }
         if let Ok(image) = resource::parse_image(name) {
@@ -256,6 +261,10 @@ impl State {
         }
         if let Ok(whole) = resource::parse_vdc_snapshot(name) {
             let record = self.model.vdc_snapshot(&whole)?;
+            return Ok(Answer::VdcSnapshot(self.vdc_snapshot_view(record)));
+        }
+        if let Ok((vm, point)) = resource::parse_vm_snapshot(name) {
+            let record = self.model.vm_snapshot(&vm, &point)?;
             return Ok(Answer::VdcSnapshot(self.vdc_snapshot_view(record)));
         }
         let snapshot = resource::parse_snapshot(name).map_err(|_| Error::not_found(name))?;

@@ -46,6 +46,7 @@ impl State {
                 Answer::Snapshots(ready.map(|r| self.snapshot_view(r)).collect())
             }
             Query::VdcSnapshots(vdc) => Answer::VdcSnapshots(self.vdc_snapshots(vdc)?),
+            Query::VmSnapshots(vm) => Answer::VdcSnapshots(self.vm_snapshots(vm)?),
             Query::Operation(uid) => Answer::Operation(self.operation(*uid)?.clone()),
             Query::Operations { target_prefix, running_only } => {
                 Answer::Operations(self.list_operations(target_prefix, *running_only))
@@ -80,9 +81,11 @@ impl State {
             | Phase::Launching { .. }
             | Phase::Pausing { .. }
             | Phase::Cleaning { after: After::Again { .. } | After::Launch } => (VmState::Starting, None),
+            Phase::Running { pid } if record.run == Run::Paused => (VmState::Paused, Some(*pid)),
             Phase::Running { pid } => (VmState::Running, Some(*pid)),
             Phase::Stopping { pid, .. } => (VmState::Stopping, Some(*pid)),
             Phase::Cleaning { .. } | Phase::Deleting { .. } => (VmState::Stopping, None),
+            Phase::Adopting { .. } if record.run == Run::Paused => (VmState::Paused, None),
             Phase::Adopting { .. } if record.run == Run::Running => (VmState::Running, None),
             Phase::Adopting { .. } if record.run == Run::Starting => (VmState::Starting, None),
             Phase::Adopting { .. } => (VmState::Stopping, None),

@@ -1,4 +1,4 @@
-//! What clients ask of VMs: create, start, stop, reboot, delete. What then happens to the processes is in [`super::run`].
+//! What clients ask of VMs: create, start, stop, delete. What then happens to the processes is in [`super::run`].
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -130,6 +130,7 @@ impl State {
             last_end: None,
             restarts: 0,
             kernel: None,
+            restore: None,
         };
         Ok((vm, root, attached))
     }
@@ -273,7 +274,7 @@ impl State {
     }
 
     /// The VM, if no operation on it is going on.
-    fn idle_vm(&self, name: &VdcName) -> Result<&VmRecord, Error> {
+    pub(super) fn idle_vm(&self, name: &VdcName) -> Result<&VmRecord, Error> {
         let record = self.model.vm(name)?;
         match self.phases.get(&record.uid).and_then(Phase::operation) {
             Some(operation) => Err(Error::Busy { resource: resource::vm(name), operation }),
@@ -292,6 +293,9 @@ impl State {
         match self.phases.get_mut(&record.uid) {
             Some(Phase::Running { pid }) => {
                 let pid = *pid;
+                if !force {
+                    check!(op, self.listening(&record));
+                }
                 self.begin_stop(record, pid, force.then_some(()).map_or(Some(timeout), |()| None), op)
             }
             // Force overtakes a button that the guest does not heed.
@@ -309,6 +313,7 @@ impl State {
                 let mut record = record;
                 record.desired = Desired::Stopped;
                 record.run = Run::Failed;
+                record.restore = None;
                 record.generation = record.generation.next();
                 let uid = record.uid;
                 let mut changes = vec![self.event(
@@ -361,22 +366,6 @@ impl State {
             }
             None => self.out.push(Effect::Stop { vm: uid }),
         }
-    }
-
-    pub(super) fn reboot_vm(&mut self, name: &VdcName, op: Op) -> Result<(), Refused> {
-        let record = check!(op, self.idle_vm(name));
-        let uid = record.uid;
-        if !matches!(self.phases.get(&uid), Some(Phase::Running { .. })) {
-            return refuse(op, Error::precondition(resource::vm(name), "does not run: start it instead"));
-        }
-        if self.resets.contains_key(&uid) {
-            return refuse(op, Error::Busy { resource: resource::vm(name), operation: "a reset" });
-        }
-        let changes: Vec<Change> = self.remember(&op, resource::vm(name)).into_iter().collect();
-        check!(op, self.commit(changes));
-        self.resets.insert(uid, op);
-        self.out.push(Effect::Reset { vm: uid });
-        Ok(())
     }
 
     pub(super) fn delete_vm(

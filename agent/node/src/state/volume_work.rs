@@ -83,6 +83,9 @@ impl Executor {
             Effect::CancelOperation { operation } => {
                 self.handles.token(operation).send_replace(true);
             }
+            Effect::SaveVm { .. } | Effect::RemoveSaved { .. } | Effect::CloneVolumes { .. } => {
+                self.save_work(effect).await;
+            }
             Effect::VdcSnapshot { group, name, consistency, parts } => {
                 let result = self.snapshot_vdc(&name, consistency, parts).await;
                 self.send(Input::VdcSnapshotted { group, result }).await;

@@ -90,7 +90,7 @@ impl State {
     pub(super) fn volume_created(&mut self, uid: Uuid, result: Result<(), Error>) {
         let Some(record) = self.model.volumes.get(&uid).cloned() else { return };
         if let Some(vm) = record.vm {
-            return self.root_created(vm, record, result);
+            return self.root_created(vm, result);
         }
         self.return_loan(uid);
         let Some(VolumeOp::Create(op)) = self.volume_ops.remove(&uid) else { return };
@@ -114,18 +114,19 @@ impl State {
     }
 
     /// The root volume of a VM in creation.
-    fn root_created(&mut self, vm: Uuid, root: VolumeRecord, result: Result<(), Error>) {
+    fn root_created(&mut self, vm: Uuid, result: Result<(), Error>) {
+        self.return_loans_of(vm);
         let Some(Phase::Creating { .. }) = self.phases.get(&vm) else { return };
         let Some(Phase::Creating { start, op }) = self.phases.remove(&vm) else { return };
         let Some(mut record) = self.model.vms.get(&vm).cloned() else { return };
         record.run = if start { serio_store::record::Run::Starting } else { serio_store::record::Run::Off };
         let committed = result.and_then(|()| {
             let event = self.event(self.model.vm_resource(vm), "created", "the VM was created");
-            self.commit(vec![
-                Change::Vm(Box::new(record)),
-                Change::Volume(VolumeRecord { state: Made::Ready, ..root }),
-                event,
-            ])
+            let mut changes = vec![Change::Vm(Box::new(record)), event];
+            // With those that were cloned along with the root.
+            let made = self.model.volumes.values().filter(|v| v.vm == Some(vm) && v.state == Made::Creating);
+            changes.extend(made.map(|v| Change::Volume(VolumeRecord { state: Made::Ready, ..v.clone() })));
+            self.commit(changes)
         });
         match committed {
             Err(error) => self.undo_create(vm, error, op),

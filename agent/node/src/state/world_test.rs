@@ -1,22 +1,13 @@
 //! A host made of sets, for tests of the state: effects change it, fail, are cut short. It panics at what must never be.
+//! What drives it is in [`super::sim_test`].
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use serio_store::{Store, record::PointClass};
-use serio_types::{Name, Quota, VdcLimits, VmSpec};
-use tokio::sync::oneshot;
+use serio_store::record::PointClass;
+use serio_types::Name;
 use uuid::Uuid;
 
-use super::{
-    State,
-    command::{Answer, Command, ImportedFiles, Mutation, Query, Request, VmView},
-    effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Started, Timer},
-    model::{Model, now},
-    recover::Found,
-};
+use super::effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Started};
 use crate::{
     error::Error,
     supervise::{EndKind, EndRecord, PointInfo, VolumeInfo},
@@ -27,7 +18,11 @@ use crate::{
 pub(super) struct Process {
     pub(super) pid: u32,
     pub(super) from_disk: bool,
-    volumes: Vec<Uuid>,
+    /// Its guest stands still.
+    pub(super) paused: bool,
+    /// What its guest was asked to give back.
+    pub(super) balloon_bytes: u64,
+    pub(super) volumes: Vec<Uuid>,
 }
 
 /// A merge that goes on.
@@ -55,6 +50,8 @@ pub(super) struct World {
     /// With the volume whose head it has open.
     pub(super) exports: BTreeMap<Name, Option<Uuid>>,
     pub(super) images: BTreeSet<Uuid>,
+    /// Points of VMs whose files are there.
+    pub(super) saved: BTreeSet<Uuid>,
     pids: u32,
     /// The next effect that can fail does.
     pub(super) fail: bool,
@@ -153,11 +150,13 @@ impl World {
             assert!(self.volumes.contains(volume), "a VM is started without its volume");
             self.assert_closed(*volume);
         }
+        self.go_back(launch);
         self.pids += 1;
         self.run_files.insert(launch.vm);
         self.ends.remove(&launch.vm);
         let (pid, from_disk, volumes) = (self.pids, launch.from_disk, launch.volumes.clone());
-        self.processes.insert(launch.vm, Process { pid, from_disk, volumes });
+        self.processes
+            .insert(launch.vm, Process { pid, from_disk, paused: false, balloon_bytes: 0, volumes });
         self.pids
     }
 
@@ -210,17 +209,15 @@ impl World {
                 let result = self.failure().map(|()| Started { pid: self.launch(&launch), kernel: None });
                 Input::Launched { vm: launch.vm, result }
             }
-            Effect::Adopt { vm } => Input::Adopted { vm, found: self.adopt(vm) },
             Effect::PowerButton { .. } | Effect::Timer { .. } => return None,
+            Effect::SaveVm { .. }
+            | Effect::RemoveSaved { .. }
+            | Effect::CloneVolumes { .. }
+            | Effect::Order { .. }
+            | Effect::Adopt { .. }
+            | Effect::Clean { .. }
+            | Effect::Balloon { .. } => return self.perform_on_vm(effect),
             Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
-            Effect::Reset { vm } => Input::Reset { vm, result: self.reset(vm) },
-            Effect::Clean { vm } => {
-                // Its watcher would tell of the end: the state does not wait for it here.
-                let process = self.processes.remove(&vm);
-                process.iter().flat_map(|p| p.volumes.clone()).for_each(|volume| self.interrupt(volume));
-                self.run_files.remove(&vm);
-                Input::Cleaned { vm }
-            }
             Effect::RemoveVm { vm, volume } => {
                 Input::VmRemoved { vm, result: volume.map_or(Ok(()), |volume| self.delete(volume)) }
             }
@@ -283,12 +280,12 @@ impl World {
         Ok(())
     }
 
-    fn adopt(&mut self, vm: Uuid) -> Adopted {
+    pub(super) fn adopt(&mut self, vm: Uuid) -> Adopted {
         if let Err(error) = self.failure() {
             return Adopted::Silent(error.to_string());
         }
         match self.processes.get(&vm) {
-            Some(process) => Adopted::Runs { pid: process.pid },
+            Some(process) => Adopted::Runs { pid: process.pid, paused: process.paused },
             None => Adopted::Gone(self.ends.get(&vm).cloned().filter(|_| self.run_files.contains(&vm))),
         }
     }
@@ -319,178 +316,4 @@ impl World {
         }
         self.exports.insert(id.clone(), head.then_some(volume));
     }
-}
-
-/// A state over a store in a file, the host, and what is under way between them.
-pub(super) struct Sim {
-    dir: tempfile::TempDir,
-    pub(super) state: Option<State>,
-    pub(super) world: World,
-    /// Effects that were handed out and not begun.
-    pub(super) todo: Vec<Effect>,
-    /// Inputs on their way.
-    pub(super) ready: Vec<Input>,
-    /// Timers that run.
-    pub(super) timers: Vec<Timer>,
-}
-
-/// What a client waits for.
-pub(super) type Waiting = oneshot::Receiver<Result<Answer, Error>>;
-
-pub(super) fn capacity() -> Quota {
-    Quota { vcpus: 12, memory_bytes: 1 << 30, storage_bytes: 1 << 40 }
-}
-
-impl Sim {
-    pub(super) fn new() -> Self {
-        let dir = tempfile::tempdir_in(if PathBuf::from("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" })
-            .unwrap();
-        let mut sim =
-            Self { dir, state: None, world: World::default(), todo: vec![], ready: vec![], timers: vec![] };
-        sim.start();
-        sim
-    }
-
-    /// A new seriod over the same store and host.
-    pub(super) fn start(&mut self) {
-        let (store, contents) = Store::open(&self.dir.path().join("state.db")).unwrap();
-        let mut state = State::new(store, Model::new(contents), capacity());
-        let found = Found {
-            vms: self.world.run_files.iter().copied().collect(),
-            exports: self.world.exports.keys().map(Name::to_string).collect(),
-        };
-        self.todo = state.recover(now(), &found);
-        self.state = Some(state);
-        self.sort_timers();
-    }
-
-    fn sort_timers(&mut self) {
-        let (timers, todo) =
-            std::mem::take(&mut self.todo).into_iter().partition(|e| matches!(e, Effect::Timer { .. }));
-        self.todo = todo;
-        let timers: Vec<Effect> = timers;
-        self.timers.extend(timers.into_iter().filter_map(|e| match e {
-            Effect::Timer { timer, .. } => Some(timer),
-            _ => None,
-        }));
-    }
-
-    pub(super) fn state(&self) -> &State {
-        self.state.as_ref().unwrap()
-    }
-
-    /// Delivers an input.
-    pub(super) fn input(&mut self, input: Input) {
-        let effects = self.state.as_mut().unwrap().step(now(), input);
-        self.todo.extend(effects);
-        self.sort_timers();
-    }
-
-    /// Kills seriod: nothing that was not begun will be, and what was on its way is lost.
-    pub(super) fn kill(&mut self) {
-        self.state = None;
-        self.todo.clear();
-        self.ready.clear();
-        self.timers.clear();
-        // Jobs end with their connection; a VMM merges on, and is asked again.
-        self.world.merges.clear();
-        self.world.aside.clear();
-    }
-
-    /// Begins and finishes everything that is under way; timers too, but those of exports.
-    pub(super) fn settle(&mut self) {
-        for _ in 0..10_000 {
-            self.ready.append(&mut self.world.aside);
-            if let Some(effect) = self.todo.pop() {
-                let input = self.world.perform(effect);
-                self.ready.extend(input);
-            } else if let Some(volume) = self.world.merges.keys().next().copied() {
-                let input = self.world.finish_merge(volume);
-                self.ready.extend(input);
-            } else if !self.ready.is_empty() {
-                let input = self.ready.remove(0);
-                self.input(input);
-            } else if let Some(at) =
-                self.timers.iter().position(|t| !matches!(t, Timer::ExportExpired { .. }))
-            {
-                let timer = self.timers.remove(at);
-                self.input(Input::Timer(timer));
-            } else {
-                return;
-            }
-        }
-        panic!("the state does not come to rest");
-    }
-
-    pub(super) fn settle_without_timers(&mut self) {
-        let timers = std::mem::take(&mut self.timers);
-        while !(self.todo.is_empty() && self.ready.is_empty() && self.world.aside.is_empty()) {
-            self.ready.append(&mut self.world.aside);
-            if let Some(effect) = self.todo.pop() {
-                let input = self.world.perform(effect);
-                self.ready.extend(input);
-            } else if !self.ready.is_empty() {
-                let input = self.ready.remove(0);
-                self.input(input);
-            }
-        }
-        self.timers.extend(timers);
-    }
-
-    pub(super) fn send(&mut self, mutation: Mutation, request: Option<Request>) -> Waiting {
-        let (reply, waiting) = oneshot::channel();
-        self.input(Input::Command(Command::Mutate(mutation, request), reply));
-        waiting
-    }
-
-    /// Asks and does all that follows (but timers).
-    pub(super) fn ask(&mut self, mutation: Mutation) -> Result<Answer, Error> {
-        let mut waiting = self.send(mutation, None);
-        self.settle_without_timers();
-        waiting.try_recv().expect("each command is answered")
-    }
-
-    pub(super) fn query(&mut self, query: Query) -> Result<Answer, Error> {
-        let (reply, mut waiting) = oneshot::channel();
-        self.input(Input::Command(Command::Query(query), reply));
-        waiting.try_recv().expect("a question is answered at once")
-    }
-
-    pub(super) fn vm(&mut self, name: &str) -> Option<VmView> {
-        match self.query(Query::Vm(name.parse().unwrap())) {
-            Ok(Answer::Vms(mut views)) => views.pop(),
-            _ => None,
-        }
-    }
-
-    /// An image and a vdc to work with.
-    pub(super) fn furnish(&mut self) {
-        let begin = Mutation::BeginImport { name: "tiny".parse().unwrap(), cmdline: Default::default() };
-        let Ok(Answer::Import(uid)) = self.ask(begin) else { panic!("no import") };
-        self.world.images.insert(uid);
-        let blake3 = String::new();
-        let files = ImportedFiles { uid, size_bytes: 1 << 20, blake3, has_kernel: true, has_initrd: false };
-        let (reply, mut waiting) = oneshot::channel();
-        self.input(Input::Command(Command::FinishImport(files), reply));
-        waiting.try_recv().unwrap().unwrap();
-        let (name, limits) = ("ardesio".parse().unwrap(), VdcLimits::default());
-        let quota = Quota { vcpus: 8, memory_bytes: 256 << 20, storage_bytes: 1 << 30 };
-        self.ask(Mutation::CreateVdc { name, quota, limits, encrypted: false }).unwrap();
-    }
-}
-
-/// A small VM.
-pub(super) fn spec(vcpus: u32) -> Box<VmSpec> {
-    Box::new(VmSpec {
-        vcpus: vcpus.try_into().unwrap(),
-        memory: (32 << 20).try_into().unwrap(),
-        image: "tiny".parse().unwrap(),
-        root_disk: None,
-        volumes: Vec::new(),
-        nics: vec![serio_types::NicSpec::default()],
-        cmdline: None,
-        cloud_init: None,
-        restart_policy: serio_types::RestartPolicy::OnFailure,
-        boot: serio_types::BootFrom::Auto,
-    })
 }

@@ -13,7 +13,7 @@ use std::{io, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
 use prost::Message;
 use serio_control::{
     ChannelError,
-    message::{Body, Disk, Launch, LayerFds, Nic, OnReset, VmState},
+    message::{Body, Disk, Launch, LayerFds, Nic, OnReset, RestoreFrom, VmState},
 };
 use uuid::Uuid;
 
@@ -21,7 +21,7 @@ use super::{
     AdoptError, BootPlan, DiskSource, FileError, Inner, LaunchError, LaunchPlan, VmHandle, VolumeFilesError,
     bootdisk,
     files::{self, Descriptors},
-    link,
+    link, machine,
     process::Process,
     rundir::{self, Meta, RunDir},
     spawn::{self, Watched},
@@ -56,13 +56,19 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
         }
     }
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
+    if let Some(saved) = &plan.restore {
+        let state_fd = descriptors.push(files::open(&saved.join("state"), true)?);
+        let memory_fd = descriptors.push(files::open(&saved.join("memory"), true)?);
+        launch.restore = Some(RestoreFrom { state_fd, memory_fd, stay_paused: false });
+    }
+    machine::equip(&plan.machine, &run, (&mut launch, &mut descriptors))?;
     for nic in &plan.nics {
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
         launch.nics.push(Nic {
             mac: nic.mac.to_vec(),
             tap_fd: descriptors.push(tap),
             mtu: nic.mtu,
-            limits: None,
+            limits: machine::limits(&plan.machine.nic_limits),
         });
     }
     let watched =
@@ -124,7 +130,10 @@ fn describe(
     for (index, disk) in plan.disks.iter().enumerate() {
         let opened = open_disk(inner, &disk.source, disk.read_only, &mut descriptors);
         let (volume_id, layers) = opened.map_err(|source| LaunchError::Disk { index, source })?;
-        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None, limits: None });
+        // A seed is read once, by us: nobody has limits for it.
+        let limits = matches!(disk.source, DiskSource::Volume(_)).then_some(&plan.machine.disk_limits);
+        let limits = limits.and_then(machine::limits);
+        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None, limits });
     }
     let log = inner.log_path(plan.uid);
     if let Some(dir) = log.parent() {
@@ -200,16 +209,19 @@ pub(super) fn living(meta_path: &Path, program: &Path) -> Result<Option<(Meta, P
     Ok(found.map(|process| (meta, process)))
 }
 
-/// Finds a VM again.
-pub(super) async fn adopt(inner: &Arc<Inner>, uid: Uuid) -> Result<Option<VmHandle>, AdoptError> {
+/// Finds a VM again; and whether it is paused.
+pub(super) async fn adopt(inner: &Arc<Inner>, uid: Uuid) -> Result<Option<(VmHandle, bool)>, AdoptError> {
     let run = inner.run_of(uid);
     let Some((meta, process)) = living(&run.meta(), &inner.settings.vmm_path)? else { return Ok(None) };
     // Watched only once it has answered: one that is silent is asked again and again.
     let answer = vm::ask_status(&run, process.pid()).await;
     match answer.map(|status| status.state()) {
-        Ok(VmState::Running | VmState::Paused) => {
+        Ok(state @ (VmState::Running | VmState::Paused)) => {
             let watched = Watched::new(process, run.stderr());
-            Ok(Some(VmHandle::new(Arc::clone(inner), uid, meta.generation, watched)))
+            let handle = VmHandle::new(Arc::clone(inner), uid, meta.generation, watched);
+            // The broker that it had ended with the daemon that it was of.
+            handle.offer_broker().await;
+            Ok(Some((handle, state == VmState::Paused)))
         }
         Ok(state) => {
             let watched = Watched::new(process, run.stderr());

@@ -4,6 +4,7 @@
 //!  RUN/vms/<uuid>/  meta          who: pid, start time, generation, digest of the plan. Written before Launch
 //!                   control.sock  the VMM listens here from its birth; seriod connects anew for each question
 //!                   console.sock  the serial console, for `attach_console`
+//!                   vsock.sock    clients of the guest's vsock ports;  vsock_PORT   whoever waits for the guest
 //!                   exit          the VMM's last words (EndRecord); empty while it runs
 //!                   vmm.log       its standard error, bounded
 //!  RUN/exports/     <id>.sock     NBD        <id>.ctl  control        <id>.meta  who
@@ -34,14 +35,17 @@ mod gate;
 mod jobs;
 mod launch;
 mod link;
+mod machine;
 mod merge;
 mod plan;
 mod process;
 mod reshape;
 mod rundir;
+mod save;
 mod spawn;
 mod vdc_snapshot;
 mod vm;
+mod vsock;
 
 #[cfg(test)]
 mod supervise_test;
@@ -77,6 +81,7 @@ pub use plan::{
     NicPlan, PointInfo, SupervisorSettings, VmReport, VolumeInfo,
 };
 pub use reshape::{ChangesAsk, CloneSource, is_unlinkable};
+pub use save::SavePlan;
 pub use vdc_snapshot::{SealedVolume, VdcPart, VdcSnapshotPlan};
 pub use vm::VmHandle;
 
@@ -224,12 +229,12 @@ impl Supervisor {
         launched.await.unwrap_or(Err(LaunchError::Ending))
     }
 
-    /// Takes over a VMM that an earlier seriod started. `None` when it is gone, or never had its `Launch`
+    /// Takes over a VMM that an earlier seriod started, and says whether its guest is paused. `None` when it is gone, or never had its `Launch`
     /// (then it is ended): [`Supervisor::end_record`] tells why.
     ///
     /// # Errors
     /// [`AdoptError`]: it runs but cannot be talked to.
-    pub async fn adopt(&self, uid: Uuid) -> Result<Option<VmHandle>, AdoptError> {
+    pub async fn adopt(&self, uid: Uuid) -> Result<Option<(VmHandle, bool)>, AdoptError> {
         launch::adopt(&self.inner, uid).await
     }
 

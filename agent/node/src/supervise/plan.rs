@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serio_types::VdcName;
+use serio_types::{MachineSpec, VdcName};
 use uuid::Uuid;
 
 /// Paths and settings of the supervisor.
@@ -45,6 +45,10 @@ pub struct LaunchPlan {
     pub disks: Vec<DiskPlan>,
     /// In the order that the guest sees them.
     pub nics: Vec<NicPlan>,
+    /// The other devices, and limits of those above.
+    pub machine: MachineSpec,
+    /// The directory where it was saved, if it is to go on from there.
+    pub restore: Option<PathBuf>,
 }
 
 /// Where a kernel comes from.

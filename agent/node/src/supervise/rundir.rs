@@ -74,6 +74,16 @@ impl RunDir {
         self.path.join("console.sock")
     }
 
+    /// Clients of the guest's vsock ports.
+    pub(super) fn vsock(&self) -> PathBuf {
+        self.path.join("vsock.sock")
+    }
+
+    /// Where somebody waits for the guest's connections to that port.
+    pub(super) fn vsock_port(&self, port: u32) -> PathBuf {
+        self.path.join(format!("vsock_{port}"))
+    }
+
     pub(super) fn exit(&self) -> PathBuf {
         self.path.join("exit")
     }

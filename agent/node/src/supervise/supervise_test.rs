@@ -59,6 +59,8 @@ impl Bench {
             cmdline: cmdline.to_owned(),
             disks: Vec::new(),
             nics: Vec::new(),
+            machine: serio_types::MachineSpec::default(),
+            restore: None,
         }
     }
 
@@ -97,7 +99,8 @@ async fn a_vm_runs_is_found_again_and_ends() {
     assert_eq!(first.status().await.unwrap().uptime, Duration::from_secs(5));
 
     let second = bench.again();
-    let adopted = second.adopt(uid).await.unwrap().unwrap();
+    let (adopted, paused) = second.adopt(uid).await.unwrap().unwrap();
+    assert!(!paused);
     assert_eq!((adopted.pid(), adopted.generation()), (first.pid(), 7));
     let mut console = adopted.attach_console().await.unwrap();
     console.write_all(b"!").await.unwrap();

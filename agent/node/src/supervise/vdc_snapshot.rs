@@ -77,10 +77,10 @@ pub struct SealedVolume {
 }
 
 /// A volume with the files of its new head.
-struct Ready {
-    part: VdcPart,
+pub(super) struct Ready {
+    pub(super) part: VdcPart,
     chain: Vec<u64>,
-    number: u64,
+    pub(super) number: u64,
 }
 
 /// A VM with its volumes.
@@ -125,7 +125,7 @@ async fn snapshot(inner: Arc<Inner>, plan: VdcSnapshotPlan) -> Result<Vec<Sealed
     sealed
 }
 
-async fn make_ready(inner: &Inner, part: VdcPart) -> Result<Ready, JobError> {
+pub(super) async fn make_ready(inner: &Inner, part: VdcPart) -> Result<Ready, JobError> {
     let info = jobs::inspect(inner, part.volume).await?;
     let number = info.next_number();
     // Made now, opened when needed: nothing slow stands between hold and release.
@@ -134,7 +134,7 @@ async fn make_ready(inner: &Inner, part: VdcPart) -> Result<Ready, JobError> {
 }
 
 /// Takes away the new layers that no chain has; not those that a VMM may still be at.
-async fn drop_unused(inner: &Inner, ready: &[Ready], entered: &[(Uuid, Entered)]) {
+pub(super) async fn drop_unused(inner: &Inner, ready: &[Ready], entered: &[(Uuid, Entered)]) {
     for one in ready {
         let doubt =
             entered.iter().any(|(volume, gate)| *volume == one.part.volume && gate.in_doubt.is_some());

@@ -12,7 +12,7 @@ use std::{
 
 use serio_control::{
     ChannelError,
-    message::{Body, Empty, SnapshotVolume, VmState, VmStatus},
+    message::{BalloonStats, Body, Empty, SetBalloon, SnapshotVolume, VmState, VmStatus},
 };
 use serio_types::BootedKernel;
 use tokio::net::UnixStream;
@@ -21,14 +21,19 @@ use uuid::Uuid;
 use super::{
     EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
     files::{self, Descriptors},
-    jobs, link,
+    jobs, link, machine,
     process::Exit,
     rundir::{self, RunDir},
     spawn::Watched,
+    vsock,
 };
 
 /// For a question that is answered from memory.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(5);
+/// For what is only shown.
+const STATS_WAIT: Duration = Duration::from_millis(500);
+/// For pausing: what its devices are doing is finished first.
+const PAUSE_WAIT: Duration = Duration::from_secs(30);
 /// For sealing a volume: it drains what is in flight and syncs.
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
 /// How long a VMM may take to end after `Stop` before it is killed.
@@ -154,6 +159,68 @@ impl VmHandle {
     /// [`TalkError`].
     pub async fn reset(&self) -> Result<(), TalkError> {
         self.order(Body::Reset(Empty {}), ANSWER_WAIT).await
+    }
+
+    /// Stops the guest where it is; returns when nothing of it runs.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn pause(&self) -> Result<(), TalkError> {
+        self.order(Body::Pause(Empty {}), PAUSE_WAIT).await
+    }
+
+    /// Asks the guest to have so much in its balloon.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn set_balloon(&self, target_bytes: u64) -> Result<(), TalkError> {
+        self.order(Body::SetBalloon(SetBalloon { target_bytes }), ANSWER_WAIT).await
+    }
+
+    /// How the guest's balloon and memory stand.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn balloon_stats(&self) -> Result<BalloonStats, TalkError> {
+        match self.ask(Body::BalloonQuery(Empty {}), &[], STATS_WAIT).await? {
+            Body::BalloonStats(stats) => Ok(stats),
+            _ => Err(ChannelError::Unexpected.into()),
+        }
+    }
+
+    /// The socket for clients of the guest's vsock ports, if it has them.
+    #[must_use]
+    pub fn vsock_path(&self) -> Option<PathBuf> {
+        Some(self.shared.run.vsock()).filter(|path| path.exists())
+    }
+
+    /// Gives a VMM that was taken over a broker for its guest's vsock connections. Without one they are refused: a failure is
+    /// logged, not told.
+    pub(super) async fn offer_broker(&self) {
+        if self.vsock_path().is_none() {
+            return;
+        }
+        let offered = async {
+            let (ours, theirs) = machine::broker_pair().map_err(|e| e.to_string())?;
+            match self.ask(Body::SetVsockBroker(Empty {}), &[theirs], ANSWER_WAIT).await {
+                Ok(_) => {
+                    vsock::serve(ours, self.shared.run.clone());
+                    Ok(())
+                }
+                Err(error) => Err(crate::error::chain(&error)),
+            }
+        };
+        if let Err(why) = offered.await {
+            tracing::warn!(vm = %self.shared.uid, "its guest's vsock connections are refused: {why}");
+        }
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn resume(&self) -> Result<(), TalkError> {
+        self.order(Body::Resume(Empty {}), ANSWER_WAIT).await
     }
 
     /// Pulls the plug: asks the VMM to end, kills it if it does not; returns when it is gone.

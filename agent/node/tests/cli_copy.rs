@@ -176,6 +176,26 @@ fn disks_come_and_go_over_tls() {
     assert!(!refused.status.success() && said(&refused).contains("certificates"), "{}", said(&refused));
 }
 
+/// Starts the import; returns when it has its export.
+fn writing(node: &Node, import: &[&str]) -> Child {
+    let since = Instant::now();
+    loop {
+        let mut child = node.starts(import);
+        while child.try_wait().unwrap().is_none() {
+            if node.run(&["volume", "exports"]).stdout.windows(12).any(|part| part == b"ardesio/data") {
+                return child;
+            }
+        }
+        // For a moment the killed client counts as one.
+        let output = child.wait_with_output().unwrap();
+        assert!(
+            said(&output).contains("is being written") && since.elapsed() < PATIENCE,
+            "{}",
+            said(&output)
+        );
+    }
+}
+
 #[test]
 fn an_import_that_breaks_off_goes_on() {
     let Some(mut node) = node() else { return };
@@ -209,24 +229,7 @@ fn an_import_that_breaks_off_goes_on() {
 
     // It goes on, and seriod is killed meanwhile: the copy does not notice, since the export lives on.
     let source = resume(&slow);
-    let since = Instant::now();
-    let mut second = loop {
-        let mut second = node.starts(&source.each_ref().map(String::as_str));
-        let mut written = false;
-        while !written && second.try_wait().unwrap().is_none() {
-            written = node.run(&["volume", "exports"]).stdout.windows(12).any(|part| part == b"ardesio/data");
-        }
-        if written {
-            break second;
-        }
-        // For a moment the killed client counts as one.
-        let output = second.wait_with_output().unwrap();
-        assert!(
-            said(&output).contains("is being written") && since.elapsed() < PATIENCE,
-            "{}",
-            said(&output)
-        );
-    };
+    let mut second = writing(&node, &source.each_ref().map(String::as_str));
     node.seriod.kill();
     node.seriod.start();
     let mut failed = None;

@@ -78,22 +78,32 @@ pub(super) async fn run(
         }
         VmVerb::Log(args) => log(client, &args).await,
         VmVerb::Delete { name, keep_root_volume, force } => {
-            let request = DeleteVmRequest {
-                request_id: request_id(),
-                name: names::vm(&name),
-                keep_root_volume,
-                force,
-                ..Default::default()
-            };
-            let answer = client
-                .call(&format!("delete vm {name}"), request, |channel, request| async move {
-                    VmServiceClient::new(channel).delete_vm(request).await
-                })
-                .await?;
-            output.done(&answer, &format!("deleted vm {name}"))
+            delete(client, &name, keep_root_volume, force, output).await
         }
         VmVerb::Console(_) => Ok(()),
     }
+}
+
+async fn delete(
+    client: &Client,
+    name: &VdcName,
+    keep_root_volume: bool,
+    force: bool,
+    output: Output,
+) -> Result<(), Failure> {
+    let request = DeleteVmRequest {
+        request_id: request_id(),
+        name: names::vm(name),
+        keep_root_volume,
+        force,
+        ..Default::default()
+    };
+    let answer = client
+        .call(&format!("delete vm {name}"), request, |channel, request| async move {
+            VmServiceClient::new(channel).delete_vm(request).await
+        })
+        .await?;
+    output.done(&answer, &format!("deleted vm {name}"))
 }
 
 async fn get(client: &Client, name: &VdcName) -> Result<Vm, Failure> {

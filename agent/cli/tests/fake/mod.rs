@@ -1,5 +1,7 @@
 //! A node that answers as the test wants: the services of the API over a Unix socket or TLS, without anything behind.
 
+mod operation;
+
 use std::{
     path::Path,
     pin::Pin,
@@ -8,21 +10,20 @@ use std::{
 };
 
 use serio_api::v1::{
-    CancelOperationRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest,
-    CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse,
-    DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest, Encryption,
-    EraseVdcRequest, EraseVdcResponse, GetImageRequest, GetOperationRequest, GetVdcRequest,
-    GetVdcSnapshotRequest, GetVmRequest, Image, ImportImageRequest, ListImagesRequest, ListImagesResponse,
-    ListOperationsRequest, ListOperationsResponse, ListUsageRequest, ListUsageResponse,
+    ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest, CreateVmRequest,
+    DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse, DeleteVdcSnapshotRequest,
+    DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest, Encryption, EraseVdcRequest,
+    EraseVdcResponse, GetImageRequest, GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image,
+    ImportImageRequest, ListImagesRequest, ListImagesResponse, ListUsageRequest, ListUsageResponse,
     ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse,
     ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
     OperationState, PauseVmRequest, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt,
     RestoreVmRequest, ResumeVmRequest, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
     SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVdcRequest, UpdateVmRequest, Vdc, VdcSnapshot,
-    VdcUsage, Vm, VmSnapshot, VmState, VmStatus, WatchOperationRequest,
+    VdcUsage, Vm, VmSnapshot, VmState, VmStatus,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
-    operation_service_server::{OperationService, OperationServiceServer},
+    operation_service_server::OperationServiceServer,
     vdc_service_server::{VdcService, VdcServiceServer},
     vm_service_server::{VmService, VmServiceServer},
 };
@@ -439,74 +440,5 @@ impl ImageService for Fake {
         _: Request<DeleteImageRequest>,
     ) -> Result<Response<DeleteImageResponse>, Status> {
         Err(Status::aborted("changed meanwhile"))
-    }
-}
-
-/// Operations named `broken` fail, `endless` go on, `flaky` break the stream once, others get done.
-#[tonic::async_trait]
-impl OperationService for Fake {
-    type WatchOperationStream = Pinned<Operation>;
-
-    async fn get_operation(
-        &self,
-        request: Request<GetOperationRequest>,
-    ) -> Result<Response<Operation>, Status> {
-        let name = request.into_inner().name;
-        Ok(Response::new(Operation { name, state: OperationState::Running.into(), ..Operation::default() }))
-    }
-
-    async fn list_operations(
-        &self,
-        _: Request<ListOperationsRequest>,
-    ) -> Result<Response<ListOperationsResponse>, Status> {
-        let operation = |id: &str, target: &str| Operation {
-            name: format!("operations/{id}"),
-            kind: "delete-snapshot".into(),
-            target: target.into(),
-            state: OperationState::Running.into(),
-            done_bytes: 1,
-            total_bytes: 4,
-            ..Operation::default()
-        };
-        let operations = vec![
-            operation("1", "vdcs/a/volumes/web/snapshots/s"),
-            operation("2", "vdcs/a/volumes/web-root/snapshots/s"),
-        ];
-        Ok(Response::new(ListOperationsResponse { operations, ..Default::default() }))
-    }
-
-    async fn watch_operation(
-        &self,
-        request: Request<WatchOperationRequest>,
-    ) -> Result<Response<Self::WatchOperationStream>, Status> {
-        let name = request.into_inner().name;
-        let (sender, receiver) = mpsc::channel(4);
-        let state = |state: OperationState, error: &str| Operation {
-            name: name.clone(),
-            state: state.into(),
-            error: error.into(),
-            ..Operation::default()
-        };
-        sender.send(Ok(state(OperationState::Running, ""))).await.unwrap();
-        match name.as_str() {
-            "operations/endless" => drop(tokio::spawn(async move { sender.closed().await })),
-            "operations/broken" => {
-                sender.send(Ok(state(OperationState::Failed, "the disk is on fire"))).await.unwrap();
-            }
-            "operations/flaky" if std::mem::replace(&mut self.seen.lock().unwrap().flaky, true) => {
-                sender.try_send(Ok(state(OperationState::Done, ""))).unwrap();
-            }
-            "operations/flaky" => {}
-            _ => sender.send(Ok(state(OperationState::Done, ""))).await.unwrap(),
-        }
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
-    }
-
-    async fn cancel_operation(
-        &self,
-        request: Request<CancelOperationRequest>,
-    ) -> Result<Response<Operation>, Status> {
-        let name = request.into_inner().name;
-        Ok(Response::new(Operation { name, state: OperationState::Cancelled.into(), ..Operation::default() }))
     }
 }

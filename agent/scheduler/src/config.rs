@@ -43,6 +43,14 @@ pub enum ConfigError {
     /// Both at once.
     #[error("tls_dir and insecure exclude each other: choose one")]
     Both,
+    /// Another store.
+    #[error("store {0} is none: leave it out for the one in state_dir, or say etcd://HOST:PORT,HOST:PORT,…")]
+    Store(String),
+    /// Nobody could find the leader.
+    #[error(
+        "several schedulers need to know where to find each other: say advertise (--advertise HOST:PORT), since {0} is everywhere"
+    )]
+    NoAdvertise(SocketAddr),
 }
 
 /// Keys as written; all may be left out.
@@ -57,6 +65,10 @@ pub struct File {
     pub state_dir: Option<PathBuf>,
     /// No certificates; loopback only.
     pub insecure: Option<bool>,
+    /// etcd://HOST:PORT,… for a region with several schedulers; else the database in `state_dir`.
+    pub store: Option<String>,
+    /// HOST:PORT where agents and clients reach this scheduler; as `listen`.
+    pub advertise: Option<String>,
 }
 
 impl File {
@@ -76,6 +88,8 @@ impl File {
             tls_dir: other.tls_dir.or(self.tls_dir),
             state_dir: other.state_dir.or(self.state_dir),
             insecure: other.insecure.or(self.insecure),
+            store: other.store.or(self.store),
+            advertise: other.advertise.or(self.advertise),
         }
     }
 }
@@ -89,6 +103,28 @@ pub enum Security {
     Insecure,
 }
 
+/// Where what is known survives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Store {
+    /// In a database in the state folder; this is the only scheduler.
+    Embedded,
+    /// In etcd, with those members; there may be other schedulers.
+    Etcd(Vec<String>),
+}
+
+impl Store {
+    fn parse(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::Store(text.to_owned());
+        let members = text.strip_prefix("etcd://").ok_or_else(bad)?;
+        let member = |member: &str| {
+            let (host, port) = member.rsplit_once(':').ok_or_else(bad)?;
+            let good = !host.is_empty() && !host.contains(['/', '@']) && port.parse::<u16>().is_ok();
+            if good { Ok(member.to_owned()) } else { Err(bad()) }
+        };
+        members.trim_end_matches('/').split(',').map(member).collect::<Result<_, _>>().map(Self::Etcd)
+    }
+}
+
 /// A configuration that can work.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -98,6 +134,10 @@ pub struct Config {
     pub security: Security,
     /// The database's folder.
     pub state_dir: PathBuf,
+    /// Where what is known survives.
+    pub store: Store,
+    /// Where others reach it; none: where it listens.
+    pub advertise: Option<String>,
 }
 
 impl TryFrom<File> for Config {
@@ -112,9 +152,15 @@ impl TryFrom<File> for Config {
             (None, true) => return Err(ConfigError::InsecureAddress(listen)),
             (None, false) => return Err(ConfigError::NoTls),
         };
+        let store = file.store.as_deref().map_or(Ok(Store::Embedded), Store::parse)?;
+        if store != Store::Embedded && file.advertise.is_none() && listen.ip().is_unspecified() {
+            return Err(ConfigError::NoAdvertise(listen));
+        }
         Ok(Self {
             listen,
             security,
+            store,
+            advertise: file.advertise,
             state_dir: file.state_dir.unwrap_or_else(|| "/var/lib/serio-scheduler".into()),
         })
     }
@@ -135,6 +181,12 @@ mod tests {
         assert!(matches!(parse("insecure = true"), Err(ConfigError::InsecureAddress(_))));
         assert!(matches!(parse(""), Err(ConfigError::NoTls)));
         assert!(matches!(parse("tls_dir = '/x'\ninsecure = true"), Err(ConfigError::Both)));
+        assert!(matches!(parse("tls_dir = '/x'\nstore = 'etcd://a:1'"), Err(ConfigError::NoAdvertise(_))));
+        let region = parse("tls_dir = '/x'\nadvertise = 's1:7450'\nstore = 'etcd://a:1,[::1]:2'").unwrap();
+        assert_eq!(region.store, Store::Etcd(vec!["a:1".into(), "[::1]:2".into()]));
+        for wrong in ["etcd://", "etcd://a", "etcd://a:1,", "etcd://a:x", "a:1", "etcd://u@a:1"] {
+            assert!(matches!(Store::parse(wrong), Err(ConfigError::Store(_))), "{wrong}");
+        }
         assert!(toml::from_str::<File>("listn = 1").is_err());
         assert!(matches!(File::read(Path::new("/nowhere.toml")), Err(ConfigError::Read { .. })));
     }

@@ -24,6 +24,9 @@ pub enum OrderError {
     /// Another scheduler plans for the region; empty: nobody at the moment.
     #[error("this scheduler does not lead the region: {}", leader_text(.0))]
     NotLeader(String),
+    /// It has just started, or lost the lead.
+    #[error("this scheduler has no copy of what the region knows yet: try again, or ask another one")]
+    NoCopy,
     /// No such thing.
     #[error("{0} is not known here")]
     Unknown(String),
@@ -120,7 +123,7 @@ impl OrderError {
     fn code(&self) -> Code {
         match self {
             Self::Invalid { .. } => Code::InvalidArgument,
-            Self::NotLeader(_) | Self::Unreachable(_) | Self::Silent(_) => Code::Unavailable,
+            Self::NotLeader(_) | Self::NoCopy | Self::Unreachable(_) | Self::Silent(_) => Code::Unavailable,
             Self::Unknown(_)
             | Self::Fence(FenceError::Unknown(_))
             | Self::Forget(ForgetError::Unknown(_)) => Code::NotFound,

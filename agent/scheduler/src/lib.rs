@@ -18,6 +18,7 @@ pub mod error;
 pub mod inventory;
 pub mod owner;
 pub mod placement;
+pub mod region;
 pub mod server;
 pub mod service;
 pub mod simulate;

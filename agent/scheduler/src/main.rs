@@ -1,19 +1,20 @@
 //! The binary `serio-scheduler`: arguments, log, signals; the rest is the library.
 #![forbid(unsafe_code)]
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{mem::ManuallyDrop, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use serio_scheduler::{
-    config::{Config, File, Security},
-    owner, server, simulate,
-    store::sqlite::Sqlite,
+    config::{Config, File, Security, Store},
+    owner, region, server, simulate,
+    store::{etcd, sqlite::Sqlite},
 };
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::oneshot,
+    task::JoinHandle,
 };
 
 /// What open connections get at the end.
@@ -26,8 +27,9 @@ const GRACE: Duration = Duration::from_secs(3);
   serio-scheduler --config /etc/serio/scheduler.toml
   serio-scheduler --tls-dir ./pki/scheduler --state-dir ./state
   serio-scheduler --insecure --listen 127.0.0.1:7450 --state-dir ./state
+  serio-scheduler --tls-dir ./pki/scheduler --advertise s1:7450 --store etcd://s1:2379,s2:2379,s3:2379
 
-The configuration has the keys listen, tls_dir, state_dir and insecure; flags go before it.")]
+The configuration has the keys listen, tls_dir, state_dir, insecure, store and advertise; flags go before it.")]
 struct Args {
     /// The configuration
     #[arg(long, value_name = "FILE")]
@@ -41,6 +43,12 @@ struct Args {
     /// The folder of the database [default: /var/lib/serio-scheduler]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Keep everything in etcd: of several schedulers with the same one leads [default: a database in --state-dir]
+    #[arg(long, value_name = "etcd://HOST:PORT,…")]
+    store: Option<String>,
+    /// Where agents and clients reach this scheduler [default: as --listen]
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
     /// No certificates; on loopback only
     #[arg(long)]
     insecure: bool,
@@ -69,18 +77,42 @@ fn main() -> anyhow::Result<()> {
         tls_dir: args.tls_dir,
         state_dir: args.state_dir,
         insecure: args.insecure.then_some(true),
+        store: args.store,
+        advertise: args.advertise,
     };
     let config = Config::try_from(file.overridden_by(flags))?;
-    runtime.block_on(run(config))
+    // It ends with the process, not before: the owner's thread may be writing to etcd through it.
+    ManuallyDrop::new(runtime).block_on(run(config))
+}
+
+/// The owner, and what leads or follows until the sender is gone.
+async fn start(
+    config: &Config,
+    advertised: String,
+) -> anyhow::Result<(owner::Handle, Option<(JoinHandle<()>, oneshot::Sender<()>)>)> {
+    let members = match &config.store {
+        Store::Embedded => {
+            let store = Sqlite::open(&config.state_dir).context("cannot open the state")?;
+            return Ok((owner::start(store).context("cannot read the state")?, None));
+        }
+        Store::Etcd(members) => members,
+    };
+    let client = etcd::Client::new(members)?;
+    let id = client.region_id().await.context("cannot read the state")?;
+    let owner = owner::start_following(id);
+    let (end, ended) = oneshot::channel();
+    let ended = async { drop(ended.await) };
+    let region = tokio::spawn(region::run(client, owner.clone(), advertised, ended));
+    Ok((owner, Some((region, end))))
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
-    let store = Sqlite::open(&config.state_dir).context("cannot open the state")?;
-    let owner = owner::start(store).context("cannot read the state")?;
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
     let address = listener.local_addr().context("cannot ask for the address")?;
+    let advertised = config.advertise.clone().unwrap_or_else(|| address.to_string());
+    let (owner, region) = start(&config, advertised.clone()).await?;
     match &config.security {
         Security::Tls(_) => tracing::info!(%address, "listening"),
         Security::Insecure => tracing::warn!(%address, "listening without certificates"),
@@ -100,9 +132,15 @@ async fn run(config: Config) -> anyhow::Result<()> {
             tokio::time::sleep(GRACE).await;
         }
     };
-    tokio::select! {
-        served = server::serve(listener, &config.security, owner, ended) => Ok(served?),
+    let served = tokio::select! {
+        served = server::serve_as(listener, advertised, &config.security, owner, ended) => served,
         // A client that does not hang up keeps nobody from ending: everything is on disk.
         () = impatience => Ok(()),
+    };
+    if let Some((region, end)) = region {
+        drop(end);
+        // The next leader need not wait for the lease to run out.
+        let _ = tokio::time::timeout(GRACE, region).await;
     }
+    Ok(served?)
 }

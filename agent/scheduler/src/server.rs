@@ -44,6 +44,17 @@ pub async fn serve(
     ended: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let advertised = listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+    serve_as(listener, advertised, security, owner, ended).await
+}
+
+/// The same, where others reach it under another address.
+pub async fn serve_as(
+    listener: TcpListener,
+    advertised: String,
+    security: &Security,
+    owner: Handle,
+    ended: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
     let (policy, builder) = match security {
         Security::Insecure => (Policy::Insecure, Server::builder()),
         Security::Tls(folder) => (Policy::Certificates, Server::builder().tls_config(tls(folder)?)?),

@@ -136,6 +136,14 @@ impl Book {
         self.set_timer(now, &id);
     }
 
+    /// What another scheduler has of it, or that it has forgotten it.
+    pub fn copy(&mut self, now: Duration, id: Name, placement: Option<Placement>) {
+        self.forget(&id);
+        if let Some(placement) = placement {
+            self.insert(now, id, placement);
+        }
+    }
+
     /// Changes the state; whether it was another.
     pub fn set(&mut self, now: Duration, id: &Name, state: PlacementState, reason: &str) -> bool {
         let Some(entry) = self.entries.get_mut(id) else { return false };

@@ -211,6 +211,14 @@ impl Inventory {
         }
     }
 
+    /// What another scheduler has of a node, or that it has forgotten it.
+    pub fn copy(&mut self, now: Duration, name: Name, node: Option<Durable>) {
+        match node {
+            Some(durable) => drop(self.nodes.insert(name, Node::restored(now, durable))),
+            None => drop(self.nodes.remove(&name)),
+        }
+    }
+
     /// Takes one input; appends what is to be done, in order.
     pub fn step(&mut self, now: Moment, input: Input, out: &mut Vec<Output>) {
         match input {

@@ -19,7 +19,7 @@ use crate::{
     book::{Book, Due},
     error::OrderError,
     inventory::{CloseReason, Input, Inventory, Moment, Note, Output, SessionId},
-    store::{Change, Kind, State, record_of},
+    store::{Change, Kind, State, StoreError, record_of},
 };
 
 /// Who this scheduler is in its region.
@@ -60,6 +60,8 @@ struct Call {
 pub struct Core {
     pub(super) scheduler_id: String,
     pub(super) role: Role,
+    /// It has what the store has: before that it answers nothing.
+    copied: bool,
     pub(crate) now: Moment,
     pub(crate) inventory: Inventory,
     pub(crate) book: Book,
@@ -76,6 +78,7 @@ impl Core {
     pub(super) fn new(scheduler_id: String, role: Role, now: Moment, state: State) -> Self {
         Self {
             scheduler_id,
+            copied: role == Role::Leader,
             role,
             now,
             inventory: Inventory::restore(state.nodes),
@@ -101,6 +104,11 @@ impl Core {
             Role::Leader => Ok(()),
             Role::Follower(leader) => Err(OrderError::NotLeader(leader.clone())),
         }
+    }
+
+    /// Refuses to answer from nothing.
+    pub(super) fn has_copy(&self) -> Result<(), OrderError> {
+        if self.copied { Ok(()) } else { Err(OrderError::NoCopy) }
     }
 
     /// Who it is.
@@ -291,6 +299,38 @@ impl Core {
         }
     }
 
+    /// It follows from now on, and has no copy yet: what it knows may not be what was written.
+    pub(super) fn lose_copy(&mut self) {
+        self.become_role(Role::Follower(String::new()), State::default());
+        self.copied = false;
+    }
+
+    /// What the leader wrote.
+    pub(super) fn learn(&mut self, leader: String, changes: &[Change]) -> Result<(), StoreError> {
+        if self.role == Role::Leader || !self.copied {
+            return Ok(());
+        }
+        self.role = Role::Follower(leader);
+        let now = self.now.since_start;
+        for change in changes.iter().filter(|change| change.value.is_none()) {
+            let Ok(name) = change.key.parse::<Name>() else { continue };
+            match change.kind {
+                Kind::Node => self.inventory.copy(now, name, None),
+                Kind::Placement => self.book.copy(now, name, None),
+                Kind::Plan => drop(self.plans.remove(&name)),
+            }
+        }
+        let state = State::decode(changes)?;
+        for (name, node) in state.nodes {
+            self.inventory.copy(now, name, Some(node));
+        }
+        for (name, placement) in state.placements {
+            self.book.copy(now, name, Some(placement));
+        }
+        self.plans.extend(state.plans);
+        Ok(())
+    }
+
     /// Another role, with what is kept.
     pub(super) fn become_role(&mut self, role: Role, state: State) {
         let sessions: Vec<SessionId> = self.inventory.sessions().collect();
@@ -302,6 +342,7 @@ impl Core {
             self.effects.push(Effect::Close(session, gone.status()));
         }
         self.role = role;
+        self.copied = true;
         self.inventory = Inventory::restore_at(self.now.since_start, state.nodes);
         self.book = Book::restore(self.now.since_start, state.placements);
         self.plans = state.plans.into_iter().collect();

@@ -27,7 +27,7 @@ pub use self::core::{Core, Role};
 use crate::{
     error::OrderError,
     inventory::{Input, Moment, SessionId},
-    store::{Backend, State, StoreError},
+    store::{Backend, Change, State, StoreError},
 };
 
 /// Commands that wait; senders wait when there are more.
@@ -64,6 +64,10 @@ enum Command {
     Tick,
     /// Another role, with what the store has and, for a leader, a way to write it.
     Become(Role, State, Option<Box<dyn Backend>>),
+    /// What the leader wrote, and who that is; for a follower.
+    Learn(String, Vec<Change>),
+    /// Do not lead any more; a follower does not know who leads.
+    StepDown,
     /// End all sessions: the process is ending.
     End,
 }
@@ -137,6 +141,33 @@ impl Handle {
         backend: Option<Box<dyn Backend>>,
     ) -> Result<(), Status> {
         self.send(Command::Become(role, state, backend)).await
+    }
+
+    /// A follower's copy changes; a leader does not listen.
+    ///
+    /// # Errors
+    /// When the process is ending.
+    pub async fn learn(&self, leader: String, changes: Vec<Change>) -> Result<(), Status> {
+        self.send(Command::Learn(leader, changes)).await
+    }
+
+    /// Leads no more, or does not know any more who does.
+    ///
+    /// # Errors
+    /// When the process is ending.
+    pub async fn step_down(&self) -> Result<(), Status> {
+        self.send(Command::StepDown).await
+    }
+
+    /// Looks at the core.
+    ///
+    /// # Errors
+    /// When there is nothing to look at yet, or the process is ending.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Core) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        Ok(self.ask(move |core| core.has_copy().map(|()| question(core))).await??)
     }
 
     /// Ends all sessions.
@@ -237,6 +268,21 @@ impl Owner {
                 self.core.become_role(role, state);
                 self.store = store;
             }
+            Command::Learn(leader, changes) => {
+                if let Err(error) = self.core.learn(leader, &changes) {
+                    tracing::error!(%error, "cannot read what the leader wrote");
+                }
+            }
+            Command::StepDown => {
+                self.flush();
+                if *self.core.role() == Role::Leader {
+                    self.store = None;
+                    self.core.lose_copy();
+                    self.flush();
+                } else {
+                    self.core.role = Role::Follower(String::new());
+                }
+            }
             Command::End => self.sessions.clear(),
         }
     }
@@ -290,7 +336,7 @@ impl Owner {
             return;
         }
         self.store = None;
-        self.core.become_role(Role::Follower(String::new()), State::default());
+        self.core.lose_copy();
         let gone = OrderError::NotLeader(String::new()).status();
         for effect in effects.into_iter().chain(std::mem::take(&mut self.core.effects)) {
             match effect {

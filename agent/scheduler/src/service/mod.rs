@@ -98,7 +98,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<ListNodesResponse>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let site = request.into_inner().site;
-        let nodes = self.owner.ask(move |core| core.node_records(&site)).await?;
+        let nodes = self.owner.read(move |core| core.node_records(&site)).await?;
         Ok(Response::new(ListNodesResponse { nodes }))
     }
 
@@ -108,7 +108,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<NodeRecord>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let name = check::name("nodes", &request.into_inner().name)?;
-        Ok(Response::new(self.owner.ask(move |core| core.node_record(&name)).await??))
+        Ok(Response::new(self.owner.read(move |core| core.node_record(&name)).await??))
     }
 
     async fn delete_node_record(
@@ -165,7 +165,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<Placement>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let id = check::name("placements", &request.into_inner().name)?;
-        Ok(Response::new(self.owner.ask(move |core| core.placement(&id)).await??))
+        Ok(Response::new(self.owner.read(move |core| core.placement(&id)).await??))
     }
 
     async fn list_placements(
@@ -174,7 +174,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<ListPlacementsResponse>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let page = check::page(request.into_inner())?;
-        let answer = self.owner.ask(move |core| {
+        let answer = self.owner.read(move |core| {
             let mut found =
                 core.book.list(&page.vdc, page.after.as_ref()).map(|(_, placement)| placement.clone());
             let placements: Vec<Placement> = found.by_ref().take(page.size).collect();
@@ -217,7 +217,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<RecoveryPlan>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let vdc = check::name("plans", &request.into_inner().name)?;
-        let (found, name) = self.owner.ask(move |core| (core.plans.get(&vdc).cloned(), vdc)).await?;
+        let (found, name) = self.owner.read(move |core| (core.plans.get(&vdc).cloned(), vdc)).await?;
         found.map(Response::new).ok_or_else(|| Status::not_found(format!("plans/{name} is not known here")))
     }
 
@@ -227,7 +227,7 @@ impl SchedulerService for Service {
     ) -> Result<Response<ListRecoveryPlansResponse>, Status> {
         auth::check(self.policy, &request, READERS)?;
         let bare = |plan: &RecoveryPlan| RecoveryPlan { document: Vec::new(), ..plan.clone() };
-        let plans = self.owner.ask(move |core| core.plans.values().map(bare).collect()).await?;
+        let plans = self.owner.read(move |core| core.plans.values().map(bare).collect()).await?;
         Ok(Response::new(ListRecoveryPlansResponse { plans }))
     }
 

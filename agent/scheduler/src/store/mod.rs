@@ -10,6 +10,7 @@
 //! Invariants: (1) a batch is durable, in order, when [`Backend::write`] returns; (2) one that is refused as
 //! [`StoreError::Deposed`] has left nothing behind that the next leader would not see.
 
+pub mod etcd;
 pub mod sqlite;
 
 use std::{fmt, io, path::PathBuf};
@@ -82,13 +83,12 @@ pub enum StoreError {
     #[error("the database of the scheduler")]
     Database(#[from] rusqlite::Error),
     /// Made by a newer version.
-    #[error(
-        "the state has format {found}, this version knows {}: run the newer scheduler again",
-        sqlite::FORMAT
-    )]
+    #[error("the state has format {found}, this version knows {known}: run the newer scheduler again")]
     Format {
-        /// In the file.
+        /// In the store.
         found: String,
+        /// Here.
+        known: &'static str,
     },
     /// A row that is no record.
     #[error("the record {kind}/{key} cannot be read: delete it from the store; a node will report again")]
@@ -101,6 +101,11 @@ pub enum StoreError {
     /// Another scheduler leads by now.
     #[error("another scheduler leads the region by now")]
     Deposed,
+    /// It answers, and does not do it.
+    #[error(
+        "etcd refuses: {0} (a record that is too large needs a larger --max-request-bytes of etcd; a full store needs compaction)"
+    )]
+    Refused(String),
     /// The store does not answer.
     #[error("the store cannot be reached: {0}")]
     Unreachable(String),

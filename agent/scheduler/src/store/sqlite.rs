@@ -18,7 +18,7 @@ use super::{Backend, Change, Kind, StoreError, record_of};
 use crate::inventory::Durable;
 
 /// Of the file; a newer one is refused.
-pub(super) const FORMAT: &str = "2";
+const FORMAT: &str = "2";
 
 /// The open database.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl Sqlite {
         match store.meta("format", || FORMAT.to_owned())?.as_str() {
             FORMAT => {}
             "1" => store.bring_over()?,
-            found => return Err(StoreError::Format { found: found.to_owned() }),
+            found => return Err(StoreError::Format { found: found.to_owned(), known: FORMAT }),
         }
         Ok(store)
     }

@@ -7,6 +7,7 @@ mod layers;
 mod machine;
 mod operation;
 mod parse;
+mod place;
 mod transfer;
 mod vdc;
 mod vm;
@@ -25,6 +26,7 @@ pub use layers::{
 pub use machine::{MachineArgs, OnWatchdog, Switch, VmUpdateArgs};
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
+pub use place::{CapacityArgs, CapacityVerb, PlaceArgs, PlaceVerb};
 pub use transfer::{DownloadArgs, UploadArgs};
 pub use vdc::{
     ConsistencyArg, GranularityArg, LimitArgs, QuotaArgs, UpdateArgs, UsageArgs, VdcSnapshotArgs, VdcVerb,
@@ -129,8 +131,9 @@ pub enum Noun {
     #[command(subcommand)]
     Operation(OperationVerb),
     /// What the node has, what is promised, and how it reports that to the scheduler
-    #[command(after_help = "Examples:\n  serio capacity\n  serio capacity -o json")]
-    Capacity,
+    Capacity(CapacityArgs),
+    /// Find a node for a VM and reserve there; --host is a scheduler
+    Place(Box<PlaceArgs>),
     /// What happened on the node
     Events(EventsArgs),
     /// Who asked for which change on the node, and how it ended
@@ -202,6 +205,16 @@ pub enum NodeVerb {
     /// Let the node that answers take new VMs and starts again
     #[command(after_help = "Examples:\n  serio node undrain\n  serio --host https://a:7440 node undrain")]
     Undrain,
+    /// Record that a lost node is dead, so that what it had may be placed anew; --host is a scheduler
+    #[command(after_help = "Examples:
+  serio --host https://scheduler:7450 node fence a --proof \"power off by PDU 7, port 3, ticket 4711\"")]
+    Fence {
+        /// The node's name
+        name: Name,
+        /// What shows that it cannot write any more; it is recorded
+        #[arg(long, value_name = "TEXT")]
+        proof: String,
+    },
     /// Make the scheduler forget a node that is lost for good; --host is a scheduler
     #[command(after_help = "Examples:\n  serio --host https://scheduler:7450 node delete a")]
     Delete {

@@ -15,6 +15,7 @@ mod man;
 mod node;
 mod operation;
 mod pki;
+mod place;
 mod source;
 mod transfer;
 mod usage;
@@ -22,12 +23,13 @@ mod vdc;
 mod vm;
 mod vm_snapshot;
 mod volume;
+mod what_if;
 
 use clap::ArgMatches;
 use uuid::Uuid;
 
 use crate::{
-    args::{Cli, Noun},
+    args::{CapacityArgs, CapacityVerb, Cli, Noun},
     client::Client,
     error::Failure,
     output::Output,
@@ -59,7 +61,11 @@ pub async fn run(cli: Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Noun::Volume(verb) => volume::run(&client, &global, verb, output).await,
         Noun::Vm(verb) => vm::run(&client, &global, verb, output).await,
         Noun::Operation(verb) => operation::run(&client, verb, output).await,
-        Noun::Capacity => capacity::run(&client, output).await,
+        Noun::Place(args) => place::run(&client, *args, output).await,
+        Noun::Capacity(CapacityArgs { verb: None }) => capacity::run(&client, output).await,
+        Noun::Capacity(CapacityArgs { verb: Some(CapacityVerb::WhatIf { without }) }) => {
+            what_if::run(&client, without, output).await
+        }
         Noun::Events(args) => events::run(&client, args, output).await,
         Noun::Audit(args) => audit::run(&client, args, output).await,
         Noun::Doctor(_) | Noun::Pki(_) | Noun::Completion { .. } | Noun::Man { .. } => Ok(()),

@@ -1,9 +1,9 @@
 //! `node`: the host that answers, and the hosts that a scheduler knows.
 
 use serio_api::v1::{
-    Condition, DeleteNodeRecordRequest, DrainNodeRequest, GetNodeRecordRequest, GetNodeRequest,
-    ListNodesRequest, Node, NodeRecord, UndrainNodeRequest, node_service_client::NodeServiceClient,
-    scheduler_service_client::SchedulerServiceClient,
+    Condition, DeleteNodeRecordRequest, DrainNodeRequest, FenceNodeRecordRequest, GetNodeRecordRequest,
+    GetNodeRequest, ListNodesRequest, Node, NodeRecord, UndrainNodeRequest,
+    node_service_client::NodeServiceClient, scheduler_service_client::SchedulerServiceClient,
 };
 
 use crate::{args::NodeVerb, client::Client, error::Failure, names, output, output::Output};
@@ -61,6 +61,19 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
                 })
                 .await?;
             output.done(&answer, "the node takes new VMs and starts again")
+        }
+        NodeVerb::Fence { name, proof } => {
+            let request = FenceNodeRecordRequest { name: format!("nodes/{name}"), proof };
+            let record = client
+                .call(&format!("fence node {name}"), request, |channel, request| async move {
+                    SchedulerServiceClient::new(channel).fence_node_record(request).await
+                })
+                .await?;
+            let generation = record.fence.as_ref().map_or(0, |fence| fence.generation);
+            output.done(
+                &record,
+                &format!("node {name} is fenced at generation {generation}: what it had may be placed anew"),
+            )
         }
         NodeVerb::Delete { name } => {
             let request = DeleteNodeRecordRequest { name: format!("nodes/{name}") };
@@ -161,7 +174,14 @@ fn totals(record: &NodeRecord) -> Totals {
 }
 
 fn freshness(record: &NodeRecord) -> String {
-    record.freshness().as_str_name().trim_start_matches("NODE_FRESHNESS_").to_lowercase()
+    let text = record.freshness().as_str_name().trim_start_matches("NODE_FRESHNESS_").to_lowercase();
+    let fenced = record.fence.as_ref().is_some_and(|fence| !fence.applied);
+    let draining = record.inventory.as_ref().is_some_and(|inventory| inventory.draining);
+    match (fenced, draining) {
+        (true, _) => format!("{text}, fenced"),
+        (false, true) => format!("{text}, draining"),
+        (false, false) => text,
+    }
 }
 
 fn row(record: &NodeRecord) -> Vec<String> {

@@ -282,8 +282,8 @@ fn watch_node(config: &Config, core: &Core, reporter: &Reporter, node_name: &str
 /// Serves /metrics, if that is wanted.
 async fn start_metrics(
     config: &Config,
-    reporter: &Reporter,
-    watchers: &Watchers,
+    core: &Core,
+    (reporter, watchers): (&Reporter, &Watchers),
     node: &str,
 ) -> anyhow::Result<()> {
     let Some(address) = config.metrics.listen.0 else { return Ok(()) };
@@ -296,6 +296,8 @@ async fn start_metrics(
         reporter: reporter.clone(),
         health: watchers.health.clone(),
         meter: watchers.meter.clone(),
+        holdings: core.watches.holdings.clone(),
+        handles: core.handles.clone(),
     };
     tokio::spawn(metrics::serve(listener, sources));
     Ok(())
@@ -354,7 +356,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     let reporter = reporter(&config, &core, node_name.as_str());
     tokio::spawn(reporter.clone().run());
     let watchers = watch_node(&config, &core, &reporter, node_name.as_str());
-    start_metrics(&config, &reporter, &watchers, node_name.as_str()).await?;
+    start_metrics(&config, &core, (&reporter, &watchers), node_name.as_str()).await?;
     let shares = Shares { supervisor: core.supervisor.clone(), state: core.client.clone() };
     tokio::spawn(shares.run(core.watches.holdings.clone()));
     let mut recovered = core.watches.recovered.clone();

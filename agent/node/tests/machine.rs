@@ -14,6 +14,10 @@ use serio_api::v1::{
     StopVmRequest, UpdateVmRequest, Vm, VmSpec, VmState, WatchdogAction,
     vdc_service_client::VdcServiceClient, vm_service_client::VmServiceClient,
 };
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Code, transport::Channel};
 
 type Client = VmServiceClient<Channel>;
@@ -22,7 +26,7 @@ const WEB: &str = "vdcs/ardesio/vms/web";
 
 /// A node with the mini guest's image, that writes rounds to its disk and counts them on the console; and a vdc.
 async fn node() -> Result<(Seriod, Client), String> {
-    let mut seriod = Seriod::new("");
+    let mut seriod = Seriod::new("[metrics]\nlisten = \"127.0.0.1:0\"\n");
     seriod.with_programs()?;
     let kernel = mini_guest()?;
     seriod.start();
@@ -120,6 +124,30 @@ async fn a_paused_guest_does_nothing_and_outlives_seriod() {
     assert_eq!((state(&resumed), resumed.status.as_ref().unwrap().pid), (VmState::Running, pid));
     counts_beyond(&seriod, &vm.uid, stood).await;
     client.stop_vm(StopVmRequest { force: true, ..stop }).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_vm_counts_is_on_the_page_for_prometheus() {
+    let (seriod, mut client) = match node().await {
+        Ok(node) => node,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    let vm = run(&mut client, "web", spec()).await;
+    counts_beyond(&seriod, &vm.uid, 3).await;
+    let mut page = String::new();
+    let mut stream = TcpStream::connect(seriod.metrics.unwrap()).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    stream.read_to_string(&mut page).await.unwrap();
+    let sample = |family: &str, label: &str| -> f64 {
+        let mut lines = page.lines().filter(|line| line.starts_with(family) && line.contains(label));
+        let line = lines.find(|line| line.contains("vdc=\"ardesio\",vm=\"web\""));
+        line.and_then(|line| line.rsplit_once(' ')?.1.parse().ok())
+            .unwrap_or_else(|| panic!("no {family} {label}:\n{page}"))
+    };
+    assert!(sample("serio_vm_disk_request_seconds_count", "op=\"write\"") >= 3.0, "{page}");
+    assert!(sample("serio_vm_disk_request_seconds_count", "op=\"flush\"") >= 3.0, "{page}");
+    assert!(sample("serio_vm_exits_total", "kind=\"port_write\"") >= 1.0, "{page}");
+    assert!(sample("serio_vm_vcpu_run_seconds_total", "") > 0.0, "{page}");
 }
 
 #[tokio::test]

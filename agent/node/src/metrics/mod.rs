@@ -1,9 +1,10 @@
-//! `/metrics` for Prometheus: the node, its conditions, its energy, and what each vdc has used.
+//! `/metrics` for Prometheus: the node, its conditions, its energy, what each vdc has used, and what each VM has counted.
 //!
 //! Owns: the text format (version 0.0.4) and the few lines of HTTP that serve it. Never: numbers of its own. Plain HTTP without
 //! access control, so it is off unless `metrics.listen` names an address; names of vdcs are in it: listen on loopback or on a
 //! network that only the monitoring sees.
-//! Limits: a request has 4 KiB and 5 s, 8 are answered at once, more wait in the kernel.
+//! Limits: a request has 4 KiB and 5 s, 8 are answered at once, more wait in the kernel. A VMM that does not answer within 2 s is
+//! left out of that answer.
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
@@ -11,7 +12,8 @@ use serio_store::meter::{Amounts, UsageRow};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
+    task::JoinSet,
     time::timeout,
 };
 
@@ -19,11 +21,14 @@ use crate::{
     capacity::Reporter,
     health::{Condition, Health},
     meter::{EnergyNow, Meter},
+    state::{Handles, holdings::Holdings},
+    supervise::counters::{self, NamedCounts},
 };
 
 const REQUEST_BYTES_MAX: usize = 4096;
 const REQUEST_WAIT: Duration = Duration::from_secs(5);
 const AT_ONCE: usize = 8;
+const VMM_WAIT: Duration = Duration::from_secs(2);
 
 /// What is shown.
 #[derive(Debug, Clone)]
@@ -36,6 +41,10 @@ pub struct Sources {
     pub health: Health,
     /// Energy and usage.
     pub meter: Meter,
+    /// The VMs' names.
+    pub holdings: watch::Receiver<Holdings>,
+    /// Their processes.
+    pub handles: Handles,
 }
 
 /// One family of samples in the making.
@@ -156,7 +165,26 @@ impl Sources {
         conditions(&mut text, &self.health.conditions());
         energy(&mut text, &self.meter.energy());
         vdcs(&mut text, &totals);
+        text.0 += &counters::render(&self.counted().await);
         text.0
+    }
+
+    /// What the VMs have counted; all are asked at once.
+    async fn counted(&self) -> Vec<NamedCounts> {
+        let mut asked = JoinSet::new();
+        for vdc in &self.holdings.borrow().vdcs {
+            for vm in &vdc.vms {
+                let Some(handle) = self.handles.vm(vm.uid) else { continue };
+                let (vdc, vm) = (vdc.name.to_string(), vm.name.to_string());
+                asked.spawn(async move {
+                    let counts = timeout(VMM_WAIT, handle.counters()).await.ok()?.ok()?;
+                    Some(NamedCounts { vdc, vm, counts })
+                });
+            }
+        }
+        let mut counted: Vec<NamedCounts> = asked.join_all().await.into_iter().flatten().collect();
+        counted.sort_by(|a, b| (&a.vdc, &a.vm).cmp(&(&b.vdc, &b.vm)));
+        counted
     }
 }
 

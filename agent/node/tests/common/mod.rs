@@ -31,6 +31,8 @@ pub struct Seriod {
     pub dir: tempfile::TempDir,
     child: Option<Child>,
     pub tcp: Option<SocketAddr>,
+    /// Where it serves /metrics, if it does.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl Seriod {
@@ -43,7 +45,7 @@ impl Seriod {
              volumed_path = \"{path}/serio-volumed\"\n{more}"
         );
         fs::write(dir.path().join("seriod.toml"), config).unwrap();
-        Self { dir, child: None, tcp: None }
+        Self { dir, child: None, tcp: None, metrics: None }
     }
 
     /// Puts the real VMM and volumed there; `Err` says what is missing.
@@ -79,14 +81,18 @@ impl Seriod {
                 if verbose || line.starts_with("seriod: ") {
                     eprintln!("{line}");
                 }
-                if let Some((_, at)) = line.split_once("serving gRPC on ") {
-                    let _ = sender.send(at.to_owned());
+                if let Some((_, what)) = line.split_once(" serving ") {
+                    let _ = sender.send(what.to_owned());
                 }
             }
         });
         self.child = Some(child);
         loop {
-            let at = receiver.recv_timeout(Duration::from_secs(60)).expect("seriod serves");
+            let what = receiver.recv_timeout(Duration::from_secs(60)).expect("seriod serves");
+            if let Some(address) = what.strip_prefix("/metrics on ") {
+                self.metrics = address.parse().ok();
+            }
+            let Some(at) = what.strip_prefix("gRPC on ") else { continue };
             match at.strip_suffix(" with mutual TLS") {
                 Some(address) => self.tcp = address.parse().ok(),
                 None => return,

@@ -17,6 +17,8 @@ mod life;
 mod own_kernel;
 #[path = "e2e/region.rs"]
 mod region;
+#[path = "e2e/saved.rs"]
+mod saved;
 #[path = "e2e/secrets.rs"]
 mod secrets;
 #[path = "e2e/survival.rs"]

@@ -1,0 +1,60 @@
+//! A whole VM is saved while fio writes and verifies, and goes on: itself, as a clone beside it, and in its place again.
+
+use serio_tests::{
+    bed::on_host,
+    guest::{Console, fio, import_storm},
+};
+
+/// fio on half of the second data disk, so slow that all of the case happens under it; then its exit code.
+const WORK: &str =
+    "(half 7 0 --do_verify=1 --verify_fatal=1 --loops=2 --rate_iops=60 >/tmp/v 2>&1; echo fio-ended=$?) &";
+
+#[test]
+fn a_vm_saved_under_a_verifier_goes_on_and_so_does_its_clone() {
+    if !fio() {
+        println!("skipped: fio is not made (images/fio/build)");
+        return;
+    }
+    on_host("e2e", &[], |host| {
+        import_storm(host);
+        let vdc = host.vdc("saved");
+        let (vm, clone) = (vdc.at("web"), vdc.at("web-again"));
+        let mut create =
+            vec!["vm", "run", &vm, "--image", "storm", "--memory", "192MiB", "--restart", "never"];
+        let volumes = [vdc.at("one"), vdc.at("two")];
+        for volume in &volumes {
+            host.serio(&["volume", "create", volume, "--size", "4MiB"]).ok();
+            create.extend(["--volume", volume]);
+        }
+        host.serio(&create).ok();
+        let mut console = Console::open(host, &vm);
+        host.wait_for_shell(&vm);
+        console.ask("echo kept > /tmp/note; echo typed-$((40+2))", "\ntyped-42");
+        console.line(WORK);
+        console.ask("while [ \"$(awk '{print $7}' /sys/block/vdc/stat)\" = 0 ]; do sleep 0.1; done; echo runs-$((40+3))", "\nruns-43");
+
+        host.serio(&["vm", "pause", &vm]).ok();
+        assert_eq!(host.state(&vm), "PAUSED");
+        host.serio(&["vm", "resume", &vm]).ok();
+        host.serio(&["vm", "snapshot", &vm, "--name", "live"]).ok();
+        let ended = |console: &Console| {
+            console.wait(180, "fio ends", |text| text.contains("\nfio-ended="));
+            assert!(console.text().contains("\nfio-ended=0\n"), "{}", console.text());
+        };
+        host.serio(&["vm", "restore", &vm, "live", "--as", "web-again"]).ok();
+        let mut second = Console::open(host, &clone);
+        // Its memory is that of the first, its disks are its own: both verify what each has written.
+        assert_eq!(second.ask("echo note-$(cat /tmp/note)", "\nnote-"), "kept");
+        ended(&second);
+        ended(&console);
+
+        host.serio(&["vm", "restore", &vm, "live"]).refused(4, &["stop"]);
+        host.serio(&["vm", "stop", &vm, "--force"]).ok();
+        host.serio(&["vm", "restore", &vm, "live"]).ok();
+        let mut third = Console::open(host, &vm);
+        assert_eq!(third.ask("echo note-$(cat /tmp/note)", "\nnote-"), "kept");
+        ended(&third);
+        host.serio(&["vm", "stop", &clone, "--force"]).ok();
+        host.serio(&["vm", "delete-snapshot", &vm, "live"]).ok();
+    });
+}

@@ -294,6 +294,11 @@ fn a_log_shows_what_is_lost_and_who_else_writes() {
     // Cut off by a kill, twice: neither number counts.
     let cut = format!("{first}writer: 1{start}writer: found 2\nwriter: 3\nwriter: found{start}");
     assert_eq!(examine(&cut).unwrap().safe, 3);
+    // So soon after a kill that the next start is not whole.
+    for begun in ["", "mini: st", "mini: started by Pvh"] {
+        let cut = format!("{first}{start}writer: \n{begun}");
+        assert_eq!(examine(&cut).unwrap(), Shown { safe: 2, runs: 1, continued: 0 }, "{begun}");
+    }
     for (bad, why) in [
         ("writer: found 1\n", "flushed rounds are lost"),
         ("writer: found 99\n", "somebody else has written"),
@@ -302,7 +307,7 @@ fn a_log_shows_what_is_lost_and_who_else_writes() {
         ("writer: 3\n", "a run without a start"),
         ("writer: found 2\nwriter: damaged block 0: checksum of round 2\n", "not as it was written"),
     ] {
-        let error = examine(&format!("{first}{start}{bad}")).unwrap_err();
+        let error = examine(&format!("{first}{start}{bad}writer")).unwrap_err();
         assert!(error.contains(why), "{bad}: {error}");
     }
 }

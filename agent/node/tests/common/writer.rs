@@ -7,6 +7,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 /// and more; a second writer that goes on unseen is soon further ahead.
 const UNSEEN_MAX: u64 = 25;
 
+/// How a run begins, after an empty line.
+const START: &str = "mini: started by ";
+
 /// What one log shows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Shown {
@@ -21,37 +24,48 @@ pub struct Shown {
 /// Reads a log; `Err` says what it proves wrong.
 pub fn examine(log: &str) -> Result<Shown, String> {
     let (mut shown, mut last) = (Shown::default(), None);
-    let whole = log.rfind('\n').map_or("", |end| &log[..end]);
-    let mut lines = whole.split('\n').peekable();
-    while let Some(line) = lines.next() {
-        // A start prints a newline first: without an empty line in between, this one was cut off by a kill.
-        let cut = lines.peek().is_some_and(|next| next.starts_with("mini: started by "));
-        if line.starts_with("mini: started by ") {
+    let lines: Vec<&str> = log.split('\n').collect();
+    for (index, pair) in lines.windows(2).enumerate() {
+        let (line, next) = (pair[0], pair[1]);
+        // A start prints a newline first: without an empty line in between, this one was cut off by a kill. The start may not be whole
+        // yet; of the last line, when nothing follows it, nobody knows.
+        let newest = index + 2 == lines.len();
+        let cut = next.starts_with(START) || (newest && !next.is_empty() && START.starts_with(next));
+        if line.starts_with(START) {
             last = None;
         }
         let Some(said) = line.strip_prefix("writer: ").filter(|_| !cut) else { continue };
-        let wrong = |why: &str| Err(format!("{line:?}: {why}, {shown:?}, this run's last round {last:?}"));
-        match (said.strip_prefix("found "), last) {
-            (Some(found), None) => match found.parse() {
-                Ok(found) if found < shown.safe => return wrong("flushed rounds are lost"),
-                Ok(found) if found > shown.safe + UNSEEN_MAX => return wrong("somebody else has written"),
-                Ok(found) => {
-                    last = Some(found);
-                    shown.safe = found;
-                    shown.runs += 1;
-                    shown.continued += u64::from(found > 0);
-                }
-                Err(_) => return wrong("not a number"),
-            },
-            (None, Some(before)) => match said.parse() {
-                Ok(round) if round == before + 1 => (last, shown.safe) = (Some(round), round),
-                Ok(_) => return wrong("out of order"),
-                Err(_) => return wrong("the disk is not as it was written"),
-            },
-            _ => return wrong("two runs in one, or a run without a start"),
+        match judge(said, &mut shown, &mut last) {
+            Err(_) if newest && next.is_empty() => {}
+            Err(why) => return Err(format!("{line:?}: {why}, {shown:?}, this run's last round {last:?}")),
+            Ok(()) => {}
         }
     }
     Ok(shown)
+}
+
+/// What a run says, after `writer: `; `last` is its last round.
+fn judge(said: &str, shown: &mut Shown, last: &mut Option<u64>) -> Result<(), &'static str> {
+    match (said.strip_prefix("found "), *last) {
+        (Some(found), None) => match found.parse() {
+            Ok(found) if found < shown.safe => return Err("flushed rounds are lost"),
+            Ok(found) if found > shown.safe + UNSEEN_MAX => return Err("somebody else has written"),
+            Ok(found) => {
+                *last = Some(found);
+                shown.safe = found;
+                shown.runs += 1;
+                shown.continued += u64::from(found > 0);
+            }
+            Err(_) => return Err("not a number"),
+        },
+        (None, Some(before)) => match said.parse() {
+            Ok(round) if round == before + 1 => (*last, shown.safe) = (Some(round), round),
+            Ok(_) => return Err("out of order"),
+            Err(_) => return Err("the disk is not as it was written"),
+        },
+        _ => return Err("two runs in one, or a run without a start"),
+    }
+    Ok(())
 }
 
 /// The logs of all VMs of a node, by uid, over time.

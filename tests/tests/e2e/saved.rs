@@ -6,8 +6,8 @@ use serio_tests::{
 };
 
 /// fio on half of the second data disk, so slow that all of the case happens under it; then its exit code.
-const WORK: &str =
-    "(half 7 0 --do_verify=1 --verify_fatal=1 --loops=2 --rate_iops=60 >/tmp/v 2>&1; echo fio-ended=$?) &";
+const WORK: &str = "(half 7 0 --do_verify=1 --verify_fatal=1 --loops=2 --rate_iops=60 >/tmp/v 2>&1; \
+                    printf '\\nfio-ended=%d\\n' $?) &";
 
 #[test]
 fn a_vm_saved_under_a_verifier_goes_on_and_so_does_its_clone() {
@@ -38,7 +38,9 @@ fn a_vm_saved_under_a_verifier_goes_on_and_so_does_its_clone() {
         host.serio(&["vm", "resume", &vm]).ok();
         host.serio(&["vm", "snapshot", &vm, "--name", "live"]).ok();
         let ended = |console: &Console| {
-            console.wait(180, "fio ends", |text| text.contains("\nfio-ended="));
+            let whole =
+                |text: &str| text.split_once("\nfio-ended=").is_some_and(|(_, rest)| rest.contains('\n'));
+            console.wait(180, "fio ends", whole);
             assert!(console.text().contains("\nfio-ended=0\n"), "{}", console.text());
         };
         host.serio(&["vm", "restore", &vm, "live", "--as", "web-again"]).ok();

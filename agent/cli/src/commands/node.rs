@@ -62,19 +62,7 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
                 .await?;
             output.done(&answer, "the node takes new VMs and starts again")
         }
-        NodeVerb::Fence { name, proof } => {
-            let request = FenceNodeRecordRequest { name: format!("nodes/{name}"), proof };
-            let record = client
-                .call(&format!("fence node {name}"), request, |channel, request| async move {
-                    SchedulerServiceClient::new(channel).fence_node_record(request).await
-                })
-                .await?;
-            let generation = record.fence.as_ref().map_or(0, |fence| fence.generation);
-            output.done(
-                &record,
-                &format!("node {name} is fenced at generation {generation}: what it had may be placed anew"),
-            )
-        }
+        NodeVerb::Fence { name, proof } => fence(client, &name, proof, output).await,
         NodeVerb::Delete { name } => {
             let request = DeleteNodeRecordRequest { name: format!("nodes/{name}") };
             let answer = client
@@ -85,6 +73,25 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
             output.done(&answer, &format!("the scheduler has forgotten node {name}"))
         }
     }
+}
+
+async fn fence(
+    client: &Client,
+    name: &serio_types::Name,
+    proof: String,
+    output: Output,
+) -> Result<(), Failure> {
+    let request = FenceNodeRecordRequest { name: format!("nodes/{name}"), proof };
+    let record = client
+        .call(&format!("fence node {name}"), request, |channel, request| async move {
+            SchedulerServiceClient::new(channel).fence_node_record(request).await
+        })
+        .await?;
+    let generation = record.fence.as_ref().map_or(0, |fence| fence.generation);
+    output.done(
+        &record,
+        &format!("node {name} is fenced at generation {generation}: what it had may be placed anew"),
+    )
 }
 
 /// Lines of what is wrong.

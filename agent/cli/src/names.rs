@@ -11,7 +11,7 @@ pub fn short(resource: &str) -> String {
         ["vdcs", vdc, "vms" | "volumes", name, "snapshots", point] => format!("{vdc}/{name}@{point}"),
         ["vdcs", vdc, "snapshots", name] => format!("{vdc}@{name}"),
         ["operations", id] => (*id).to_owned(),
-        ["vdcs" | "images" | "nodes" | "exports", name] => (*name).to_owned(),
+        ["vdcs" | "images" | "nodes" | "exports" | "placements", name] => (*name).to_owned(),
         _ => resource.to_owned(),
     }
 }
@@ -50,6 +50,7 @@ mod tests {
         assert_eq!(short(&vm(&name)), "ardesio/web");
         assert_eq!(short(&volume(&name)), "ardesio/web");
         assert_eq!(short("images/tiny"), "tiny");
+        assert_eq!(short("placements/0d3c"), "0d3c");
         assert_eq!(short("vdcs/a/volumes/b/snapshots/c"), "a/b@c");
         assert_eq!(
             (short("vdcs/a/snapshots/b"), with_noun("vdcs/a/snapshots/b")),

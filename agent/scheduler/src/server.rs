@@ -4,8 +4,7 @@ use std::{future::Future, io, path::PathBuf, time::Duration};
 
 use serio_api::v1::scheduler_service_server::SchedulerServiceServer;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 
 use crate::{auth::Policy, config::Security, owner::Handle, service::Service};
 
@@ -73,7 +72,8 @@ pub async fn serve_as(
         .add_service(service)
         .add_service(health_service)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+        // Answers are small and many: none waits for the peer's acknowledgement of the one before.
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
             ended.await;
             owner.end().await;
         })

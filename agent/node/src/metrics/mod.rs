@@ -22,7 +22,7 @@ use crate::{
     health::{Condition, Health},
     meter::{EnergyNow, Meter},
     state::{Handles, holdings::Holdings},
-    supervise::counters::{self, NamedCounts},
+    supervise::counters::{self, NamedCounts, escape},
 };
 
 const REQUEST_BYTES_MAX: usize = 4096;
@@ -67,10 +67,6 @@ impl Text {
         self.family(name, "gauge", help);
         self.sample(name, &[], value);
     }
-}
-
-fn escape(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 type Column = (&'static str, &'static str, fn(&Amounts) -> Option<f64>);

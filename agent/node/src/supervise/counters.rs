@@ -247,7 +247,7 @@ fn seconds(number: u64, a_second: u32) -> f64 {
 }
 
 /// A label's value (Prometheus' text format 0.0.4).
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 

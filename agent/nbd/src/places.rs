@@ -5,20 +5,27 @@
 //!               │ more than HANDSHAKES_MAX: the oldest is dropped, so that silent ones keep nobody out
 //!               └ at GO with all places taken: the longest idle is dropped; is none idle, the newcomer is told
 //! ```
-//! Dropping is a shutdown of the socket, which that client's thread notices. Owns: the table. Never: threads, bytes.
+//! Dropping is a shutdown of the socket, which that client's thread notices. Whoever accepts waits while more than
+//! [`LEAVING_MAX`] of the dropped have not left yet: connecting is faster than ending a thread, and threads are bounded too.
+//! Owns: the table. Never: threads, bytes.
 
 use std::{
     net::Shutdown,
     os::unix::net::UnixStream,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Clients that have not named an export yet, at once.
 pub(crate) const HANDSHAKES_MAX: usize = 64;
+
+/// Clients that were dropped and have not left yet, before the next one is accepted.
+const LEAVING_MAX: usize = 16;
+/// A server that is told to stop notices it after this time even if they do not leave.
+const LEAVING_WAIT: Duration = Duration::from_millis(200);
 
 /// What a client does, as its place knows it: [`GREETING`], [`BUSY`], or since when it is idle.
 const GREETING: u64 = u64::MAX;
@@ -55,11 +62,18 @@ pub(crate) struct Places {
     start: Instant,
     /// In the order in which they came.
     seats: Mutex<Vec<Arc<Seat>>>,
+    /// Somebody left.
+    left: Condvar,
 }
 
 impl Places {
     pub(crate) fn new(clients_max: usize) -> Arc<Places> {
-        Arc::new(Places { clients_max: clients_max.max(1), start: Instant::now(), seats: Mutex::default() })
+        Arc::new(Places {
+            clients_max: clients_max.max(1),
+            start: Instant::now(),
+            seats: Mutex::default(),
+            left: Condvar::new(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Seat>>> {
@@ -80,6 +94,15 @@ impl Places {
         }
         seats.push(Arc::clone(&seat));
         Place { places: Arc::clone(self), seat }
+    }
+
+    /// Waits, for a while, until nearly all of the dropped have left: false when they have not.
+    pub(crate) fn let_leave(&self) -> bool {
+        let leaving = |seats: &mut Vec<Arc<Seat>>| {
+            seats.iter().filter(|seat| seat.dropped.load(Ordering::SeqCst)).count() > LEAVING_MAX
+        };
+        let waited = self.left.wait_timeout_while(self.lock(), LEAVING_WAIT, leaving);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Clients that have an export.
@@ -127,6 +150,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.places.lock().retain(|seat| !Arc::ptr_eq(seat, &self.seat));
+        self.places.left.notify_all();
     }
 }
 
@@ -171,5 +195,20 @@ mod tests {
         let closed: Vec<bool> = silent.iter_mut().map(|(_, far)| is_closed(far)).collect();
         assert_eq!(closed.iter().filter(|closed| **closed).count(), 3);
         assert!(closed[..3].iter().all(|closed| *closed));
+    }
+
+    #[test]
+    fn nobody_comes_while_many_have_not_left() {
+        let places = Places::new(1);
+        let mut silent: Vec<_> = (0..HANDSHAKES_MAX + LEAVING_MAX).map(|_| come(&places)).collect();
+        assert!(places.let_leave(), "few enough are leaving");
+        silent.push(come(&places));
+        assert!(!places.let_leave(), "one too many");
+        let first = silent.remove(0);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| while !places.let_leave() {});
+            drop(first);
+            waiter.join().expect("it is let in");
+        });
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Limits::clients_max`] | the longest idle client is dropped; if all are at work the newcomer is told so (`ERR_POLICY`) |
 //! | 64 clients in the handshake | the one that came first is dropped |
+//! | 16 threads of dropped clients | the next client is accepted when one of them has ended |
 //! | [`Limits::handshake`], [`Limits::stall`] | that client is dropped |
 //! | [`Limits::memory_bytes_max`] | requests wait for their turn: nothing is refused |
 
@@ -155,6 +156,9 @@ impl<B: Backend> Server<B> {
                 }
                 if fds[1].any() == Some(true) {
                     return Ok(());
+                }
+                if !places.let_leave() {
+                    continue;
                 }
                 let Some(stream) = accept(listener)? else { continue };
                 let stream = Arc::new(stream);

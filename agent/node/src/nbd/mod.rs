@@ -14,8 +14,8 @@
 //! Bounds: see [`clients`] for their number; [`HANDSHAKE_MAX`] until a known export is named; `relay.rs` for buffers and
 //! for clients that take nothing. A peer that is gone is noticed by TCP within about [`GONE_AFTER`].
 //! Threads: all handshakes share one, with a runtime of its own and less weight than others, so that a swarm of clients takes
-//! neither the API's threads nor a guest's processor; each client that has an export has one (`relay.rs`). All end with
-//! [`serve`].
+//! neither the API's threads nor a guest's processor; when many come it works in turns ([`crowd`]); each client that has
+//! an export has one (`relay.rs`). All end with [`serve`].
 
 use std::{
     io,
@@ -38,11 +38,13 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
 
 mod clients;
+mod crowd;
 mod relay;
 mod tls;
 
 use clients::{Activity, Clients, Seat};
 pub use clients::{CLIENTS_MAX, HANDSHAKES_MAX};
+use crowd::Crowd;
 pub use tls::{TlsError, tls_config};
 
 #[cfg(test)]
@@ -81,15 +83,20 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
     let listener = listener.into_std();
     let (told, tells) = oneshot::channel();
     let runtime_of_all = Handle::current();
+    let crowd = Arc::new(Crowd::default());
     let spawned = std::thread::Builder::new().name("nbd-front".to_owned()).spawn(move || {
         let served = (|| {
             // This thread's, not the process's. It costs time only where it is refused.
             let _ = setpriority_process(None, NICE);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let gathers = Arc::clone(&crowd);
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .on_thread_park(move || gathers.gather())
+                .build()?;
             runtime.block_on(async {
                 let listener = TcpListener::from_std(listener?)?;
                 tokio::select! {
-                    () = accept(listener, tls, lookup, runtime_of_all) => {}
+                    () = accept(listener, tls, lookup, (runtime_of_all, &crowd)) => {}
                     // Sent never: it is dropped with the future.
                     _ = ends => {}
                 }
@@ -109,7 +116,12 @@ pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup
     }
 }
 
-async fn accept(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup, normal: Handle) {
+async fn accept(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    lookup: Lookup,
+    (normal, crowd): (Handle, &Crowd),
+) {
     let acceptor = TlsAcceptor::from(tls);
     let clients = Clients::new();
     let log = Arc::new(Rationed::default());
@@ -125,6 +137,7 @@ async fn accept(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup, n
                 continue;
             }
         };
+        crowd.came(Instant::now());
         let (seat, crowded) = clients.enter();
         if crowded && let Some(more) = log.may() {
             tracing::warn!(%peer, more, "{HANDSHAKES_MAX} NBD clients have not named an export: the oldest is dropped");

@@ -37,6 +37,8 @@ pub(super) enum Effect {
     Tell(SessionId, Box<SchedulerMessage>),
     /// End its session.
     Close(SessionId, Status),
+    /// It has hung up: forget its session, after all that it was to be told.
+    Gone(SessionId),
     /// Answer a caller: with what it asked, or that it could not be written.
     Answer(Box<dyn FnOnce(Result<(), Status>) + Send>),
 }
@@ -245,8 +247,11 @@ impl Core {
         }
     }
 
-    /// The node's word on a release.
+    /// The node's word on a release. Without the lead it is nothing: who leads asks for itself.
     pub(crate) fn released(&mut self, id: &Name, what: &answer::What) {
+        if self.lead().is_err() {
+            return;
+        }
         let now = self.now.since_start;
         let changed = match what {
             answer::What::Refused(refused) if refused.kind() == RefusedKind::Taken => {

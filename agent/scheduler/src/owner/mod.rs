@@ -288,10 +288,10 @@ impl Owner {
     }
 
     fn input(&mut self, input: Input) {
-        if let Input::Gone(session) = &input {
-            self.sessions.remove(session);
-        }
+        let gone = if let Input::Gone(session) = &input { Some(*session) } else { None };
         self.core.input(input);
+        // One that hangs up right after its Hello still hears why it was refused.
+        self.core.effects.extend(gone.map(Effect::Gone));
     }
 
     /// Writes what changed, then lets everything out that waited for it.
@@ -341,7 +341,7 @@ impl Owner {
         for effect in effects.into_iter().chain(std::mem::take(&mut self.core.effects)) {
             match effect {
                 Effect::Answer(answer) => answer(Err(gone.clone())),
-                Effect::Close(..) => self.effect(effect),
+                Effect::Close(..) | Effect::Gone(_) => self.effect(effect),
                 // An order that stands on what was not written is never given.
                 Effect::Tell(..) => {}
             }
@@ -352,18 +352,19 @@ impl Owner {
     fn effect(&mut self, effect: Effect) {
         match effect {
             Effect::Tell(session, message) => {
-                let full = self
-                    .sessions
-                    .get(&session)
-                    .is_some_and(|agent| agent.messages.try_send(Ok(*message)).is_err());
-                if full {
+                let sent = self.sessions.get(&session).map(|agent| agent.messages.try_send(Ok(*message)));
+                let Some(Err(refused)) = sent else { return };
+                // One that has hung up says so itself in a moment.
+                if matches!(refused, mpsc::error::TrySendError::Full(_)) {
                     tracing::warn!(
                         session = session.0,
                         "an agent does not read what it is told: ended its connection"
                     );
-                    self.input(Input::Gone(session));
                 }
+                self.sessions.remove(&session);
+                self.input(Input::Gone(session));
             }
+            Effect::Gone(session) => drop(self.sessions.remove(&session)),
             Effect::Close(session, status) => {
                 if let Some(agent) = self.sessions.remove(&session) {
                     // When its channel is full it learns the reason from nobody, but it is ended.

@@ -198,6 +198,15 @@ impl Core {
         self.known(id).cloned()
     }
 
+    /// What came of an order. Who has lost the lead while a node was asked knows it no more, or from a copy that is late.
+    ///
+    /// # Errors
+    /// When this scheduler does not lead (any more), or it is not known.
+    pub fn outcome(&self, id: &Name) -> Result<Placement, OrderError> {
+        self.lead()?;
+        self.placement(id)
+    }
+
     fn node_of(&self, id: &Name) -> Result<Name, OrderError> {
         self.book.node(id).cloned().ok_or_else(|| OrderError::Unknown(format!("placements/{id}")))
     }

@@ -96,7 +96,7 @@ fn veto(node: &Name, what: Option<&What>) -> Veto {
 pub(super) async fn commit(owner: &Handle, id: Name) -> Result<Placement, Status> {
     let key = id.clone();
     let Some((node, answer)) = owner.ask(move |core| core.commit_order(&key)).await?? else {
-        return Ok(owner.ask(move |core| core.placement(&id)).await??);
+        return Ok(owner.ask(move |core| core.outcome(&id)).await??);
     };
     let what = heard(answer).await.ok_or(OrderError::Silent(node))?;
     Ok(owner.ask(move |core| core.commit_answered(&id, &what)).await??)
@@ -111,5 +111,5 @@ pub(super) async fn release(owner: &Handle, id: Name) -> Result<Placement, Statu
         let key = id.clone();
         owner.ask(move |core| core.released(&key, &what)).await?;
     }
-    Ok(owner.ask(move |core| core.placement(&id)).await??)
+    Ok(owner.ask(move |core| core.outcome(&id)).await??)
 }

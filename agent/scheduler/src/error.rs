@@ -9,6 +9,9 @@ use crate::inventory::{FenceError, ForgetError};
 
 /// The domain of `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "scheduler.serio";
+const NOT_LEADER: &str = "NOT_LEADER";
+/// The key of the leader's HOST:PORT, in the metadata.
+const LEADER: &str = "leader";
 
 /// Why not.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -147,13 +150,21 @@ impl OrderError {
                 ErrorDetails::with_bad_request_violation(*field, problem.clone())
             }
             Self::NotLeader(leader) => {
-                let metadata = [("leader".to_owned(), leader.clone())];
-                ErrorDetails::with_error_info("NOT_LEADER", DOMAIN, metadata)
+                let metadata = [(LEADER.to_owned(), leader.clone())];
+                ErrorDetails::with_error_info(NOT_LEADER, DOMAIN, metadata)
             }
             _ => return Status::new(self.code(), text),
         };
         Status::with_error_details(self.code(), text, details)
     }
+}
+
+/// HOST:PORT of the scheduler that leads, as one that does not has answered (empty: it knows of none); none for another
+/// answer.
+#[must_use]
+pub fn leader_of(status: &Status) -> Option<String> {
+    let info = status.get_details_error_info().filter(|info| info.reason == NOT_LEADER)?;
+    Some(info.metadata.get(LEADER).cloned().unwrap_or_default())
 }
 
 impl From<OrderError> for Status {

@@ -73,7 +73,7 @@ fn timing() -> Timing {
 struct Fleet {
     nodes: Vec<Arc<Node>>,
     agents: Vec<JoinHandle<()>>,
-    to: watch::Sender<String>,
+    to: watch::Sender<Vec<String>>,
 }
 
 impl Fleet {
@@ -81,7 +81,7 @@ impl Fleet {
     async fn join(count: usize, size: Size, region: &Region, client: &mut Client) -> Self {
         let mut chance = Chance::new(1);
         let nodes = simulate::fleet(count, 0, size, &mut chance);
-        let (to, at) = watch::channel(region.address.to_string());
+        let (to, at) = watch::channel(vec![region.address.to_string()]);
         let counters = Arc::new(Counters::default());
         let agents = nodes.iter().map(|node| {
             let agent =
@@ -225,7 +225,7 @@ async fn what_is_not_committed_ends_and_what_is_committed_survives_a_restart() {
     drop(client);
     region.stop().await;
     let region = Region::start(state.path()).await;
-    fleet.to.send(region.address.to_string()).unwrap();
+    fleet.to.send(vec![region.address.to_string()]).unwrap();
     let mut client = region.client().await;
     fleet.all_fresh(&mut client).await;
     let found = client.get_placement(GetPlacementRequest { name: kept.name }).await.unwrap().into_inner();
@@ -278,7 +278,7 @@ async fn a_lost_nodes_promises_need_a_fence() {
 
     // It returns: it must end what it had before it gets anything new.
     assert_eq!(fleet.nodes[number].committed(), ["web"]);
-    let (_to, at) = watch::channel(region.address.to_string());
+    let (_to, at) = watch::channel(vec![region.address.to_string()]);
     let back = tokio::spawn(agent::run(
         Arc::clone(&fleet.nodes[number]),
         at,

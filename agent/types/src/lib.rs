@@ -10,6 +10,7 @@ pub mod machine;
 pub mod name;
 pub mod net;
 pub mod resource;
+pub mod route;
 pub mod share;
 pub mod size;
 pub mod spec;
@@ -19,6 +20,7 @@ pub use machine::{Balloon, CpuBaseline, IoLimits, MachineError, MachineSpec, Pag
 pub use name::{Name, NameError, VdcName};
 pub use net::{Cidr, MacAddr, NetError};
 pub use resource::{ResourceError, SnapshotName};
+pub use route::Route;
 pub use share::VdcLimits;
 pub use size::{ByteSize, SizeError};
 pub use spec::{

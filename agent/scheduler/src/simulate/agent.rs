@@ -3,10 +3,11 @@
 //! ```text
 //!  connect ─▶ Hello ─▶ Welcome ─▶ Inventory, Allocations where they differ ─▶ Lease · Usage and digest · Answers
 //!     ▲                                                                        │ churn, partition, any failure
-//!     └────────────────────────────────── pause, full jitter ◀─────────────────┘
+//!     └── pause, full jitter; the leader that is named, or the next scheduler ◀┘
 //! ```
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -15,18 +16,21 @@ use std::{
 };
 
 use serio_api::v1::{
-    AgentMessage, Lease, SchedulerMessage, Usage, agent_message::What, scheduler_message,
-    scheduler_service_client::SchedulerServiceClient,
+    AgentMessage, Allocations, Answer, Hello, Inventory, Lease, SchedulerMessage, Usage, agent_message::What,
+    scheduler_message, scheduler_service_client::SchedulerServiceClient,
 };
+use serio_types::route::{Next, Route, authority};
 use tokio::{
     sync::{mpsc, watch},
     time::{MissedTickBehavior, interval_at, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{Status, Streaming, transport::Endpoint};
 
-use super::{chance::Chance, node::Node};
+use super::chance::Chance;
+use crate::error::leader_of;
 
+const PAUSE_MIN_MS: u64 = 500;
 const PAUSE_MAX_MS: u64 = 5_000;
 const PEER_WAIT: Duration = Duration::from_secs(10);
 
@@ -56,30 +60,103 @@ pub struct Counters {
     pub restarts: AtomicU64,
 }
 
-/// Holds the stream until told to end. The address may change: that of the scheduler that leads.
+/// What an agent speaks for: a simulated node, or one that a test has broken.
+pub trait Peer: Send + Sync + 'static {
+    /// Its name.
+    fn name(&self) -> &str;
+    /// Who it is.
+    fn hello(&self) -> Hello;
+    /// What it has.
+    fn inventory(&self) -> Inventory;
+    /// What it has promised; the list, or its digest alone.
+    fn allocations(&self, complete: bool) -> Allocations;
+    /// Does what the scheduler orders; none for what is no order.
+    fn order(&self, message: SchedulerMessage) -> Option<Answer>;
+    /// Its agent starts anew.
+    fn restart(&self);
+}
+
+/// Why a stream ended.
+#[derive(Debug)]
+enum Ended {
+    /// That scheduler does not lead: HOST:PORT of the one that does.
+    NotLeader(String),
+    /// Anything else.
+    Broken(String),
+}
+
+impl From<String> for Ended {
+    fn from(why: String) -> Self {
+        Self::Broken(why)
+    }
+}
+
+impl From<&str> for Ended {
+    fn from(why: &str) -> Self {
+        Self::Broken(why.to_owned())
+    }
+}
+
+impl From<Status> for Ended {
+    fn from(status: Status) -> Self {
+        leader_of(&status).map_or_else(|| Self::Broken(status.to_string()), Self::NotLeader)
+    }
+}
+
+/// Holds the stream until told to end. The addresses are those of all schedulers, as HOST:PORT; when they change, the
+/// stream is begun anew.
 pub async fn run(
-    node: Arc<Node>,
-    mut address: watch::Receiver<String>,
+    node: Arc<impl Peer>,
+    mut addresses: watch::Receiver<Vec<String>>,
     timing: Timing,
     counters: Arc<Counters>,
     mut chance: Chance,
 ) {
-    let mut attempt = 0_u32;
+    let mut route = Route::new(addresses.borrow_and_update().clone());
     loop {
-        let to = address.borrow_and_update().clone();
-        let welcomes = counters.welcomes.load(Ordering::Relaxed);
-        let session = session(&node, &to, timing, &counters, &mut chance);
-        tokio::select! {
-            ended = session => if let Err(error) = ended {
-                tracing::debug!(node = node.name, error, "the stream ended");
-            },
-            changed = address.changed() => if changed.is_err() { return },
+        let Some(way) = &mut route else {
+            if addresses.changed().await.is_err() {
+                return;
+            }
+            route = Route::new(addresses.borrow_and_update().clone());
+            continue;
+        };
+        let to = way.url().to_owned();
+        let mut welcomed = false;
+        let session = session(&*node, &to, (timing, &counters, &mut chance), &mut welcomed);
+        let ended = tokio::select! {
+            ended = session => Some(ended),
+            changed = addresses.changed() => if changed.is_err() { return } else { None },
+        };
+        if welcomed {
+            way.welcomed();
+            way.held_well();
         }
-        attempt =
-            if counters.welcomes.load(Ordering::Relaxed) == welcomes { attempt.saturating_add(1) } else { 0 };
-        let bound = 500_u64.saturating_mul(1_u64.checked_shl(attempt).unwrap_or(u64::MAX)).min(PAUSE_MAX_MS);
-        tokio::time::sleep(Duration::from_millis(chance.below(bound))).await;
+        let next = match ended {
+            Some(Err(Ended::NotLeader(leader))) => way.named(&leader),
+            Some(Err(Ended::Broken(error))) => {
+                tracing::debug!(node = node.name(), to, error, "the stream ended");
+                way.failed()
+            }
+            Some(Ok(never)) => match never {},
+            None => {
+                route = Route::new(addresses.borrow_and_update().clone());
+                Next::Later(0)
+            }
+        };
+        tokio::time::sleep(pause(next, &mut chance)).await;
     }
+}
+
+fn pause(next: Next, chance: &mut Chance) -> Duration {
+    let bound = match next {
+        Next::AtOnce => 0,
+        Next::Soon => PAUSE_MIN_MS,
+        Next::Later(rounds) => {
+            PAUSE_MIN_MS.saturating_mul(1_u64.checked_shl(rounds).unwrap_or(u64::MAX)).min(PAUSE_MAX_MS)
+        }
+    };
+    Duration::from_millis(chance.below(bound))
 }
 
 /// Counts a stream for as long as it lives.
@@ -99,16 +176,18 @@ impl Drop for Connected<'_> {
     }
 }
 
-type Told = Result<(), String>;
+type Told = Result<(), Ended>;
+/// When it speaks, what it counts, its chance.
+type Manner<'a> = (Timing, &'a Counters, &'a mut Chance);
 
 async fn session(
-    node: &Node,
+    node: &impl Peer,
     address: &str,
-    timing: Timing,
-    counters: &Counters,
-    chance: &mut Chance,
-) -> Told {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
+    (timing, counters, chance): Manner<'_>,
+    welcomed: &mut bool,
+) -> Result<Infallible, Ended> {
+    let url = format!("http://{}", authority(address));
+    let endpoint = Endpoint::from_shared(url).map_err(|error| error.to_string())?;
     let channel = timeout(PEER_WAIT, endpoint.connect())
         .await
         .map_err(|_| "no connection in time".to_owned())?
@@ -118,13 +197,13 @@ async fn session(
     out.send(What::Hello(node.hello())).await?;
     let mut client = SchedulerServiceClient::new(channel);
     let connecting = timeout(PEER_WAIT, client.connect(ReceiverStream::new(receiver))).await;
-    let mut incoming =
-        connecting.map_err(|_| "no stream in time")?.map_err(|status| status.to_string())?.into_inner();
-    let first = timeout(PEER_WAIT, incoming.message()).await.map_err(|_| "no welcome in time")?;
-    let Ok(Some(SchedulerMessage { what: Some(scheduler_message::What::Welcome(welcome)) })) = first else {
-        return Err(format!("no welcome: {first:?}"));
+    let mut incoming = connecting.map_err(|_| "no stream in time")??.into_inner();
+    let first = timeout(PEER_WAIT, incoming.message()).await.map_err(|_| "no welcome in time")??;
+    let Some(SchedulerMessage { what: Some(scheduler_message::What::Welcome(welcome)) }) = first else {
+        return Err(format!("no welcome: {first:?}").into());
     };
     let _connected = Connected::new(counters);
+    *welcomed = true;
     let inventory = node.inventory();
     if inventory.generation != welcome.inventory_generation {
         out.send(What::Inventory(inventory)).await?;
@@ -136,11 +215,11 @@ async fn session(
 }
 
 async fn talk(
-    node: &Node,
+    node: &impl Peer,
     out: &Out,
     incoming: &mut Streaming<SchedulerMessage>,
-    (timing, counters, chance): (Timing, &Counters, &mut Chance),
-) -> Told {
+    (timing, counters, chance): Manner<'_>,
+) -> Result<Infallible, Ended> {
     let now = tokio::time::Instant::now();
     // Agents do not speak in step.
     let mut lease = interval_at(now, timing.lease);
@@ -155,7 +234,7 @@ async fn talk(
     loop {
         tokio::select! {
             heard = incoming.message() => {
-                let message = heard.map_err(|status| status.to_string())?.ok_or("closed")?;
+                let message = heard?.ok_or("closed")?;
                 if matches!(message.what, Some(scheduler_message::What::SendAllocations(_))) {
                     out.send(What::Allocations(node.allocations(true))).await?;
                 } else {
@@ -173,18 +252,18 @@ async fn talk(
             () = &mut churn => {
                 node.restart();
                 counters.restarts.fetch_add(1, Ordering::Relaxed);
-                return Err("restarted".to_owned());
+                return Err("restarted".into());
             }
             () = &mut partition => {
                 // Cut off: neither side hears of the other until TCP or the lease gives up.
                 tokio::time::sleep(chance.up_to(timing.lease.saturating_mul(6))).await;
-                return Err("was cut off".to_owned());
+                return Err("was cut off".into());
             }
         }
     }
 }
 
-async fn heed(node: &Node, out: &Out, message: SchedulerMessage, counters: &Counters) -> Told {
+async fn heed(node: &impl Peer, out: &Out, message: SchedulerMessage, counters: &Counters) -> Told {
     let fence = matches!(message.what, Some(scheduler_message::What::Fence(_)));
     let Some(answer) = node.order(message) else { return Ok(()) };
     out.send(What::Answer(answer)).await?;
@@ -202,6 +281,6 @@ struct Out {
 impl Out {
     async fn send(&self, what: What) -> Told {
         let sent = timeout(PEER_WAIT, self.sender.send(AgentMessage { what: Some(what) })).await;
-        sent.map_err(|_| "the scheduler does not read")?.map_err(|_| "closed".to_owned())
+        sent.map_err(|_| "the scheduler does not read")?.map_err(|_| "closed".into())
     }
 }

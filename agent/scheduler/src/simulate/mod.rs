@@ -161,7 +161,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         churn: Duration::from_secs(options.churn),
         partition: Duration::from_secs(options.partition),
     };
-    let (to, at) = watch::channel(address.clone());
+    let (to, at) = watch::channel(vec![address.clone()]);
     let begin = Instant::now();
     for node in &nodes {
         let agent = agent::run(Arc::clone(node), at.clone(), timing, Arc::clone(&counters), chance.fork());
@@ -180,7 +180,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         .map(|(now, before)| now.saturating_sub(before));
     let storm = if options.storm {
         let again = Instant::now();
-        to.send(address.clone()).context("the agents are there")?;
+        to.send(vec![address.clone()]).context("the agents are there")?;
         // They notice in their own time; then all come at once.
         while counters.connected.load(Ordering::Relaxed) > count / 10
             && again.elapsed() < Duration::from_secs(5)

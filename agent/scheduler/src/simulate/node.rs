@@ -14,6 +14,8 @@ use serio_api::v1::{
 use serio_types::Quota;
 use serio_vdc::ledger::{Ask, Capacity, Class, Ledger, NumaLimit, Stage, Veto, Want, Wish};
 
+use super::agent::Peer;
+
 /// How large each node is.
 #[derive(Debug, Clone, Copy)]
 pub struct Size {
@@ -92,21 +94,28 @@ impl Node {
         (self.start.elapsed().as_millis() as f64 * self.rate) as u64
     }
 
-    /// Its agent starts anew: what was not committed is lost, the rest is kept.
-    pub fn restart(&self) {
-        let mut held = self.held();
-        let kept =
-            held.ledger.promises().filter(|promise| !matches!(promise.stage, Stage::Pending { .. })).cloned();
-        let kept: Vec<_> = kept.collect();
-        let (capacity, fence) = (held.ledger.capacity().clone(), held.ledger.fence_generation());
-        held.ledger = Ledger::new(capacity);
-        held.ledger.restore(kept, None, fence);
-        held.boots = held.boots.wrapping_add(1);
+    /// What is promised in all, overhead included, and what may be.
+    #[must_use]
+    pub fn filled(&self) -> (Quota, Quota) {
+        let held = self.held();
+        (held.ledger.open(None), held.ledger.capacity().total)
     }
 
-    /// Who it is.
+    /// Keys of what is committed.
     #[must_use]
-    pub fn hello(&self) -> Hello {
+    pub fn committed(&self) -> Vec<String> {
+        let held = self.held();
+        let kept = held.ledger.promises().filter(|promise| matches!(promise.stage, Stage::Committed));
+        kept.map(|promise| promise.want.key.clone()).collect()
+    }
+}
+
+impl Peer for Node {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn hello(&self) -> Hello {
         Hello {
             node_id: self.name.clone(),
             node_uid: format!("uid-{}", self.name),
@@ -117,9 +126,7 @@ impl Node {
         }
     }
 
-    /// What it has.
-    #[must_use]
-    pub fn inventory(&self) -> Inventory {
+    fn inventory(&self) -> Inventory {
         let amount = |total| Some(Amount { total, allocatable: total, ..Amount::default() });
         let held = self.held();
         Inventory {
@@ -143,9 +150,7 @@ impl Node {
         }
     }
 
-    /// What it has promised; the list, or its digest alone.
-    #[must_use]
-    pub fn allocations(&self, complete: bool) -> Allocations {
+    fn allocations(&self, complete: bool) -> Allocations {
         let now = self.now();
         let mut held = self.held();
         held.ledger.expire(now);
@@ -159,24 +164,7 @@ impl Node {
         Allocations { digest, allocations: if complete { list } else { Vec::new() }, complete }
     }
 
-    /// What is promised in all, overhead included, and what may be.
-    #[must_use]
-    pub fn filled(&self) -> (Quota, Quota) {
-        let held = self.held();
-        (held.ledger.open(None), held.ledger.capacity().total)
-    }
-
-    /// Keys of what is committed.
-    #[must_use]
-    pub fn committed(&self) -> Vec<String> {
-        let held = self.held();
-        let kept = held.ledger.promises().filter(|promise| matches!(promise.stage, Stage::Committed));
-        kept.map(|promise| promise.want.key.clone()).collect()
-    }
-
-    /// Does what the scheduler orders; none for what is no order. True when the promises changed.
-    #[must_use]
-    pub fn order(&self, message: SchedulerMessage) -> Option<Answer> {
+    fn order(&self, message: SchedulerMessage) -> Option<Answer> {
         let now = self.now();
         let mut held = self.held();
         let generation = held.inventory;
@@ -206,6 +194,18 @@ impl Node {
         };
         let what = done.unwrap_or_else(|veto| answer::What::Refused(refused(&veto, generation)));
         Some(Answer { call, what: Some(what) })
+    }
+
+    /// What was not committed is lost, the rest is kept.
+    fn restart(&self) {
+        let mut held = self.held();
+        let kept =
+            held.ledger.promises().filter(|promise| !matches!(promise.stage, Stage::Pending { .. })).cloned();
+        let kept: Vec<_> = kept.collect();
+        let (capacity, fence) = (held.ledger.capacity().clone(), held.ledger.fence_generation());
+        held.ledger = Ledger::new(capacity);
+        held.ledger.restore(kept, None, fence);
+        held.boots = held.boots.wrapping_add(1);
     }
 }
 

@@ -2,13 +2,9 @@
 //!
 //! Clients place and commit all the while, with the leader whoever that is; agents keep real ledgers. At the end every
 //! placement that was acknowledged is known to the leader, and held by exactly one node.
-#![allow(clippy::unwrap_used, reason = "the helpers of a test may panic as the test does")]
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -22,148 +18,28 @@ use serio_api::v1::{
     scheduler_service_client::SchedulerServiceClient,
 };
 use serio_scheduler::{
+    error::leader_of,
     simulate::{
         self, Chance,
         agent::{self, Counters, Timing},
         node::{Node, Size},
     },
-    store::{
-        self, Backend, Change, Kind, StoreError,
-        etcd::{Client as Etcd, Etcd as Leader},
-    },
+    store::{self, Backend, Change, Kind, StoreError, etcd::Etcd as Leader},
 };
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_stream::StreamExt;
-use tonic::{
-    Code,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, transport::Channel};
 use tonic_types::StatusExt;
 
-const ETCD: &str = "/usr/bin/etcd";
+use crate::processes::{
+    Cluster, PATIENCE, Process, connect, leader, leads, memory_folder, scheduler as start, within,
+};
+
 /// A dead leader is replaced within that.
 const FAILOVER_MAX: Duration = Duration::from_secs(5);
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A process of ours; it ends with the value.
-struct Process(Child);
-
-impl Process {
-    fn signal(&self, name: &str) {
-        let pid = self.0.id().to_string();
-        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may be dead already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_ports(count: usize) -> Vec<u16> {
-    let sockets: Vec<_> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    sockets.iter().map(|socket| socket.local_addr().unwrap().port()).collect()
-}
-
-/// Members of etcd, on loopback.
-struct Cluster {
-    folder: PathBuf,
-    clients: Vec<u16>,
-    peers: Vec<u16>,
-    members: Vec<Process>,
-}
-
-impl Cluster {
-    /// As soon as they answer; none where there is no etcd.
-    async fn start(folder: &Path, count: usize) -> Option<(Self, Etcd)> {
-        if !Path::new(ETCD).exists() {
-            println!("skipped: there is no {ETCD} (Debian's etcd-server)");
-            return None;
-        }
-        let ports = free_ports(count * 2);
-        let (clients, peers) = ports.split_at(count);
-        let mut cluster = Self {
-            folder: folder.to_owned(),
-            clients: clients.to_vec(),
-            peers: peers.to_vec(),
-            members: Vec::new(),
-        };
-        cluster.members = (0..count).map(|number| cluster.member(number)).collect();
-        let etcd = Etcd::new(&cluster.addresses()).unwrap();
-        let ready = async { while etcd.region_id().await.is_err() {} };
-        tokio::time::timeout(PATIENCE, ready).await.expect("etcd gets ready");
-        Some((cluster, etcd))
-    }
-
-    fn member(&self, number: usize) -> Process {
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
-        let all: Vec<String> =
-            self.peers.iter().enumerate().map(|(number, port)| format!("m{number}={}", url(*port))).collect();
-        let (client, peer) = (url(self.clients[number]), url(self.peers[number]));
-        let log = std::fs::File::create(self.folder.join(format!("m{number}.log"))).unwrap();
-        let child = Command::new(ETCD)
-            .env_clear()
-            .args(["--name", &format!("m{number}"), "--initial-cluster", &all.join(",")])
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .arg("--data-dir")
-            .arg(self.folder.join(format!("m{number}")))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn();
-        Process(child.unwrap())
-    }
-
-    fn addresses(&self) -> Vec<String> {
-        self.clients.iter().map(|port| format!("127.0.0.1:{port}")).collect()
-    }
-}
 
 fn scheduler(cluster: &Cluster) -> (Process, String) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_serio-scheduler"))
-        .args(["--insecure", "--listen", "127.0.0.1:0"])
-        .args(["--store", &format!("etcd://{}", cluster.addresses().join(","))])
-        .env("RUST_LOG", "info,serio_scheduler::owner=warn")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
-    let line = lines.by_ref().find(|line| line.contains("listening")).unwrap();
-    let address = line.split("address=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
-    let name = address.clone();
-    std::thread::spawn(move || lines.for_each(|line| println!("{name}: {line}")));
-    (Process(child), address)
-}
-
-fn connect(address: &str) -> SchedulerServiceClient<Channel> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-    SchedulerServiceClient::new(endpoint.timeout(Duration::from_secs(6)).connect_lazy())
-}
-
-async fn leads(address: &str) -> bool {
-    let asked = tokio::time::timeout(Duration::from_secs(1), async {
-        connect(address).get_leader(GetLeaderRequest {}).await
-    });
-    matches!(asked.await, Ok(Ok(leader)) if leader.get_ref().is_self)
-}
-
-/// Which of them leads, as soon as one does.
-async fn leader(addresses: &[String]) -> String {
-    let found = async {
-        loop {
-            for address in addresses {
-                if leads(address).await {
-                    return address.clone();
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, found).await.expect("somebody leads")
+    start(&["--store", &cluster.store()])
 }
 
 fn wish(id: &str) -> PlaceRequest {
@@ -283,7 +159,7 @@ impl World {
         let mut helpers: Vec<JoinHandle<()>> = nodes
             .iter()
             .map(|node| {
-                agent::run(Arc::clone(node), at.clone(), timing, Arc::clone(&counters), chance.fork())
+                agent::run(Arc::clone(node), known.clone(), timing, Arc::clone(&counters), chance.fork())
             })
             .map(tokio::spawn)
             .collect();
@@ -371,10 +247,15 @@ async fn follows(address: &str, leader: &str) {
     assert_eq!((info.reason.as_str(), info.metadata["leader"].as_str()), ("NOT_LEADER", leader));
     let hello = Hello { node_id: "stranger".into(), ..Hello::default() };
     let hello = AgentMessage { what: Some(What::Hello(hello)) };
-    // It does not hang up by itself.
-    let talk = tokio_stream::once(hello).chain(tokio_stream::pending());
-    let mut stream = follower.connect(talk).await.unwrap().into_inner();
-    assert_eq!(stream.message().await.unwrap_err().code(), Code::Unavailable);
+    let stays = tokio_stream::once(hello.clone()).chain(tokio_stream::pending());
+    let mut stream = follower.connect(stays).await.unwrap().into_inner();
+    assert_eq!(leader_of(&stream.message().await.unwrap_err()).as_deref(), Some(leader));
+    // One that hangs up at once hears it as well.
+    for _ in 0..20 {
+        let hangs_up = tokio_stream::once(hello.clone());
+        let mut stream = follower.connect(hangs_up).await.unwrap().into_inner();
+        assert_eq!(leader_of(&stream.message().await.unwrap_err()).as_deref(), Some(leader));
+    }
 
     let placed = connect(leader).place(wish("seen")).await.unwrap().into_inner();
     let copied = async {
@@ -383,12 +264,12 @@ async fn follows(address: &str, leader: &str) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, copied).await.expect("the copy follows");
+    within("the copy follows", PATIENCE, copied).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_region_outlives_its_leader_and_a_member_of_etcd() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory_folder();
     let Some((mut cluster, _)) = Cluster::start(folder.path(), 3).await else { return };
     let (first, first_at) = scheduler(&cluster);
     assert_eq!(leader(std::slice::from_ref(&first_at)).await, first_at);
@@ -445,7 +326,7 @@ async fn write(mut store: Leader, changes: Vec<Change>) -> (Leader, Result<(), S
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_is_done_once_in_order_and_not_after_the_lead_is_lost() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = memory_folder();
     let Some((_cluster, etcd)) = Cluster::start(folder.path(), 1).await else { return };
     let lease = etcd.grant(60).await.unwrap();
     let candidate = etcd.stand(lease, "here:1").await.unwrap();

@@ -44,7 +44,7 @@ pub(super) struct Muxer {
     slots: Vec<Option<Connection>>,
     free: Vec<usize>,
     by_key: BTreeMap<Key, usize>,
-    /// Slots with something to say.
+    /// Slots with something to say, each at most once.
     ready: VecDeque<usize>,
     resets: VecDeque<Header>,
     next_port: u32,
@@ -106,6 +106,10 @@ impl Muxer {
     fn remove(&mut self, slot: usize) {
         let Some(connection) = self.slots.get_mut(slot).and_then(Option::take) else { return };
         self.unlink(&connection, slot);
+        if connection.queued {
+            // Else a guest that opens and resets for ever, and takes no packet, would make the queue as long as it likes.
+            self.ready.retain(|other| *other != slot);
+        }
         self.free.push(slot);
     }
 
@@ -345,6 +349,12 @@ impl Muxer {
             self.schedule(slot);
         }
         Ok(Turn::Sent(len.saturating_add(HEADER_BYTES as u32)))
+    }
+
+    /// For tests: connections, those in the queue of who has something to say, and resets that wait.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn sizes(&self) -> (usize, usize, usize) {
+        (self.slots.iter().flatten().count(), self.ready.len(), self.resets.len())
     }
 
     /// How many connections there are, for tests.

@@ -367,3 +367,15 @@ proptest! {
         prop_assert!(before <= muxer::CONNECTIONS_MAX);
     }
 }
+
+/// A guest that opens and resets connections and never takes what it is told of them costs the host no memory.
+#[test]
+fn connections_that_come_and_go_unheard_leave_nothing() {
+    let mut guest = guest();
+    let _listener = UnixListener::bind(guest.dir.path().join("out_7")).unwrap();
+    for port in 2000..2100 {
+        guest.send(guest.packet(op::REQUEST, (port, 7)), &[]);
+        guest.send(guest.packet(op::RST, (port, 7)), &[]);
+    }
+    assert_eq!(lock(&guest.device.shared).muxer.sizes(), (0, 0, 0));
+}

@@ -33,3 +33,36 @@ pub struct Limits {
     #[prost(uint64, tag = "4")]
     pub operations_burst: u64,
 }
+
+/// What disks and cards may do from now on. Those that are not named stay as they are; all are looked up before any changes.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SetLimits {
+    /// Of disks.
+    #[prost(message, repeated, tag = "1")]
+    pub disks: Vec<DiskLimits>,
+    /// Of cards.
+    #[prost(message, repeated, tag = "2")]
+    pub nics: Vec<NicLimits>,
+}
+
+/// What a disk may do.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct DiskLimits {
+    /// As in `Disk::volume_id`.
+    #[prost(string, tag = "1")]
+    pub volume_id: String,
+    /// Absent: no bounds.
+    #[prost(message, optional, tag = "2")]
+    pub limits: Option<Limits>,
+}
+
+/// What a card may do.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct NicLimits {
+    /// As in [`Nic::mac`].
+    #[prost(bytes = "vec", tag = "1")]
+    pub mac: Vec<u8>,
+    /// Absent: no bounds.
+    #[prost(message, optional, tag = "2")]
+    pub limits: Option<Limits>,
+}

@@ -1,7 +1,7 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
-pub use crate::device::{Limits, Nic};
+pub use crate::device::{DiskLimits, Limits, Nic, NicLimits, SetLimits};
 pub use crate::{bootdisk::*, counters::*, devices::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
@@ -17,7 +17,7 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 84, 85, 87"
+                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 84, 85, 87, 88"
     )]
     pub body: Option<Body>,
 }
@@ -164,6 +164,9 @@ pub enum Body {
     /// → vmm: where the guest's vsock connections go; one descriptor, a connected `SOCK_SEQPACKET` socket.
     #[prost(message, tag = "87")]
     SetVsockBroker(Empty),
+    /// → vmm: what its disks and cards may do from now on.
+    #[prost(message, tag = "88")]
+    SetLimits(SetLimits),
 }
 
 /// Nothing.

@@ -8,12 +8,14 @@
 //! - A bucket may go below zero: a request is never cut up, the next ones wait for what it took. So the rate holds over
 //!   time whatever the sizes, and a burst is how much may pass at once after a rest.
 //! - Buckets outlive resets of the device: a guest does not get a new burst by resetting it.
-//! - Nothing polls: a thread that waits sleeps on a timer, an idle device has none armed.
+//! - A thread that waits sleeps on a timer, an idle device has none armed. However long the wait is it looks again after
+//!   [`SLEEP_MAX`], since limits may be changed meanwhile.
 //!
 //! [`Bucket`] is pure: time is an argument.
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +29,8 @@ const SECOND_NS: u128 = 1_000_000_000;
 const DEFAULT_BURST_PART: u64 = 10;
 /// The shortest sleep: below, waking costs more than waiting.
 const SLEEP_MIN: Duration = Duration::from_micros(200);
+/// The longest, after which changed limits are noticed.
+const SLEEP_MAX: Duration = Duration::from_millis(250);
 
 /// So many units a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,6 +83,11 @@ impl Bucket {
         Duration::from_nanos(u64::try_from(wait_ns).unwrap_or(u64::MAX))
     }
 
+    /// Whether it has the same rate and size.
+    fn is_like(&self, other: &Bucket) -> bool {
+        (self.per_second, self.full) == (other.per_second, other.full)
+    }
+
     fn take(&mut self, units: u64) {
         self.content = self.content.saturating_sub(scaled(units));
     }
@@ -94,23 +103,44 @@ struct Buckets {
     operations: Option<Bucket>,
 }
 
-/// The buckets of one device, shared by its queues.
+/// The buckets of one device, shared by its queues. What they let through can be changed at any time.
 #[derive(Debug)]
 pub struct Limiter {
     start: Instant,
     buckets: Mutex<Buckets>,
+    /// Whether there is a bucket: without one nobody takes the lock.
+    limits: AtomicBool,
 }
 
 impl Limiter {
-    /// Full buckets; `None` when nothing is limited, which then costs nothing.
+    /// Full buckets.
     #[must_use]
-    pub fn new(limits: Limits) -> Option<Arc<Limiter>> {
-        let (bytes, operations) = (Bucket::new(limits.bytes), Bucket::new(limits.operations));
-        if bytes.is_none() && operations.is_none() {
-            return None;
+    pub fn new(limits: Limits) -> Arc<Limiter> {
+        let limiter = Limiter {
+            start: Instant::now(),
+            buckets: Mutex::new(Buckets { bytes: None, operations: None }),
+            limits: AtomicBool::new(false),
+        };
+        limiter.set(limits);
+        Arc::new(limiter)
+    }
+
+    /// These count from now on, with full buckets where a limit is another than before: who waits learns of it within
+    /// a quarter of a second.
+    pub fn set(&self, limits: Limits) {
+        let now_ns = self.start.elapsed().as_nanos();
+        let mut buckets = self.lock();
+        let Buckets { bytes, operations } = &mut *buckets;
+        for (bucket, rate) in [(bytes, limits.bytes), (operations, limits.operations)] {
+            let fresh = Bucket::new(rate).map(|fresh| Bucket { filled_ns: now_ns, ..fresh });
+            // The same again: no new burst.
+            let same = matches!((&*bucket, &fresh), (Some(old), Some(new)) if old.is_like(new));
+            if !same {
+                *bucket = fresh;
+            }
         }
-        let buckets = Mutex::new(Buckets { bytes, operations });
-        Some(Arc::new(Limiter { start: Instant::now(), buckets }))
+        let limited = buckets.bytes.is_some() || buckets.operations.is_some();
+        self.limits.store(limited, Ordering::Release);
     }
 
     fn lock(&self) -> MutexGuard<'_, Buckets> {
@@ -119,6 +149,9 @@ impl Limiter {
 
     /// How long to wait before the next request; zero: it may go.
     pub(crate) fn wait(&self) -> Duration {
+        if !self.limits.load(Ordering::Acquire) {
+            return Duration::ZERO;
+        }
         let now_ns = self.start.elapsed().as_nanos();
         let mut buckets = self.lock();
         let bytes = buckets.bytes.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now_ns));
@@ -127,6 +160,9 @@ impl Limiter {
     }
 
     fn charge(&self, bytes: u64) {
+        if !self.limits.load(Ordering::Acquire) {
+            return;
+        }
         let mut buckets = self.lock();
         if let Some(bucket) = &mut buckets.bytes {
             bucket.take(bytes);
@@ -139,30 +175,25 @@ impl Limiter {
 
 /// One thread's way past a limiter: tells whether it may go on, and wakes it when it may.
 pub(crate) struct Gate {
-    limits: Option<(Arc<Limiter>, TimerFd)>,
+    limiter: Arc<Limiter>,
+    timer: TimerFd,
     closed: bool,
 }
 
 impl Gate {
-    /// A gate whose timer the poller reports as `token`. Without a limiter it is always open.
-    pub(crate) fn new(
-        limiter: Option<Arc<Limiter>>,
-        poller: &Poller,
-        token: u64,
-    ) -> Result<Gate, ActivateError> {
-        let Some(limiter) = limiter else { return Ok(Gate { limits: None, closed: false }) };
+    /// A gate whose timer the poller reports as `token`.
+    pub(crate) fn new(limiter: Arc<Limiter>, poller: &Poller, token: u64) -> Result<Gate, ActivateError> {
         let io = |error: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(error.errno());
         let timer = TimerFd::new().map_err(io).map_err(ActivateError::io("make a timer for a limit"))?;
         poller.add_timer(&timer, token).map_err(ActivateError::io("watch a timer"))?;
-        Ok(Gate { limits: Some((limiter, timer)), closed: false })
+        Ok(Gate { limiter, timer, closed: false })
     }
 
     /// Whether the next request may go now. If not, the timer is set for when it may.
     pub(crate) fn is_open(&mut self) -> bool {
-        let Some((limiter, timer)) = &mut self.limits else { return true };
-        let wait = limiter.wait();
+        let wait = self.limiter.wait();
         self.closed = !wait.is_zero();
-        if self.closed && timer.reset(wait.max(SLEEP_MIN), None).is_err() {
+        if self.closed && self.timer.reset(wait.clamp(SLEEP_MIN, SLEEP_MAX), None).is_err() {
             // The kernel takes every time that we give it. If it did not, better no limit than a device that stands still.
             self.closed = false;
         }
@@ -176,9 +207,7 @@ impl Gate {
 
     /// Takes note of a request.
     pub(crate) fn charge(&self, bytes: u64) {
-        if let Some((limiter, _)) = &self.limits {
-            limiter.charge(bytes);
-        }
+        self.limiter.charge(bytes);
     }
 }
 

@@ -12,11 +12,30 @@ fn bucket(per_second: u64, burst: u64) -> Bucket {
 
 #[test]
 fn no_rate_is_no_limit() {
-    assert!(Limiter::new(Limits::default()).is_none());
-    assert!(Limiter::new(Limits { bytes: Rate { per_second: 0, burst: 9 }, ..Limits::default() }).is_none());
-    assert!(
-        Limiter::new(Limits { operations: Rate { per_second: 1, burst: 0 }, ..Limits::default() }).is_some()
-    );
+    let burst_of_nothing = Limits { bytes: Rate { per_second: 0, burst: 9 }, ..Limits::default() };
+    for limits in [Limits::default(), burst_of_nothing] {
+        let limiter = Limiter::new(limits);
+        limiter.charge(u64::MAX);
+        assert!(limiter.wait().is_zero());
+    }
+}
+
+#[test]
+fn limits_change_at_once_and_the_same_again_fills_no_bucket() {
+    let slow = Limits { bytes: Rate { per_second: 1, burst: 1 }, ..Limits::default() };
+    let limiter = Limiter::new(slow);
+    limiter.charge(1000);
+    assert!(limiter.wait() > Duration::from_secs(900));
+    limiter.set(slow);
+    assert!(limiter.wait() > Duration::from_secs(900), "a burst by saying the same again");
+    limiter.set(Limits { operations: Rate { per_second: 1, burst: 1 }, ..slow });
+    assert!(limiter.wait() > Duration::from_secs(900), "a burst of bytes by a limit of operations");
+    limiter.set(Limits { bytes: Rate { per_second: 1 << 30, burst: 0 }, ..Limits::default() });
+    assert!(limiter.wait().is_zero());
+    limiter.set(slow);
+    limiter.charge(1000);
+    limiter.set(Limits::default());
+    assert!(limiter.wait().is_zero());
 }
 
 #[test]
@@ -62,8 +81,7 @@ fn the_slower_of_the_two_limits_decides() {
     let limiter = Limiter::new(Limits {
         bytes: Rate { per_second: 1_000_000_000, burst: 1_000_000_000 },
         operations: Rate { per_second: 2, burst: 1 },
-    })
-    .expect("limits");
+    });
     assert!(limiter.wait().is_zero());
     limiter.charge(1);
     assert!(limiter.wait() > Duration::from_millis(100));

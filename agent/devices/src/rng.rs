@@ -1,7 +1,10 @@
 //! virtio-rng (virtio 1.2 §5.4): the host kernel's randomness for the guest.
 //!
 //! A request gets at most [`REQUEST_BYTES_MAX`] bytes, and the used length says how many: a driver asks again.
-//! One thread, asleep until a kick.
+//! A second's bytes are bounded ([`LIMITS`] unless another limiter is given): making them costs the host's processor, not
+//! the guest's. What is beyond waits in the ring. One thread, asleep until a kick or until the limit lets it go on.
+
+use std::sync::Arc;
 
 use rustix::rand::GetRandomFlags;
 use serio_sandbox::Kind;
@@ -10,24 +13,33 @@ use serio_virtio::{
 };
 use vm_memory::Bytes;
 
+use crate::limit::{Gate, Limiter, Limits, Rate};
 use crate::worker::{Poller, STOP, Worker, finish_all, join_all};
 
 /// Bytes that one request gets at most.
 pub const REQUEST_BYTES_MAX: usize = 4096;
 const QUEUE_SIZES: &[u16] = &[64];
 const KICK: u64 = 0;
+/// The limit lets requests through again.
+const LIMIT: u64 = 1;
+
+/// What a guest gets unless told otherwise: far more than its own generator ever asks for.
+pub const LIMITS: Limits = Limits {
+    bytes: Rate { per_second: 1 << 20, burst: 256 << 10 },
+    operations: Rate { per_second: 0, burst: 0 },
+};
 
 /// The entropy device.
-#[derive(Default)]
 pub struct Rng {
+    limiter: Arc<Limiter>,
     workers: Vec<Worker<ActiveQueue>>,
 }
 
 impl Rng {
-    /// A device; it needs nothing but the system call.
+    /// A device with this limit, kept outside so that a reset does not fill the bucket again.
     #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(limiter: Arc<Limiter>) -> Self {
+        Self { limiter, workers: Vec::new() }
     }
 }
 
@@ -54,9 +66,10 @@ impl VirtioDevice for Rng {
         let ring = activation.take_queue(0)?;
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
+        let gate = Gate::new(self.limiter.clone(), &poller, LIMIT)?;
         let failure = activation.failure;
         let worker = Worker::spawn(Kind::Device, "rng".to_owned(), poller, move |poller| {
-            run(&poller, ring, &failure)
+            run(&poller, ring, gate, &failure)
         })?;
         self.workers.push(worker);
         Ok(())
@@ -78,12 +91,12 @@ impl Drop for Rng {
 }
 
 /// Each request is answered as it is taken: there is nothing to finish.
-fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) -> ActiveQueue {
+fn run(poller: &Poller, mut ring: ActiveQueue, mut gate: Gate, failure: &DeviceFailure) -> ActiveQueue {
     let mut chain = Chain::default();
     let mut bytes = vec![0; REQUEST_BYTES_MAX];
     let mut stop = false;
     while !stop {
-        if !failure.is_marked() && serve(&mut ring, &mut chain, &mut bytes).is_err() {
+        if !failure.is_marked() && serve(&mut ring, &mut gate, &mut chain, &mut bytes).is_err() {
             failure.mark();
         }
         if poller.wait(|token, _| stop |= token == STOP).is_err() {
@@ -94,18 +107,25 @@ fn run(poller: &Poller, mut ring: ActiveQueue, failure: &DeviceFailure) -> Activ
     ring
 }
 
-fn serve(ring: &mut ActiveQueue, chain: &mut Chain, bytes: &mut [u8]) -> Result<(), QueueError> {
+/// Until the ring is empty or the limit is reached, whose timer then wakes the thread.
+fn serve(
+    ring: &mut ActiveQueue,
+    gate: &mut Gate,
+    chain: &mut Chain,
+    bytes: &mut [u8],
+) -> Result<(), QueueError> {
     loop {
         let mut answered = false;
-        while ring.queue.pop(chain)? {
+        while gate.is_open() && ring.queue.pop(chain)? {
             let written = fill(ring, chain, bytes);
+            gate.charge(written.into());
             ring.queue.push_used(chain.head(), written)?;
             answered = true;
         }
         if answered && ring.queue.interrupt_wanted()? {
             ring.interrupt.trigger();
         }
-        if !ring.queue.enable_kicks()? {
+        if gate.is_closed() || !ring.queue.enable_kicks()? {
             return Ok(());
         }
     }
@@ -132,4 +152,15 @@ fn fill(ring: &ActiveQueue, chain: &Chain, bytes: &mut [u8]) -> u32 {
         rest = left;
     }
     written
+}
+
+/// For fuzzers: serves a ring made of these bytes.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn requests(data: &[u8]) {
+    let (_rig, activation) = serio_virtio::hostile::rings(data, 1, 0);
+    let poller = Poller::new().expect("an epoll");
+    let mut gate = Gate::new(Limiter::new(LIMITS), &poller, LIMIT).expect("a timer");
+    for mut ring in activation.queues {
+        let _ = serve(&mut ring, &mut gate, &mut Chain::default(), &mut vec![0; REQUEST_BYTES_MAX]);
+    }
 }

@@ -10,16 +10,21 @@ use serio_virtio::{ActivateError, VirtioDevice};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::console::{Console, ConsoleEnds};
-use crate::rng::{REQUEST_BYTES_MAX, Rng};
+use crate::limit::{Limiter, Limits, Rate};
+use crate::rng::{LIMITS, REQUEST_BYTES_MAX, Rng};
 
 const DATA: u64 = 0x10_0000;
+
+fn entropy(limits: Limits) -> Rng {
+    Rng::new(Limiter::new(limits))
+}
 
 #[test]
 fn randomness_is_bounded_and_fills_what_it_says() {
     let memory = memory(4 << 20);
     let mut driver = DriverQueue::new(&memory, 0x1000, 8);
     let (rig, activation) = Rig::activation(&memory, vec![driver.queue(true)], 0);
-    let mut rng = Rng::new();
+    let mut rng = entropy(LIMITS);
     rng.activate(activation).unwrap();
     for (count, (asked, want)) in
         (0u16..).zip([(64u32, 64u32), (1, 1), (1 << 20, u32::try_from(REQUEST_BYTES_MAX).unwrap()), (0, 0)])
@@ -50,11 +55,37 @@ fn randomness_is_bounded_and_fills_what_it_says() {
     rng.reset();
 }
 
+/// The burst comes at once, the rest as time goes by; a guest that resets its device gets no new burst.
+#[test]
+fn randomness_has_a_limit() {
+    let memory = memory(4 << 20);
+    let limiter =
+        Limiter::new(Limits { bytes: Rate { per_second: 20_000, burst: 1000 }, ..Limits::default() });
+    let mut driver = DriverQueue::new(&memory, 0x1000, 8);
+    let (rig, activation) = Rig::activation(&memory, vec![driver.queue(false)], 0);
+    let mut rng = Rng::new(limiter.clone());
+    let begun = std::time::Instant::now();
+    rng.activate(activation).unwrap();
+    for _ in 0..4 {
+        driver.offer(&[Buffer::writable(DATA, 1000)]).unwrap();
+    }
+    rig.kicks[0].write(1).unwrap();
+    for _ in 0..4 {
+        while driver.used().is_none() {
+            rig.wait();
+        }
+    }
+    // The first is the burst, the last may go when the two before it are paid for.
+    assert!(begun.elapsed() >= std::time::Duration::from_millis(90), "{:?}", begun.elapsed());
+    rng.reset();
+    assert!(!limiter.wait().is_zero(), "a reset filled the bucket");
+}
+
 #[test]
 fn a_device_without_its_queue_does_not_start() {
     let memory = memory(1 << 20);
     let (_rig, activation) = Rig::activation(&memory, Vec::new(), 0);
-    assert!(matches!(Rng::new().activate(activation), Err(ActivateError::QueueNotEnabled { index: 0 })));
+    assert!(matches!(entropy(LIMITS).activate(activation), Err(ActivateError::QueueNotEnabled { index: 0 })));
 }
 
 struct Port {
@@ -205,14 +236,14 @@ fn randomness_goes_on_where_it_stopped() {
     let memory = memory(1 << 20);
     let mut driver = DriverQueue::new(&memory, 0x1000, 16);
     let (rig, activation) = Rig::activation(&memory, vec![driver.queue(false)], 0);
-    let mut rng = Rng::new();
+    let mut rng = entropy(LIMITS);
     rng.activate(activation).unwrap();
     for _ in 0..50 {
         for _ in 0..3 {
             driver.offer(&[Buffer::writable(0x8000, 64)]).unwrap();
         }
         let queues = rng.suspend().unwrap();
-        rng = Rng::new();
+        rng = entropy(LIMITS);
         rng.activate(rig.again(queues, 0)).unwrap();
         for _ in 0..3 {
             while driver.used().is_none() {

@@ -16,7 +16,10 @@ pub mod size;
 pub mod spec;
 
 pub use limits::{Cmdline, LimitError, MemorySize, VcpuCount, VolumeSize};
-pub use machine::{Balloon, CpuBaseline, IoLimits, MachineError, MachineSpec, PageSize, Watchdog};
+pub use machine::{
+    Balloon, CpuBaseline, DeviceLimits, IoLimits, LimitedDevice, MachineError, MachineSpec, PageSize,
+    Watchdog,
+};
 pub use name::{Name, NameError, VdcName};
 pub use net::{Cidr, MacAddr, NetError};
 pub use resource::{ResourceError, SnapshotName};

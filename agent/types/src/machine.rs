@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, MemorySize};
+use crate::{ByteSize, MemorySize, Name};
 
 /// The smallest and largest frame of a card, bytes: what IPv4 asks of every link (RFC 791), and what bridges carry.
 pub const MTU_MIN: u32 = 576;
@@ -67,6 +67,8 @@ pub struct MachineSpec {
     pub nic_limits: IoLimits,
     /// The cards' largest frame, bytes; 0: [`MTU`].
     pub mtu: u32,
+    /// Single disks and cards with limits of their own; sorted, each once.
+    pub device_limits: Vec<DeviceLimits>,
 }
 
 impl MachineSpec {
@@ -95,12 +97,31 @@ impl MachineSpec {
         if self.mtu != 0 && !(MTU_MIN..=MTU_MAX).contains(&self.mtu) {
             wrong.push(("mtu", MachineError::Mtu(self.mtu)));
         }
-        for (field, limits) in [("disk_limits", &self.disk_limits), ("nic_limits", &self.nic_limits)] {
+        let single = self.device_limits.iter().map(|one| ("device_limits", &one.limits));
+        let all = [("disk_limits", &self.disk_limits), ("nic_limits", &self.nic_limits)];
+        for (field, limits) in all.into_iter().chain(single) {
             if limits.is_lone_burst() {
                 wrong.push((field, MachineError::Burst));
             }
         }
         wrong
+    }
+
+    /// What this disk or card may do.
+    #[must_use]
+    pub fn limits_of(&self, device: &LimitedDevice) -> &IoLimits {
+        let own = self.device_limits.iter().find(|one| one.device == *device).map(|one| &one.limits);
+        own.unwrap_or(match device {
+            LimitedDevice::Root | LimitedDevice::Volume(_) => &self.disk_limits,
+            LimitedDevice::Nic(_) => &self.nic_limits,
+        })
+    }
+
+    /// Gives a device limits of its own, or takes them away.
+    pub fn set_limits_of(&mut self, device: LimitedDevice, limits: Option<IoLimits>) {
+        self.device_limits.retain(|one| one.device != device);
+        self.device_limits.extend(limits.map(|limits| DeviceLimits { device, limits }));
+        self.device_limits.sort_by(|a, b| a.device.cmp(&b.device));
     }
 }
 
@@ -209,6 +230,27 @@ pub struct IoLimits {
     pub operations_burst: u64,
 }
 
+/// A device that may have limits of its own.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LimitedDevice {
+    /// The root disk.
+    Root,
+    /// Another volume, of the VM's vdc.
+    Volume(Name),
+    /// The card with this place in the spec, from 0.
+    Nic(u32),
+}
+
+/// What one disk or card may do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLimits {
+    /// Which.
+    pub device: LimitedDevice,
+    /// Its own.
+    pub limits: IoLimits,
+}
+
 impl IoLimits {
     /// Whether nothing is bounded.
     #[must_use]
@@ -242,6 +284,24 @@ mod tests {
         let fits = MachineSpec { pages: PageSize::Huge, mtu: 9000, ..MachineSpec::default() };
         assert_eq!(fits.problems(memory), []);
         assert_eq!(fits.mtu(), 9000);
+    }
+
+    #[test]
+    fn a_device_with_limits_of_its_own_has_those_and_no_others() {
+        let limits = |n| IoLimits { operations_per_second: n, ..IoLimits::default() };
+        let mut spec =
+            MachineSpec { disk_limits: limits(1), nic_limits: limits(2), ..MachineSpec::default() };
+        let data = LimitedDevice::Volume("data".parse().unwrap());
+        spec.set_limits_of(data.clone(), Some(limits(3)));
+        spec.set_limits_of(LimitedDevice::Nic(1), Some(limits(4)));
+        spec.set_limits_of(data.clone(), Some(limits(5)));
+        let found = |spec: &MachineSpec| {
+            [LimitedDevice::Root, data.clone(), LimitedDevice::Nic(0), LimitedDevice::Nic(1)]
+                .map(|device| spec.limits_of(&device).operations_per_second)
+        };
+        assert_eq!(found(&spec), [1, 5, 2, 4]);
+        spec.set_limits_of(data.clone(), None);
+        assert_eq!(found(&spec), [1, 1, 2, 4]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serio_devices::count::{DiskCounts, NicCounts};
 use serio_devices::limit::{Limiter, Limits};
 use serio_devices::net::{Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
-use serio_devices::rng::Rng;
+use serio_devices::rng::{self, Rng};
 use serio_devices::vsock::{Outgoing, Vsock, VsockHost};
 use serio_hv::Tap;
 use serio_virtio::VirtioDevice;
@@ -111,7 +111,7 @@ pub struct Disk {
     /// Rung when it has grown.
     pub bell: CapacityBell,
     /// What it may do. Kept here, so that a reset fills no bucket.
-    pub limiter: Option<Arc<Limiter>>,
+    pub limiter: Arc<Limiter>,
     /// For the host's errors.
     pub notices: Notices,
     /// What was asked of it since the launch.
@@ -124,7 +124,14 @@ impl Disk {
     pub fn new(name: String, volume: Volume) -> Disk {
         let notices = notices(format!("disk {name}"));
         let counts = DiskCounts::new(DISK_QUEUES_MAX as u16);
-        Disk { name, volume, bell: CapacityBell::default(), limiter: None, notices, counts }
+        Disk {
+            name,
+            volume,
+            bell: CapacityBell::default(),
+            limiter: Limiter::new(Limits::default()),
+            notices,
+            counts,
+        }
     }
 
     /// The same, with limits.
@@ -145,7 +152,7 @@ pub struct Nic {
     /// Bytes of its largest packet, without the header, if the guest shall be told.
     pub mtu: Option<u16>,
     /// What it may receive and send. Kept here, so that a reset fills no bucket.
-    pub limiters: [Option<Arc<Limiter>>; 2],
+    pub limiters: [Arc<Limiter>; 2],
     /// For a cable that was pulled.
     pub notices: Notices,
     /// What went through since the launch.
@@ -167,7 +174,8 @@ impl Nic {
     }
 }
 
-fn mac_text([a, b, c, d, e, f]: [u8; 6]) -> String {
+/// An address as people write it.
+pub(crate) fn mac_text([a, b, c, d, e, f]: [u8; 6]) -> String {
     format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
 }
 
@@ -193,6 +201,8 @@ pub struct Devices {
     pub disk_queues: u16,
     /// The agent in the guest, if it has one.
     pub guest_agent: GuestAgent,
+    /// How much entropy it gets. Kept here, so that a reset fills no bucket.
+    pub entropy: Arc<Limiter>,
 }
 
 impl Devices {
@@ -209,6 +219,7 @@ impl Devices {
             vsock: None,
             disk_queues: disk_queues(vcpus),
             guest_agent,
+            entropy: Limiter::new(rng::LIMITS),
         })
     }
 
@@ -245,7 +256,7 @@ impl Devices {
         for console in &self.consoles {
             devices.push(Box::new(Console::new(console.clone())));
         }
-        devices.push(Box::new(Rng::new()));
+        devices.push(Box::new(Rng::new(self.entropy.clone())));
         devices.push(Box::new(Ports::new(GUEST_AGENT, self.guest_agent.port().clone())));
         devices.push(Box::new(Balloon::new(self.balloon.clone())));
         if let Some(vsock) = &self.vsock {

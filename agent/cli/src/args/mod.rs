@@ -23,7 +23,7 @@ pub use audit::{AuditArgs, AuditVerb, EventsArgs, VerifyArgs};
 pub use layers::{
     ChangesArgs, CheckArgs, CloneArgs, DeleteSnapshotArgs, FlattenArgs, ResizeArgs, RollbackArgs,
 };
-pub use machine::{MachineArgs, OnWatchdog, Switch, VmUpdateArgs};
+pub use machine::{LimitArg, MachineArgs, OnWatchdog, Switch, VmUpdateArgs};
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use place::{CapacityArgs, CapacityVerb, PlaceArgs, PlaceVerb};

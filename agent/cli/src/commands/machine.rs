@@ -1,14 +1,14 @@
 //! `vm update`, and what `vm` shows and says of machines.
 
 use serio_api::v1::{
-    Balloon, GuestMemory, IoLimits, PauseVmRequest, RestartPolicy, ResumeVmRequest, UpdateVmRequest, Vm,
-    VmSpec, WatchdogAction, vm_service_client::VmServiceClient,
+    Balloon, DeviceLimits, GuestMemory, IoLimits, PauseVmRequest, RestartPolicy, ResumeVmRequest,
+    UpdateVmRequest, Vm, VmSpec, WatchdogAction, vm_service_client::VmServiceClient,
 };
 use serio_types::{ByteSize, VdcName};
 
 use super::request_id;
 use crate::{
-    args::{MachineArgs, OnWatchdog, Restart, Switch, VmUpdateArgs},
+    args::{LimitArg, MachineArgs, OnWatchdog, Restart, Switch, VmUpdateArgs},
     client::Client,
     error::Failure,
     names, output,
@@ -79,6 +79,12 @@ pub(super) fn said(args: MachineArgs) -> Said {
     said.set("nic_limits.operations_per_second", args.nic_packets, |s| &mut nic(s).operations_per_second);
     said.set("nic_limits.operations_burst", args.nic_packets_burst, |s| &mut nic(s).operations_burst);
     said.set("mtu", args.mtu, |s| &mut s.mtu);
+    if !args.limits.is_empty() {
+        let single =
+            args.limits.into_iter().map(|LimitArg { device, limits }| DeviceLimits { device, limits });
+        said.spec.device_limits = single.collect();
+        said.fields.push("device_limits".to_owned());
+    }
     said
 }
 
@@ -141,6 +147,17 @@ pub(super) fn limits(limits: Option<&IoLimits>) -> String {
     parts.join(", ")
 }
 
+/// "root 100 a second; ardesio/data none".
+pub(super) fn device_limits(spec: &VmSpec) -> String {
+    let one = |one: &DeviceLimits| {
+        let device =
+            if one.device.starts_with("vdcs/") { names::short(&one.device) } else { one.device.clone() };
+        let text = limits(one.limits.as_ref());
+        format!("{device} {}", if text.is_empty() { "none" } else { &text })
+    };
+    spec.device_limits.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
 /// "vsock, watchdog end, pages 2MiB, cpu x86-64-v3".
 pub(super) fn machine(spec: &VmSpec) -> String {
     let mut parts = Vec::new();
@@ -185,6 +202,27 @@ pub(super) fn memory_line(memory: Option<&GuestMemory>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_of_single_devices_are_read_and_shown() {
+        let typed = [
+            "root,iops=100,burst=1MiB,bandwidth=2MiB",
+            "ardesio/data",
+            "nics/1,packets=5,default",
+            "nics/1,default",
+        ];
+        let [root, data, both, like_others] = typed.map(str::parse::<LimitArg>);
+        assert!(both.is_err());
+        let args = MachineArgs { limits: vec![root.unwrap(), data.unwrap()], ..MachineArgs::default() };
+        let said = said(args);
+        assert_eq!(said.fields, ["device_limits"]);
+        assert_eq!(device_limits(&said.spec), "root 2MiB/s (burst 1MiB), 100 a second; ardesio/data none");
+        let like_others = like_others.unwrap();
+        assert_eq!((like_others.device.as_str(), like_others.limits), ("nics/1", None));
+        for wrong in ["disk", "root,iops", "root,iops=x", "root,speed=1", ""] {
+            assert!(wrong.parse::<LimitArg>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn only_what_was_said_is_asked() {

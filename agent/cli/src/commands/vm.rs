@@ -288,6 +288,7 @@ fn show(vm: &Vm, output: Output) -> Result<(), Failure> {
             ("nics", nics.collect::<Vec<_>>().join(", ")),
             ("disk limits", machine::limits(spec.disk_limits.as_ref())),
             ("nic limits", machine::limits(spec.nic_limits.as_ref())),
+            ("own limits", machine::device_limits(&spec)),
             ("vsock", status.vsock_path.clone()),
             (
                 "restart",

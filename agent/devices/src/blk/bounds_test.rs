@@ -13,9 +13,9 @@ use crate::limit::{Limits, Rate};
 const FLUSH: u64 = 1 << F_FLUSH;
 
 fn limited(limits: Limits) -> (Disk, Arc<Limiter>) {
-    let limiter = Limiter::new(limits).expect("limits");
+    let limiter = Limiter::new(limits);
     let kept = limiter.clone();
-    (Disk::with(Access::ReadWrite, FLUSH, |blk| blk.with_limiter(Some(kept))), limiter)
+    (Disk::with(Access::ReadWrite, FLUSH, |blk| blk.with_limiter(kept)), limiter)
 }
 
 #[test]

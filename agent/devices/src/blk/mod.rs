@@ -35,7 +35,7 @@ use self::config::{F_FLUSH, features, render};
 use self::worker::QueueWorker;
 use crate::Notices;
 use crate::count::DiskCounts;
-use crate::limit::Limiter;
+use crate::limit::{Limiter, Limits};
 use crate::worker::{Worker, finish_all, join_all};
 
 /// Descriptors of a queue: also how many requests can be under way in it.
@@ -86,7 +86,7 @@ pub struct Blk {
     bell: CapacityBell,
     /// The size when the driver last began to read the capacity.
     told_bytes: Cell<u64>,
-    limiter: Option<Arc<Limiter>>,
+    limiter: Arc<Limiter>,
     notices: Notices,
     counts: Option<DiskCounts>,
     serial: [u8; SERIAL_BYTES],
@@ -107,7 +107,7 @@ impl Blk {
             told_bytes: Cell::new(volume.size_bytes()),
             volume,
             bell: CapacityBell::default(),
-            limiter: None,
+            limiter: Limiter::new(Limits::default()),
             notices: Notices::default(),
             counts: None,
             serial,
@@ -125,7 +125,7 @@ impl Blk {
 
     /// The same, with limits. They are kept outside, so that a reset does not fill the buckets again.
     #[must_use]
-    pub fn with_limiter(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+    pub fn with_limiter(mut self, limiter: Arc<Limiter>) -> Self {
         self.limiter = limiter;
         self
     }

@@ -42,7 +42,7 @@ pub(super) struct Rules {
     pub(super) volume: Volume,
     pub(super) serial: [u8; SERIAL_BYTES],
     pub(super) write_through: bool,
-    pub(super) limiter: Option<Arc<Limiter>>,
+    pub(super) limiter: Arc<Limiter>,
     /// For errors of the host.
     pub(super) notices: Notices,
     /// Of this queue.

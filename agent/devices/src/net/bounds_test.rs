@@ -12,7 +12,7 @@ use super::*;
 use crate::count::PacketCounts;
 use crate::limit::{Limits, Rate};
 
-fn limiter(bytes: Rate, operations: Rate) -> Option<Arc<Limiter>> {
+fn limiter(bytes: Rate, operations: Rate) -> Arc<Limiter> {
     Limiter::new(Limits { bytes, operations })
 }
 
@@ -20,7 +20,8 @@ fn limiter(bytes: Rate, operations: Rate) -> Option<Arc<Limiter>> {
 fn packets_sent_are_limited_and_none_is_lost() {
     let (link, peer) = cable();
     let limit = limiter(Rate::default(), Rate { per_second: 100, burst: 5 });
-    let mut card = Card::with(link, 0, false, |net| net.with_limiters(None, limit));
+    let mut card =
+        Card::with(link, 0, false, |net| net.with_limiters(Limiter::new(Limits::default()), limit));
     let start = Instant::now();
     let mut bytes = [0; 2048];
     for round in 0..25 {
@@ -43,7 +44,9 @@ fn bytes_received_are_limited_and_the_other_direction_is_not() {
     let kept = counts.clone();
     // The header does not count.
     let limit = limiter(Rate { per_second: 10_000, burst: 1000 }, Rate::default());
-    let mut card = Card::with(link, 0, false, |net| net.with_limiters(limit, None).with_counts(kept));
+    let mut card = Card::with(link, 0, false, |net| {
+        net.with_limiters(limit, Limiter::new(Limits::default())).with_counts(kept)
+    });
     for slot in 0..4u64 {
         card.post(&[Buffer::writable(RX_DATA + slot * 4096, 2048)]);
     }

@@ -28,7 +28,7 @@ use serio_virtio::{ActivateError, Activation, ActiveQueue, SuspendError, VirtioD
 use self::worker::NetWorker;
 use crate::Notices;
 use crate::count::NicCounts;
-use crate::limit::Limiter;
+use crate::limit::{Limiter, Limits};
 use crate::worker::{Worker, finish_all, join_all};
 
 const F_CSUM: u32 = 0;
@@ -75,7 +75,7 @@ pub struct NetConfig {
 pub struct Net {
     link: Arc<dyn Link>,
     config: NetConfig,
-    limits: [Option<Arc<Limiter>>; 2],
+    limits: [Arc<Limiter>; 2],
     notices: Notices,
     counts: Arc<NicCounts>,
     /// The tap is gone. Stays so over resets.
@@ -90,7 +90,7 @@ impl Net {
         Self {
             link,
             config,
-            limits: [None, None],
+            limits: [Limiter::new(Limits::default()), Limiter::new(Limits::default())],
             notices: Notices::default(),
             counts: Arc::default(),
             lost: Arc::default(),
@@ -101,7 +101,7 @@ impl Net {
     /// The same, with limits on what the guest receives and on what it sends. They are kept outside, so that a reset does
     /// not fill the buckets again.
     #[must_use]
-    pub fn with_limiters(mut self, receive: Option<Arc<Limiter>>, send: Option<Arc<Limiter>>) -> Self {
+    pub fn with_limiters(mut self, receive: Arc<Limiter>, send: Arc<Limiter>) -> Self {
         self.limits = [receive, send];
         self
     }

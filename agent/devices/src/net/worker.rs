@@ -68,8 +68,8 @@ pub(super) struct NetWorker {
 
 /// What the card shares with its thread besides the queues.
 pub(super) struct Shared {
-    pub(super) rx_limiter: Option<Arc<Limiter>>,
-    pub(super) tx_limiter: Option<Arc<Limiter>>,
+    pub(super) rx_limiter: Arc<Limiter>,
+    pub(super) tx_limiter: Arc<Limiter>,
     pub(super) cable: Cable,
     pub(super) counts: Arc<NicCounts>,
     pub(super) failure: DeviceFailure,

@@ -159,7 +159,7 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
     let vcpus = fields.take("spec.vcpus", spec.vcpus.try_into());
     let memory = fields.take("spec.memory_bytes", spec.memory_bytes.try_into());
     let image = fields.take("spec.image", resource::parse_image(&spec.image));
-    let machine = machine::from_proto(&mut fields, &spec, memory);
+    let machine = machine::from_proto(&mut fields, vdc, &spec, memory);
     let root_disk = volume_size(&mut fields, "spec.root_disk_bytes", spec.root_disk_bytes);
     let volumes = spec.volumes.iter().enumerate().filter_map(|(index, name)| {
         let volume = fields.take(format!("spec.volumes[{index}]"), resource::parse_volume(name))?;
@@ -291,7 +291,7 @@ fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
             BootFrom::Disk => v1::BootSource::Disk,
         }
         .into(),
-        ..machine::to_proto(&spec.machine)
+        ..machine::to_proto(vdc, &spec.machine)
     }
 }
 

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serio_api::v1;
 use serio_control::message::BalloonStats;
-use serio_types::{Balloon, CpuBaseline, IoLimits, MachineSpec, MemorySize, PageSize, Watchdog};
+use serio_types::{
+    Balloon, CpuBaseline, DeviceLimits, IoLimits, LimitedDevice, MachineSpec, MemorySize, Name, PageSize,
+    VdcName, Watchdog, resource,
+};
 
 use super::convert::{self, Fields};
 use crate::{
@@ -32,9 +35,58 @@ fn limits(limits: Option<&v1::IoLimits>) -> IoLimits {
     })
 }
 
+fn volume_name(vdc: &Name, name: &Name) -> String {
+    resource::volume(&VdcName { vdc: vdc.clone(), name: name.clone() })
+}
+
+/// A disk or card as the API names it.
+fn device(vdc: &Name, text: &str) -> Option<LimitedDevice> {
+    if text == "root" {
+        return Some(LimitedDevice::Root);
+    }
+    match text.strip_prefix("nics/") {
+        Some(index) => index.parse().ok().map(LimitedDevice::Nic),
+        None => resource::parse_volume(text)
+            .ok()
+            .filter(|name| name.vdc == *vdc)
+            .map(|name| LimitedDevice::Volume(name.name)),
+    }
+}
+
+/// The single devices of a spec whose names are right, with their places in it.
+fn device_limits(
+    fields: &mut Fields,
+    vdc: &Name,
+    spec: &v1::VmSpec,
+) -> Vec<(usize, (LimitedDevice, Option<IoLimits>))> {
+    let mut found = Vec::new();
+    for (at, one) in spec.device_limits.iter().enumerate() {
+        match device(vdc, &one.device) {
+            Some(device) => {
+                let own = one.limits.as_ref().map(|own| limits(Some(own)));
+                found.push((at, (device, own)));
+            }
+            None => fields.wrong(
+                format!("spec.device_limits[{at}].device"),
+                format!(
+                    "`{}` is not root, nics/N or a volume of this vdc: write for example {}",
+                    one.device,
+                    resource::volume(&VdcName { vdc: vdc.clone(), name: vdc.clone() })
+                ),
+            ),
+        }
+    }
+    found
+}
+
 /// What a spec says of the machine; checked against the memory, if that is known.
-pub(super) fn from_proto(fields: &mut Fields, spec: &v1::VmSpec, memory: Option<MemorySize>) -> MachineSpec {
-    let machine = MachineSpec {
+pub(super) fn from_proto(
+    fields: &mut Fields,
+    vdc: &Name,
+    spec: &v1::VmSpec,
+    memory: Option<MemorySize>,
+) -> MachineSpec {
+    let mut machine = MachineSpec {
         vsock: spec.vsock,
         watchdog: watchdog(fields, spec.watchdog),
         pages: fields.take("spec.page_bytes", PageSize::try_from(spec.page_bytes)).unwrap_or_default(),
@@ -46,7 +98,22 @@ pub(super) fn from_proto(fields: &mut Fields, spec: &v1::VmSpec, memory: Option<
         disk_limits: limits(spec.disk_limits.as_ref()),
         nic_limits: limits(spec.nic_limits.as_ref()),
         mtu: spec.mtu,
+        device_limits: Vec::new(),
     };
+    for (at, (device, limits)) in device_limits(fields, vdc, spec) {
+        let known = match &device {
+            LimitedDevice::Root => true,
+            LimitedDevice::Volume(name) => spec.volumes.contains(&volume_name(vdc, name)),
+            LimitedDevice::Nic(index) => usize::try_from(*index).is_ok_and(|index| index < spec.nics.len()),
+        };
+        if !known {
+            fields.wrong(format!("spec.device_limits[{at}].device"), "is no disk or card of this VM");
+        } else if machine.device_limits.iter().any(|one| one.device == device) {
+            fields.wrong(format!("spec.device_limits[{at}].device"), "is there twice");
+        } else {
+            machine.set_limits_of(device, Some(limits.unwrap_or_default()));
+        }
+    }
     for (field, problem) in memory.map(|memory| machine.problems(memory)).into_iter().flatten() {
         fields.wrong(format!("spec.{field}"), chain(&problem));
     }
@@ -54,16 +121,29 @@ pub(super) fn from_proto(fields: &mut Fields, spec: &v1::VmSpec, memory: Option<
 }
 
 fn proto_limits(limits: &IoLimits) -> Option<v1::IoLimits> {
-    (!limits.is_none()).then_some(v1::IoLimits {
+    (!limits.is_none()).then(|| all_limits(limits))
+}
+
+const fn all_limits(limits: &IoLimits) -> v1::IoLimits {
+    v1::IoLimits {
         bytes_per_second: limits.bytes_per_second,
         bytes_burst: limits.bytes_burst,
         operations_per_second: limits.operations_per_second,
         operations_burst: limits.operations_burst,
-    })
+    }
+}
+
+fn proto_device_limits(vdc: &Name, one: &DeviceLimits) -> v1::DeviceLimits {
+    let device = match &one.device {
+        LimitedDevice::Root => "root".to_owned(),
+        LimitedDevice::Volume(name) => volume_name(vdc, name),
+        LimitedDevice::Nic(index) => format!("nics/{index}"),
+    };
+    v1::DeviceLimits { device, limits: Some(all_limits(&one.limits)) }
 }
 
 /// To the wire: these fields of a spec.
-pub(super) fn to_proto(machine: &MachineSpec) -> v1::VmSpec {
+pub(super) fn to_proto(vdc: &Name, machine: &MachineSpec) -> v1::VmSpec {
     let balloon = &machine.balloon;
     v1::VmSpec {
         vsock: machine.vsock,
@@ -79,6 +159,7 @@ pub(super) fn to_proto(machine: &MachineSpec) -> v1::VmSpec {
         disk_limits: proto_limits(&machine.disk_limits),
         nic_limits: proto_limits(&machine.nic_limits),
         mtu: machine.mtu,
+        device_limits: machine.device_limits.iter().map(|one| proto_device_limits(vdc, one)).collect(),
         ..v1::VmSpec::default()
     }
 }
@@ -113,7 +194,7 @@ fn limit(name: &str, limits: &IoLimits) -> Option<(LimitField, u64)> {
 }
 
 /// The change that a field of an update stands for; none if that field does not change, or is wrong.
-fn change(fields: &mut Fields, name: &str, spec: &v1::VmSpec) -> Result<Option<VmChange>, ()> {
+fn change(fields: &mut Fields, vdc: &Name, name: &str, spec: &v1::VmSpec) -> Result<Option<VmChange>, ()> {
     let balloon = spec.balloon.unwrap_or_default();
     Ok(match name {
         "vcpus" => fields.take("spec.vcpus", spec.vcpus.try_into()).map(VmChange::Vcpus),
@@ -135,6 +216,10 @@ fn change(fields: &mut Fields, name: &str, spec: &v1::VmSpec) -> Result<Option<V
         "cpu_baseline" => fields.take("spec.cpu_baseline", spec.cpu_baseline.parse()).map(VmChange::Cpu),
         "mtu" => Some(VmChange::Mtu(spec.mtu)),
         "balloon.target_bytes" => Some(VmChange::BalloonTarget(balloon.target_bytes)),
+        "device_limits" => {
+            let single = device_limits(fields, vdc, spec).into_iter().map(|(_, one)| one);
+            Some(VmChange::DeviceLimits(single.collect()))
+        }
         "balloon.floor_bytes" => Some(VmChange::BalloonFloor(balloon.floor_bytes)),
         other => match other.split_once('.') {
             Some(("disk_limits", part)) => {
@@ -154,12 +239,16 @@ fn change(fields: &mut Fields, name: &str, spec: &v1::VmSpec) -> Result<Option<V
 ///
 /// # Errors
 /// All wrong fields.
-pub(super) fn changes(names: &[String], spec: Option<v1::VmSpec>) -> Result<Vec<VmChange>, Error> {
+pub(super) fn changes(
+    vdc: &Name,
+    names: &[String],
+    spec: Option<v1::VmSpec>,
+) -> Result<Vec<VmChange>, Error> {
     let spec = spec.unwrap_or_default();
     let mut fields = Fields::default();
     let mut changes = Vec::new();
     for (index, name) in names.iter().enumerate() {
-        match change(&mut fields, name, &spec) {
+        match change(&mut fields, vdc, name, &spec) {
             Ok(change) => changes.extend(change),
             Err(()) => {
                 let problem = format!("`{name}` cannot be changed: the API says at UpdateVmRequest what can");
@@ -177,6 +266,10 @@ pub(super) fn changes(names: &[String], spec: Option<v1::VmSpec>) -> Result<Vec<
 mod tests {
     use super::*;
 
+    fn name(text: &str) -> Name {
+        text.parse().unwrap()
+    }
+
     #[test]
     fn a_machine_goes_to_the_wire_and_back() {
         let machine = MachineSpec {
@@ -188,18 +281,31 @@ mod tests {
             disk_limits: IoLimits { operations_per_second: 100, ..IoLimits::default() },
             nic_limits: IoLimits { bytes_per_second: 1 << 20, bytes_burst: 1, ..IoLimits::default() },
             mtu: 9000,
+            device_limits: [LimitedDevice::Root, LimitedDevice::Volume(name("data")), LimitedDevice::Nic(1)]
+                .map(|device| DeviceLimits { device, limits: IoLimits::default() })
+                .into(),
         };
         for machine in [machine, MachineSpec::default()] {
             let mut fields = Fields::default();
             let memory = MemorySize::try_from(64 << 20).ok();
-            assert_eq!(from_proto(&mut fields, &to_proto(&machine), memory), machine);
+            let spec = v1::VmSpec {
+                volumes: vec!["vdcs/ardesio/volumes/data".to_owned()],
+                nics: vec![v1::NicSpec::default(); 2],
+                ..to_proto(&name("ardesio"), &machine)
+            };
+            assert_eq!(from_proto(&mut fields, &name("ardesio"), &spec, memory), machine);
+            let stored = serde_json::to_string(&machine).unwrap();
+            assert_eq!(serde_json::from_str::<MachineSpec>(&stored).unwrap(), machine);
             fields.done(Some(())).unwrap();
         }
     }
 
     #[test]
     fn every_wrong_field_is_named() {
+        let limits_of =
+            |device: &str| v1::DeviceLimits { device: device.to_owned(), ..v1::DeviceLimits::default() };
         let spec = v1::VmSpec {
+            device_limits: ["disk", "root", "nics/0", "root", "vdcs/b/volumes/a"].map(limits_of).into(),
             page_bytes: 3,
             cpu_baseline: "z80".to_owned(),
             watchdog: 9,
@@ -207,10 +313,13 @@ mod tests {
             ..v1::VmSpec::default()
         };
         let mut fields = Fields::default();
-        from_proto(&mut fields, &spec, MemorySize::try_from(64 << 20).ok());
+        from_proto(&mut fields, &name("ardesio"), &spec, MemorySize::try_from(64 << 20).ok());
         let Err(Error::Invalid(wrong)) = fields.done(Some(())) else { panic!("nothing is wrong") };
         let wrong: Vec<&str> = wrong.iter().map(|w| w.field.as_str()).collect();
-        assert_eq!(wrong, ["spec.watchdog", "spec.page_bytes", "spec.cpu_baseline", "spec.mtu"]);
+        let device = [0, 4, 2, 3].map(|at| format!("spec.device_limits[{at}].device"));
+        let first = ["spec.watchdog", "spec.page_bytes", "spec.cpu_baseline"];
+        let all = first.into_iter().chain(device.iter().map(String::as_str)).chain(["spec.mtu"]);
+        assert_eq!(wrong, all.collect::<Vec<_>>());
     }
 
     #[test]
@@ -221,15 +330,17 @@ mod tests {
             disk_limits: Some(v1::IoLimits { bytes_burst: 7, ..v1::IoLimits::default() }),
             ..v1::VmSpec::default()
         };
-        let found = changes(&names(&["vcpus", "disk_limits.bytes_burst"]), Some(spec.clone())).unwrap();
+        let found =
+            changes(&name("ardesio"), &names(&["vcpus", "disk_limits.bytes_burst"]), Some(spec.clone()))
+                .unwrap();
         assert_eq!(
             found,
             [VmChange::Vcpus(2.try_into().unwrap()), VmChange::DiskLimit(LimitField::BytesBurst, 7)]
         );
         for wrong in ["image", "disk_limits", "disk_limits.x", "x.bytes_burst", ""] {
-            let error = changes(&names(&["vcpus", wrong]), Some(spec.clone())).unwrap_err();
+            let error = changes(&name("ardesio"), &names(&["vcpus", wrong]), Some(spec.clone())).unwrap_err();
             assert!(matches!(error, Error::Invalid(wrong) if wrong[0].field == "fields[1]"));
         }
-        assert!(changes(&[], Some(spec)).is_err());
+        assert!(changes(&name("ardesio"), &[], Some(spec)).is_err());
     }
 }

@@ -93,7 +93,7 @@ impl VmService for VmApi {
         let message = request.into_inner();
         let id = request_of!("UpdateVm", &message)?;
         let name = field("name", resource::parse_vm(&message.name))?;
-        let changes = machine::changes(&message.fields, message.spec)?;
+        let changes = machine::changes(&name.vdc, &message.fields, message.spec)?;
         let update = Mutation::UpdateVm { name, changes };
         Ok(one(self.0.mutate(update.at(message.expected_generation), id).await?)?)
     }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error::Error,
-    supervise::{EndRecord, VolumeInfo},
+    supervise::{DevicePlan, EndRecord, VolumeInfo},
 };
 
 /// Something to be done, by the executor.
@@ -38,6 +38,8 @@ pub enum Effect {
     Order { vm: Uuid, pid: u32, order: Order },
     /// Asks the guest to give back memory. Nobody waits for it: it follows in its own time.
     Balloon { vm: Uuid, target_bytes: u64 },
+    /// Has its machine keep to other limits. Nobody waits for it.
+    Limits { vm: Uuid, limits: DevicePlan },
     /// Ends what may still run, removes run files → [`Input::Cleaned`].
     Clean { vm: Uuid },
     /// Removes a VM's kept files (log, seed) and its root volume's → [`Input::VmRemoved`].
@@ -183,8 +185,10 @@ pub struct Launch {
     pub nics: Vec<LaunchNic>,
     /// A seed disk, last.
     pub seed: Option<serio_types::CloudInit>,
-    /// Its other devices, and their limits.
+    /// Its other devices.
     pub machine: serio_types::MachineSpec,
+    /// What its disks and cards may do.
+    pub limits: DevicePlan,
     /// It goes on from there instead of booting.
     pub restore: Option<Restore>,
 }

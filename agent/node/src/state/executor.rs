@@ -26,7 +26,8 @@ use crate::{
     net,
     seed::{self, SeedNic, SeedSpec},
     supervise::{
-        BootPlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan, Supervisor, VmHandle,
+        BootPlan, DevicePlan, DiskPlan, DiskSource, ExportHandle, ExportPlan, LaunchPlan, NicPlan,
+        Supervisor, VmHandle,
     },
 };
 
@@ -134,6 +135,7 @@ impl Executor {
                 }
             }
             Effect::Balloon { vm, target_bytes } => self.balloon(vm, target_bytes).await,
+            Effect::Limits { vm, limits } => self.limits(vm, &limits).await,
             Effect::Order { vm, pid, order } => {
                 let result = self.order(vm, pid, order).await;
                 self.send(Input::Ordered { vm, order, result }).await;
@@ -227,6 +229,7 @@ impl Executor {
             name: launch.name,
             cmdline: launch.cmdline,
             machine: launch.machine,
+            limits: launch.limits,
             restore: launch.restore.map(|from| self.saved_dir(from.vm, from.group)),
         })
     }
@@ -284,6 +287,13 @@ impl Executor {
         let Some(handle) = self.handles.vm(vm) else { return };
         if let Err(error) = handle.set_balloon(target_bytes).await {
             tracing::warn!(%vm, "its balloon stays as it is: {}", chain(&error));
+        }
+    }
+
+    async fn limits(&self, vm: Uuid, limits: &DevicePlan) {
+        let Some(handle) = self.handles.vm(vm) else { return };
+        if let Err(error) = handle.set_limits(limits).await {
+            tracing::warn!(%vm, "its new limits count at its next start only: {}", chain(&error));
         }
     }
 

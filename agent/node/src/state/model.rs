@@ -9,11 +9,11 @@ use serio_store::{
         SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
-use serio_types::{BootFrom, Name, Quota, VdcName, resource};
+use serio_types::{BootFrom, LimitedDevice, Name, NicSpec, Quota, VdcName, resource};
 use serio_vdc::add;
 use uuid::Uuid;
 
-use crate::error::Error;
+use crate::{error::Error, supervise::DevicePlan};
 
 /// All rows.
 #[derive(Debug, Default)]
@@ -247,6 +247,26 @@ impl Model {
             .into_iter()
             .chain(vm.spec.volumes.iter().filter_map(named))
             .collect()
+    }
+
+    /// What each disk and card of a VM may do.
+    #[must_use]
+    pub fn limits_of(&self, vm: &VmRecord) -> DevicePlan {
+        let machine = &vm.spec.machine;
+        let disk = |volume: &VolumeRecord| {
+            let device = match volume.uid == vm.root_volume {
+                true => LimitedDevice::Root,
+                false => LimitedDevice::Volume(volume.name.clone()),
+            };
+            (volume.uid, *machine.limits_of(&device))
+        };
+        let nic = |(index, nic): (u32, &NicSpec)| {
+            Some((nic.mac?.bytes(), *machine.limits_of(&LimitedDevice::Nic(index))))
+        };
+        DevicePlan {
+            disks: self.volumes_of(vm).into_iter().map(disk).collect(),
+            nics: (0..).zip(&vm.spec.nics).filter_map(nic).collect(),
+        }
     }
 
     /// Whether a VM's kernel is looked for on its root volume.

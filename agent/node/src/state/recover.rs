@@ -204,6 +204,7 @@ impl State {
                 self.phases.insert(uid, Phase::Running { pid });
                 self.settle_pause(uid, (pid, paused), run);
                 self.set_balloon(uid, false);
+                self.set_limits(uid, false);
             }
         }
         self.end_fenced(uid);

@@ -84,6 +84,7 @@ impl State {
             nics: vm.spec.nics.iter().filter_map(nic).collect(),
             seed: vm.spec.cloud_init.clone(),
             machine: vm.spec.machine.clone(),
+            limits: self.model.limits_of(vm),
             restore: self.plan_restore(vm)?,
         })
     }

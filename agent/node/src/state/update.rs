@@ -1,11 +1,11 @@
 //! Changes of a VM's spec: what may change while it runs, and what only while it is stopped.
 //!
-//! Whatever changes, the row says it first; a running guest is then told what counts at once (its balloon).
+//! Whatever changes, the row says it first; a running guest is then told what counts at once (its balloon, its limits).
 
 use serio_store::{Change, record::VmRecord};
 use serio_types::{
-    BootFrom, Cmdline, CpuBaseline, IoLimits, MemorySize, PageSize, Quota, RestartPolicy, VcpuCount, VdcName,
-    VmSpec, Watchdog, resource,
+    BootFrom, Cmdline, CpuBaseline, IoLimits, LimitedDevice, MemorySize, PageSize, Quota, RestartPolicy,
+    VcpuCount, VdcName, VmSpec, Watchdog, resource,
 };
 use uuid::Uuid;
 
@@ -34,6 +34,7 @@ pub enum VmChange {
     BalloonFloor(u64),
     DiskLimit(LimitField, u64),
     NicLimit(LimitField, u64),
+    DeviceLimits(Vec<(LimitedDevice, Option<IoLimits>)>),
 }
 
 /// A field of [`IoLimits`].
@@ -75,20 +76,35 @@ impl VmChange {
             Self::BalloonFloor(bytes) => machine.balloon.floor_bytes = *bytes,
             Self::DiskLimit(field, value) => *field.of(&mut machine.disk_limits) = *value,
             Self::NicLimit(field, value) => *field.of(&mut machine.nic_limits) = *value,
+            Self::DeviceLimits(single) => {
+                for (device, limits) in single {
+                    machine.set_limits_of(device.clone(), *limits);
+                }
+            }
         }
+    }
+
+    const fn is_limit(&self) -> bool {
+        matches!(self, Self::DiskLimit(..) | Self::NicLimit(..) | Self::DeviceLimits(_))
     }
 
     /// Whether it may change while the VM has a process.
     const fn is_live(&self) -> bool {
-        matches!(
-            self,
-            Self::RestartPolicy(_)
-                | Self::BalloonTarget(_)
-                | Self::BalloonFloor(_)
-                | Self::DiskLimit(..)
-                | Self::NicLimit(..)
-        )
+        self.is_limit()
+            || matches!(self, Self::RestartPolicy(_) | Self::BalloonTarget(_) | Self::BalloonFloor(_))
     }
+}
+
+/// What is wrong with limits of a device that the VM does not have.
+fn unknown(spec: &VmSpec, device: &LimitedDevice) -> Option<FieldError> {
+    let what = match device {
+        LimitedDevice::Volume(name) if !spec.volumes.contains(name) => format!("the VM has no volume {name}"),
+        LimitedDevice::Nic(index) if usize::try_from(*index).is_ok_and(|index| index >= spec.nics.len()) => {
+            format!("the VM has {} cards, and the first is nics/0", spec.nics.len())
+        }
+        _ => return None,
+    };
+    Some(FieldError::new("spec.device_limits", what))
 }
 
 impl State {
@@ -101,6 +117,9 @@ impl State {
         check!(op, self.commit(rows));
         if changes.iter().any(|change| matches!(change, VmChange::BalloonTarget(_))) {
             self.set_balloon(uid, true);
+        }
+        if changes.iter().any(VmChange::is_limit) {
+            self.set_limits(uid, true);
         }
         op.finish(self.answer_vm(uid));
         Ok(())
@@ -117,11 +136,15 @@ impl State {
         let before = record.spec.clone();
         changes.iter().for_each(|change| change.apply(&mut record.spec));
         let problems = record.spec.machine.problems(record.spec.memory);
-        if !problems.is_empty() {
-            let field = |(field, problem): (&str, serio_types::MachineError)| {
-                FieldError::new(format!("spec.{field}"), chain(&problem))
-            };
-            return Err(Error::Invalid(problems.into_iter().map(field).collect()));
+        let field = |(field, problem): (&str, serio_types::MachineError)| {
+            FieldError::new(format!("spec.{field}"), chain(&problem))
+        };
+        let mut wrong: Vec<FieldError> = problems.into_iter().map(field).collect();
+        wrong.extend(
+            record.spec.machine.device_limits.iter().filter_map(|one| unknown(&record.spec, &one.device)),
+        );
+        if !wrong.is_empty() {
+            return Err(Error::Invalid(wrong));
         }
         let more = Quota {
             vcpus: u64::from(record.spec.vcpus.get().saturating_sub(before.vcpus.get())),
@@ -133,6 +156,15 @@ impl State {
         }
         record.generation = record.generation.next();
         Ok(record)
+    }
+
+    /// Has the machine of a running guest keep to the limits of its row; at a start of ours only if there are any.
+    pub(super) fn set_limits(&mut self, uid: Uuid, always: bool) {
+        let Some(vm) = self.model.vms.get(&uid) else { return };
+        let limits = self.model.limits_of(vm);
+        if matches!(self.phases.get(&uid), Some(Phase::Running { .. })) && (always || !limits.is_none()) {
+            self.out.push(Effect::Limits { vm: uid, limits });
+        }
     }
 
     /// Tells a running guest what its row says of its balloon; at a start only if there is something to tell.

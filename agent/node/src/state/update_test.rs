@@ -1,12 +1,12 @@
 //! What of a VM's spec changes when, and what of it its guest hears.
 
-use serio_types::{RestartPolicy, VdcName};
+use serio_types::{IoLimits, LimitedDevice, RestartPolicy, VdcName};
 
 use super::{
     command::{LimitField, Mutation, VmChange},
     sim_test::{Sim, spec},
 };
-use crate::error::Error;
+use crate::{error::Error, supervise::DevicePlan};
 
 fn web() -> VdcName {
     "ardesio/web".parse().unwrap()
@@ -71,4 +71,36 @@ fn an_update_within_quota_and_reason() {
     let Err(Error::Invalid(wrong)) = wrong else { panic!("{wrong:?}") };
     let wrong: Vec<&str> = wrong.iter().map(|w| w.field.as_str()).collect();
     assert_eq!(wrong, ["spec.balloon.target_bytes", "spec.mtu"]);
+}
+
+#[test]
+fn limits_of_single_devices_reach_the_machine_at_once() {
+    let mut sim = Sim::new();
+    sim.furnish();
+    sim.ask(Mutation::CreateVm { name: web(), spec: spec(1), start: true }).unwrap();
+    let uid = sim.vm("ardesio/web").unwrap().record.uid;
+    let limits = |n| IoLimits { operations_per_second: n, ..IoLimits::default() };
+    let heard = |sim: &Sim| {
+        let plan = &sim.world.processes[&uid].limits;
+        plan.disks.iter().map(|(_, limits)| limits.operations_per_second).collect::<Vec<_>>()
+    };
+    assert_eq!(heard(&sim), [0]);
+    let single = |limits| VmChange::DeviceLimits(vec![(LimitedDevice::Root, limits)]);
+    update(&mut sim, &[VmChange::DiskLimit(LimitField::Operations, 100)]).unwrap();
+    assert_eq!(heard(&sim), [100]);
+    update(&mut sim, &[single(Some(limits(7)))]).unwrap();
+    assert_eq!(heard(&sim), [7]);
+    // A new seriod says it again: the old one may have ended between the row and the machine.
+    sim.kill();
+    sim.world.processes.get_mut(&uid).unwrap().limits = DevicePlan::default();
+    sim.start();
+    sim.settle();
+    assert_eq!(heard(&sim), [7]);
+    update(&mut sim, &[single(None)]).unwrap();
+    assert_eq!(heard(&sim), [100]);
+    let nobody = [LimitedDevice::Nic(9), LimitedDevice::Volume("no".parse().unwrap())];
+    let nobody = nobody.map(|device| (device, Some(limits(1))));
+    let wrong = update(&mut sim, &[VmChange::DeviceLimits(nobody.into())]);
+    assert!(matches!(wrong, Err(Error::Invalid(wrong)) if wrong.len() == 2));
+    assert_eq!(heard(&sim), [100]);
 }

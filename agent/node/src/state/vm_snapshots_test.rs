@@ -23,6 +23,10 @@ impl World {
                 process.balloon_bytes = target_bytes;
                 None
             }
+            Effect::Limits { vm, limits } => {
+                self.processes.get_mut(&vm)?.limits = limits;
+                None
+            }
             Effect::Clean { vm } => {
                 // Its watcher would tell of the end: the state does not wait for it here.
                 let process = self.processes.remove(&vm);

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Started};
 use crate::{
     error::Error,
-    supervise::{EndKind, EndRecord, PointInfo, VolumeInfo},
+    supervise::{DevicePlan, EndKind, EndRecord, PointInfo, VolumeInfo},
 };
 
 /// A VMM.
@@ -22,6 +22,7 @@ pub(super) struct Process {
     pub(super) paused: bool,
     /// What its guest was asked to give back.
     pub(super) balloon_bytes: u64,
+    pub(super) limits: DevicePlan,
     pub(super) volumes: Vec<Uuid>,
 }
 
@@ -155,8 +156,17 @@ impl World {
         self.run_files.insert(launch.vm);
         self.ends.remove(&launch.vm);
         let (pid, from_disk, volumes) = (self.pids, launch.from_disk, launch.volumes.clone());
-        self.processes
-            .insert(launch.vm, Process { pid, from_disk, paused: false, balloon_bytes: 0, volumes });
+        self.processes.insert(
+            launch.vm,
+            Process {
+                pid,
+                from_disk,
+                paused: false,
+                balloon_bytes: 0,
+                limits: launch.limits.clone(),
+                volumes,
+            },
+        );
         self.pids
     }
 
@@ -216,7 +226,8 @@ impl World {
             | Effect::Order { .. }
             | Effect::Adopt { .. }
             | Effect::Clean { .. }
-            | Effect::Balloon { .. } => return self.perform_on_vm(effect),
+            | Effect::Balloon { .. }
+            | Effect::Limits { .. } => return self.perform_on_vm(effect),
             Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
             Effect::RemoveVm { vm, volume } => {
                 Input::VmRemoved { vm, result: volume.map_or(Ok(()), |volume| self.delete(volume)) }

@@ -59,7 +59,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     if let Some(saved) = &plan.restore {
         let state_fd = descriptors.push(files::open(&saved.join("state"), true)?);
         let memory_fd = descriptors.push(files::open(&saved.join("memory"), true)?);
-        launch.restore = Some(RestoreFrom { state_fd, memory_fd, stay_paused: false });
+        launch.restore = Some(RestoreFrom { state_fd, memory_fd, ..RestoreFrom::default() });
     }
     machine::equip(&plan.machine, &run, (&mut launch, &mut descriptors))?;
     for nic in &plan.nics {
@@ -68,7 +68,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
             mac: nic.mac.to_vec(),
             tap_fd: descriptors.push(tap),
             mtu: nic.mtu,
-            limits: machine::limits(&plan.machine.nic_limits),
+            limits: plan.limits.nic(nic.mac).and_then(machine::limits),
         });
     }
     let watched =
@@ -130,9 +130,11 @@ fn describe(
     for (index, disk) in plan.disks.iter().enumerate() {
         let opened = open_disk(inner, &disk.source, disk.read_only, &mut descriptors);
         let (volume_id, layers) = opened.map_err(|source| LaunchError::Disk { index, source })?;
-        // A seed is read once, by us: nobody has limits for it.
-        let limits = matches!(disk.source, DiskSource::Volume(_)).then_some(&plan.machine.disk_limits);
-        let limits = limits.and_then(machine::limits);
+        let limits = match disk.source {
+            DiskSource::Volume(volume) => plan.limits.disk(volume).and_then(machine::limits),
+            // A seed is read once, by us: nobody has limits for it.
+            DiskSource::File { .. } => None,
+        };
         disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None, limits });
     }
     let log = inner.log_path(plan.uid);

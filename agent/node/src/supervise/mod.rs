@@ -77,8 +77,8 @@ pub use files::Allocated;
 pub use jobs::is_in_use;
 pub use merge::{MergeEnd, MergeGoal, MergePlan};
 pub use plan::{
-    BootPlan, DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage, LaunchPlan,
-    NicPlan, PointInfo, SupervisorSettings, VmReport, VolumeInfo,
+    BootPlan, DevicePlan, DiskPlan, DiskSource, EndKind, EndRecord, ExportPlan, ExportReport, ImportedImage,
+    LaunchPlan, NicPlan, PointInfo, SupervisorSettings, VmReport, VolumeInfo,
 };
 pub use reshape::{ChangesAsk, CloneSource, is_unlinkable};
 pub use save::SavePlan;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serio_types::{MachineSpec, VdcName};
+use serio_types::{IoLimits, MachineSpec, VdcName};
 use uuid::Uuid;
 
 /// Paths and settings of the supervisor.
@@ -45,8 +45,10 @@ pub struct LaunchPlan {
     pub disks: Vec<DiskPlan>,
     /// In the order that the guest sees them.
     pub nics: Vec<NicPlan>,
-    /// The other devices, and limits of those above.
+    /// The other devices.
     pub machine: MachineSpec,
+    /// What disks and cards may do.
+    pub limits: DevicePlan,
     /// The directory where it was saved, if it is to go on from there.
     pub restore: Option<PathBuf>,
 }
@@ -66,6 +68,35 @@ pub enum BootPlan {
         /// The root volume.
         volume: Uuid,
     },
+}
+
+/// What the disks and cards of a VM may do; those that are not named have no bounds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DevicePlan {
+    /// By volume.
+    pub disks: Vec<(Uuid, IoLimits)>,
+    /// By address.
+    pub nics: Vec<([u8; 6], IoLimits)>,
+}
+
+impl DevicePlan {
+    /// Whether nothing is bounded.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.disks
+            .iter()
+            .map(|(_, limits)| limits)
+            .chain(self.nics.iter().map(|(_, limits)| limits))
+            .all(IoLimits::is_none)
+    }
+
+    pub(super) fn disk(&self, volume: Uuid) -> Option<&IoLimits> {
+        self.disks.iter().find(|(uid, _)| *uid == volume).map(|(_, limits)| limits)
+    }
+
+    pub(super) fn nic(&self, mac: [u8; 6]) -> Option<&IoLimits> {
+        self.nics.iter().find(|(known, _)| *known == mac).map(|(_, limits)| limits)
+    }
 }
 
 /// A disk of a VM.

@@ -60,6 +60,7 @@ impl Bench {
             disks: Vec::new(),
             nics: Vec::new(),
             machine: serio_types::MachineSpec::default(),
+            limits: DevicePlan::default(),
             restore: None,
         }
     }

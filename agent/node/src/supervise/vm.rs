@@ -12,14 +12,17 @@ use std::{
 
 use serio_control::{
     ChannelError,
-    message::{BalloonStats, Body, Empty, SetBalloon, SnapshotVolume, VmState, VmStatus},
+    message::{
+        BalloonStats, Body, DiskLimits, Empty, NicLimits, SetBalloon, SetLimits, SnapshotVolume, VmState,
+        VmStatus,
+    },
 };
-use serio_types::BootedKernel;
+use serio_types::{BootedKernel, IoLimits};
 use tokio::net::UnixStream;
 use uuid::Uuid;
 
 use super::{
-    EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
+    DevicePlan, EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
     files::{self, Descriptors},
     jobs, link, machine,
     process::Exit,
@@ -175,6 +178,26 @@ impl VmHandle {
     /// [`TalkError`].
     pub async fn set_balloon(&self, target_bytes: u64) -> Result<(), TalkError> {
         self.order(Body::SetBalloon(SetBalloon { target_bytes }), ANSWER_WAIT).await
+    }
+
+    /// Has disks and cards keep to these limits from now on.
+    ///
+    /// # Errors
+    /// [`TalkError`].
+    pub async fn set_limits(&self, plan: &DevicePlan) -> Result<(), TalkError> {
+        let disk = |(volume, limits): &(Uuid, IoLimits)| DiskLimits {
+            volume_id: volume.to_string(),
+            limits: machine::limits(limits),
+        };
+        let nic = |(mac, limits): &([u8; 6], IoLimits)| NicLimits {
+            mac: mac.to_vec(),
+            limits: machine::limits(limits),
+        };
+        let request = SetLimits {
+            disks: plan.disks.iter().map(disk).collect(),
+            nics: plan.nics.iter().map(nic).collect(),
+        };
+        self.order(Body::SetLimits(request), ANSWER_WAIT).await
     }
 
     /// How the guest's balloon and memory stand.

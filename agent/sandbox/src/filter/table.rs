@@ -228,8 +228,7 @@ const START: &[Allowed] = &[
         .one_of(1, TAP)
         .rare("a VM with a network card"),
     allow!(SYS_eventfd2, "bells of a device that starts"),
-    allow!(SYS_timerfd_create, "when a limit lets the next request start")
-        .rare("a disk or a card with a limit"),
+    allow!(SYS_timerfd_create, "when a limit, which may come later, lets the next request start"),
     allow!(SYS_epoll_create1, "what a device's thread sleeps on"),
     allow!(SYS_epoll_ctl, "what a device's thread sleeps on"),
     allow!(SYS_fcntl, "descriptors for several owners")

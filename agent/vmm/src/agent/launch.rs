@@ -14,11 +14,11 @@ use prost::Message;
 use serio_control::message::{
     Code, EndKind, EndRecord, Failed, Launch, OnReset, OnWatchdog, RestoreFrom, VdcKey,
 };
-use serio_devices::limit::{Limits, Rate};
 use serio_devices::vsock::{Outgoing, VsockHost};
 use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
+use super::limits::limits;
 use crate::boot::BootSource;
 use crate::console::Output;
 use crate::devices::{DeviceError, Devices, Disk, Nic};
@@ -215,14 +215,6 @@ fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchE
     }
     devices.vsock = launch.vsock.as_ref().map(|vsock| open_vsock(vsock, passed)).transpose()?;
     Ok(devices)
-}
-
-fn limits(limits: Option<serio_control::message::Limits>) -> Limits {
-    let limits = limits.unwrap_or_default();
-    Limits {
-        bytes: Rate { per_second: limits.bytes_per_second, burst: limits.bytes_burst },
-        operations: Rate { per_second: limits.operations_per_second, burst: limits.operations_burst },
-    }
 }
 
 fn pages(launch: &Launch) -> Result<PageKind, LaunchError> {

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serio_control::message::{
-    Body, Disk, Empty, FinishSnapshot, Launch, LayerFds, MergeLayer, MergeQuery, NewHead, PointClass,
-    PrepareSnapshot, Prepared, PreparedVolume, ResizeVolume, VdcKey,
+    Body, Disk, DiskLimits, Empty, FinishSnapshot, Launch, LayerFds, Limits, MergeLayer, MergeQuery, NewHead,
+    NicLimits, PointClass, PrepareSnapshot, Prepared, PreparedVolume, ResizeVolume, SetLimits, VdcKey,
 };
 use serio_control::{Channel, ChannelError};
 use serio_volume::{
@@ -273,4 +273,40 @@ fn a_guest_sees_its_disk_grow() {
     bench.agent_ended();
     let files = VolumeFiles { layers: vec![layer(&bench, "a", 0)] };
     assert_eq!(Volume::open(files, Access::ReadOnly).expect("opened").size_bytes(), 1 << 40);
+}
+
+/// A disk that may do little is let go while its guest waits: it goes on at once, and at its own pace.
+#[test]
+fn limits_change_while_the_guest_writes() {
+    let Some(bench) = Bench::mini() else { return };
+    let (mut disks, files) = with_volumes(&bench, &["a"]);
+    disks[0].limits = Some(Limits { operations_per_second: 10, operations_burst: 10, ..Limits::default() });
+    let mut channel =
+        bench.launch_mini("mini.test=writer", |launch: &mut Launch| launch.disks = disks, &files);
+    let mut lines = Lines::of(&bench);
+    let rounds = |lines: &mut Lines, count: u32| {
+        let began = Instant::now();
+        (0..count).for_each(|_| drop(lines.wait("writer: ")));
+        began.elapsed()
+    };
+    rounds(&mut lines, 2);
+    // Five requests each.
+    let limited = rounds(&mut lines, 4);
+    assert!(limited > Duration::from_millis(1500), "{limited:?}");
+    let request = |volume_id: &str, mac: &[u8]| {
+        let disks = vec![DiskLimits { volume_id: volume_id.to_owned(), limits: None }];
+        let nics = mac.chunks(6).map(|mac| NicLimits { mac: mac.to_vec(), limits: None }).collect();
+        Body::SetLimits(SetLimits { disks, nics })
+    };
+    for (wrong, field) in [(request("b", &[]), "volume_id"), (request("a", &[2, 0, 0, 0, 0, 1]), "nics")] {
+        match channel.call(wrong, &[]) {
+            Err(ChannelError::Refused(failed)) => assert_eq!(failed.field, field, "{failed:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    done(&mut channel, request("a", &[]));
+    let free = rounds(&mut lines, 40);
+    assert!(free < Duration::from_secs(10), "{free:?}, which the limit would make 20 s");
+    done(&mut channel, Body::Stop(Empty {}));
+    bench.agent_ended();
 }

@@ -16,6 +16,7 @@ mod console;
 mod counters;
 mod cut;
 mod launch;
+mod limits;
 mod log;
 mod merge;
 mod requests;

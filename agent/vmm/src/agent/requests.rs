@@ -13,6 +13,7 @@ use serio_volume::{LayerFiles, ResizeError};
 use super::counters;
 use super::cut;
 use super::launch::{self, Passed};
+use super::limits;
 use super::save;
 use super::state::State;
 use crate::devices::Devices;
@@ -93,6 +94,7 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
         Some(Body::CountersQuery(_)) => {
             with_vm(state, |vm, devices| Body::VmCounters(counters::counters(vm, devices)))
         }
+        Some(Body::SetLimits(request)) => with_vm(state, |_, devices| limits::set(devices, &request)),
         Some(Body::SetVsockBroker(_)) => with_vm(state, |_, devices| set_broker(devices, descriptors)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }

@@ -84,21 +84,9 @@ impl VirtioDevice for Console {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let rx = activation.take_queue(RX)?;
-        let tx = activation.take_queue(TX)?;
+        let rings = [activation.take_queue(RX)?, activation.take_queue(TX)?];
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
-        poller.add_event(&rx.kick, RX_KICK).map_err(ActivateError::io("watch a queue"))?;
-        poller.add_event(&tx.kick, TX_KICK).map_err(ActivateError::io("watch a queue"))?;
-        let port = Port {
-            input: End::watch(&poller, &self.ends.input, INPUT)?,
-            output: End::watch(&poller, &self.ends.output, OUTPUT)?,
-            ends: self.ends.clone(),
-            rx,
-            tx,
-            chain: Chain::default(),
-            outgoing: None,
-            sent: std::mem::take(&mut self.sent),
-        };
+        let port = Port::new(rings, self.ends.clone(), std::mem::take(&mut self.sent), &poller)?;
         let failure = activation.failure;
         self.workers.push(Worker::spawn(Kind::Ports, "console".to_owned(), poller, move |poller| {
             port.run(&poller, &failure)
@@ -201,6 +189,20 @@ impl From<QueueError> for Broken {
 }
 
 impl Port {
+    /// Watches all that it waits for.
+    fn new(
+        [rx, tx]: [ActiveQueue; 2],
+        ends: Arc<ConsoleEnds>,
+        sent: usize,
+        poller: &Poller,
+    ) -> Result<Port, ActivateError> {
+        poller.add_event(&rx.kick, RX_KICK).map_err(ActivateError::io("watch a queue"))?;
+        poller.add_event(&tx.kick, TX_KICK).map_err(ActivateError::io("watch a queue"))?;
+        let input = End::watch(poller, &ends.input, INPUT)?;
+        let output = End::watch(poller, &ends.output, OUTPUT)?;
+        Ok(Port { ends, input, output, rx, tx, chain: Chain::default(), outgoing: None, sent })
+    }
+
     fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Left {
         let mut stop = false;
         while !stop {
@@ -369,5 +371,34 @@ fn io_kind(error: &vm_memory::GuestMemoryError) -> Option<io::ErrorKind> {
     match error {
         vm_memory::GuestMemoryError::IOError(error) => Some(error.kind()),
         _ => None,
+    }
+}
+
+/// For fuzzers: two rings made of these bytes, over a peer that says them too and takes what comes.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn requests(data: &[u8]) {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    for stream in [&ours, &theirs] {
+        stream.set_nonblocking(true).expect("a socket");
+    }
+    // The kernel bounds what it takes at once.
+    let _ = theirs.write(data);
+    let output = ours.try_clone().expect("a descriptor");
+    let ends = Arc::new(ConsoleEnds { input: ours.into(), output: output.into() });
+    let (_rig, activation) = serio_virtio::hostile::rings(data, 2, 0);
+    let Ok(rings) = <[ActiveQueue; 2]>::try_from(activation.queues) else { return };
+    let poller = Poller::new().expect("an epoll");
+    let sent = data.first().copied().map_or(0, usize::from);
+    let mut port = Port::new(rings, ends, sent, &poller).expect("an epoll takes sockets");
+    for _ in 0..4 {
+        port.input.reported();
+        port.output.reported();
+        if port.work(&poller).is_err() {
+            return;
+        }
+        let _ = theirs.read(&mut vec![0; 1 << 16]);
     }
 }

@@ -40,6 +40,23 @@ impl Default for Rtc {
 }
 
 impl Rtc {
+    /// What its memory held, and which register was chosen. The time is the host's, whatever it was.
+    #[must_use]
+    pub fn restored(index: u8, memory: &[u8]) -> Rtc {
+        let rtc = Rtc::default();
+        rtc.select(index);
+        for (slot, byte) in rtc.lock().memory.iter_mut().zip(memory) {
+            *slot = *byte;
+        }
+        rtc
+    }
+
+    /// For [`Rtc::restored`].
+    pub fn save(&self) -> (u8, Vec<u8>) {
+        let state = self.lock();
+        (state.index, state.memory.to_vec())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,6 +175,17 @@ mod tests {
         #[test]
         fn the_next_second_is_the_next(seconds in 0u64..8_000_000_000) {
             prop_assert!(read(seconds)[..6] < read(seconds + 1)[..6]);
+        }
+
+        #[test]
+        fn memory_is_kept_and_any_saved_one_is_taken(index in any::<u8>(), memory in prop::collection::vec(any::<u8>(), 0..200)) {
+            let rtc = Rtc::restored(index, &memory);
+            let (index, mut saved) = rtc.save();
+            prop_assert_eq!(saved.len(), REGISTERS);
+            let again = Rtc::restored(index, &saved);
+            prop_assert_eq!(again.save(), (index, saved.clone()));
+            again.select(100);
+            prop_assert_eq!(again.read(), saved.remove(100));
         }
 
         #[test]

@@ -2,7 +2,7 @@
 //!
 //! Built with the feature `testing`. [`drive_transport`] turns bytes into accesses of any width at any offset of a PCI
 //! function's configuration space and BAR, and walks the rings that come out of it. [`with_queue`] makes a ring whose
-//! descriptors are those bytes, for devices' own parsers.
+//! descriptors are those bytes, for devices' own parsers; [`rings`] hands several to a whole device.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use std::sync::Arc;
@@ -15,9 +15,11 @@ use crate::pci::bus::PciFunction;
 use crate::pci::transport::VirtioPci;
 use crate::queue::{Chain, VirtQueue};
 use crate::state::SuspendError;
-use crate::testing::{DriverQueue, FakePlatform, memory};
+use crate::testing::{DriverQueue, FakePlatform, Rig, memory};
 
 const MEMORY_BYTES: usize = 1 << 18;
+/// Where the buffers of [`with_queue`] and [`rings`] lie.
+const DATA: u64 = 0x1_0000;
 const QUEUE_SIZES: &[u16] = &[8, 64, 256];
 /// Bytes of one access: what, width, offset, value.
 const ACCESS_BYTES: usize = 12;
@@ -162,13 +164,39 @@ fn check(function: &mut VirtioPci, platform: &FakePlatform) {
 
 /// A queue of 16 whose descriptor table, and the memory behind it, are these bytes; all chains are available.
 pub fn with_queue(data: &[u8], act: impl FnOnce(&GuestMemory, &mut VirtQueue)) {
-    const SIZE: u16 = 16;
     let memory = memory(MEMORY_BYTES);
-    for at in (0x1_0000..MEMORY_BYTES).step_by(data.len().max(4096)) {
+    spread(&memory, data);
+    let driver = lay_out(&memory, 0x1000, data);
+    act(&memory, &mut driver.queue(false));
+}
+
+/// So many rings of 16, as a transport hands them to a device whose driver has all `features`: each is made of the bytes, and
+/// from another place in them on.
+pub fn rings(data: &[u8], count: usize, features: u64) -> (Rig, Activation) {
+    const RING_BYTES: u64 = 0x3000;
+    let memory = memory(MEMORY_BYTES);
+    spread(&memory, data);
+    let part = data.len().div_ceil(count.max(1));
+    let queues = (0..count).map(|queue| {
+        let base = 0x1000 + RING_BYTES * queue as u64;
+        assert!(base + RING_BYTES <= DATA, "{count} rings do not fit");
+        lay_out(&memory, base, &data[(part * queue).min(data.len())..]).queue(false)
+    });
+    Rig::activation(&memory, queues.collect(), features)
+}
+
+/// Fills the memory behind the rings.
+fn spread(memory: &GuestMemory, data: &[u8]) {
+    for at in (DATA as usize..MEMORY_BYTES).step_by(data.len().max(4096)) {
         let room = (MEMORY_BYTES - at).min(data.len());
         memory.write_slice(&data[..room], GuestAddress(at as u64)).unwrap();
     }
-    let driver = DriverQueue::new(&memory, 0x1000, SIZE);
+}
+
+/// Writes a table of descriptors from the bytes, eight each, and makes one chain available for each.
+fn lay_out(memory: &GuestMemory, base: u64, data: &[u8]) -> DriverQueue {
+    const SIZE: u16 = 16;
+    let driver = DriverQueue::new(memory, base, SIZE);
     for (slot, bytes) in (0..SIZE).zip(data.chunks_exact(8)) {
         let at = GuestAddress(driver.descriptors + u64::from(slot) * 16);
         // Mostly in memory, mostly short, mostly with sane flags: else nothing behind the walker is reached.
@@ -176,7 +204,7 @@ pub fn with_queue(data: &[u8], act: impl FnOnce(&GuestMemory, &mut VirtQueue)) {
         let address = u64::from(u16::from_le_bytes([bytes[0], bytes[1]]));
         let len = u32::from(u16::from_le_bytes([bytes[2], bytes[3]]) & 0x1fff);
         let flags = u16::from(bytes[4] & if wild { 7 } else { 3 });
-        memory.write_obj(if wild { address << 44 } else { 0x1_0000 + address }, at).unwrap();
+        memory.write_obj(if wild { address << 44 } else { DATA + address }, at).unwrap();
         memory.write_obj(if wild { u32::MAX } else { len }, GuestAddress(at.0 + 8)).unwrap();
         memory.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
         memory.write_obj(u16::from(bytes[5]) % (SIZE + 2), GuestAddress(at.0 + 14)).unwrap();
@@ -186,7 +214,7 @@ pub fn with_queue(data: &[u8], act: impl FnOnce(&GuestMemory, &mut VirtQueue)) {
     }
     let offered = u16::try_from(data.len() / 8).unwrap_or(SIZE).min(SIZE);
     memory.write_obj(offered, GuestAddress(driver.driver + 2)).unwrap();
-    act(&memory, &mut driver.queue(false));
+    driver
 }
 
 #[cfg(test)]

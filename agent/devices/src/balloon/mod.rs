@@ -13,6 +13,8 @@
 //! - Queues follow each other without gaps: without statistics the reporting queue is number 2, as Linux has it.
 //! - One thread, asleep unless the guest speaks or somebody asks for statistics.
 
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod hostile;
 mod worker;
 
 #[cfg(test)]

@@ -78,6 +78,13 @@ impl Engine {
         self.rings.into_iter().map(give).collect()
     }
 
+    /// For tests: one look at all rings, as when somebody wants statistics.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn look(&mut self) -> Result<(), QueueError> {
+        self.wanted = true;
+        self.work()
+    }
+
     fn work(&mut self) -> Result<(), QueueError> {
         // Taken out, so that the rest of `self` is free.
         let mut rings = std::mem::take(&mut self.rings);

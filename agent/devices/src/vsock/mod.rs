@@ -14,6 +14,8 @@
 mod connection;
 mod greeting;
 mod host;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod hostile;
 mod muxer;
 mod packet;
 mod worker;

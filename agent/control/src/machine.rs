@@ -49,4 +49,7 @@ pub struct RestoreFrom {
     /// Do not let it run yet: `Resume` does.
     #[prost(bool, tag = "3")]
     pub stay_paused: bool,
+    /// Do not check the memory against its checksums before the guest runs, but beside it: it is ended when damage is found.
+    #[prost(bool, tag = "4")]
+    pub check_beside: bool,
 }

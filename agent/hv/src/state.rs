@@ -217,7 +217,11 @@ pub(crate) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
     let mut msrs: Vec<kvm_msr_entry> = list_from_bytes("MSRs", &state.msrs)?;
     msrs.sort_by_key(|entry| entry.index == MSR_TSC_DEADLINE);
     set_msrs(fd, &msrs)?;
-    fd.set_vcpu_events(&from_bytes("events", &state.events)?).map_err(set("set a vcpu's events"))
+    fd.set_vcpu_events(&from_bytes("events", &state.events)?).map_err(set("set a vcpu's events"))?;
+    // Again: the note that it was stopped is KVM's own and is not in the state. After the MSR that enables the clock; a
+    // guest without that clock refuses, and does not need it.
+    let _ = fd.kvmclock_ctrl();
+    Ok(())
 }
 
 /// All of `indexes` that this vcpu has.

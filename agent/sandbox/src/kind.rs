@@ -24,6 +24,8 @@ pub enum Kind {
     Cut,
     /// Merges layers of a volume of a running VM.
     Merge,
+    /// Checks the memory of a restored VM beside it.
+    Check,
     /// The main thread of `serio-volumed`, and what waits for a job's client to hang up.
     Jobs,
     /// One control connection of `serio-volumed`: the jobs themselves.
@@ -36,7 +38,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Agent,
         Kind::Control,
         Kind::Vcpu,
@@ -47,6 +49,7 @@ impl Kind {
         Kind::Keeper,
         Kind::Cut,
         Kind::Merge,
+        Kind::Check,
         Kind::Jobs,
         Kind::Job,
         Kind::Nbd,

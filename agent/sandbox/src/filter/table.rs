@@ -166,6 +166,15 @@ const SEAL: &[Allowed] = &[
 /// A layer goes into the one below.
 const MERGE: &[Allowed] = &[allow!(SYS_statx, "how long a file is")];
 
+/// The memory of a restored VM is held against its checksums.
+const CHECK: &[Allowed] = &[allow!(SYS_pread64, "the saved memory"), allow!(SYS_lseek, "where it has data")];
+
+/// Damaged memory ends the machine.
+const DAMAGE: &[Allowed] = &[
+    allow!(SYS_getpid, "who we are").rare("saved memory that is damaged"),
+    allow!(SYS_tgkill, "takes a vcpu out of the guest").one_of(2, KICK).rare("saved memory that is damaged"),
+];
+
 /// The last owner of a volume closes it.
 const CLOSE: &[Allowed] =
     &[allow!(SYS_fcntl, "the lock is given back").one_of(1, &[LOCK]).rare("a layer or a volume is let go")];
@@ -363,6 +372,7 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
         Kind::Keeper => &[KEEPER, ALWAYS],
         Kind::Cut => &[SEAL, DIRECT, FILES, CLOSE, ALWAYS],
         Kind::Merge => &[MERGE, DIRECT, FILES, CLOSE, ALWAYS],
+        Kind::Check => &[CHECK, DAMAGE, ALWAYS],
         Kind::Jobs => &[DOOR, ALWAYS],
         Kind::Job => &[TALK, OPEN, DIRECT, FILES, RING_SETUP, RING_USE, JOB, ALWAYS],
         Kind::Nbd => &[NBD, OPEN, DIRECT, FILES, RING_SETUP, RING_USE, THREADS, ALWAYS],
@@ -395,6 +405,7 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
             OPEN,
             SEAL,
             MERGE,
+            CHECK,
             CLOSE,
             JOB,
             NBD,

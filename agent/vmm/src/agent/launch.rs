@@ -16,6 +16,7 @@ use serio_control::message::{
 };
 use serio_devices::vsock::{Outgoing, VsockHost};
 use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap};
+use serio_sandbox::{Kind, threads};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
 use super::limits::limits;
@@ -24,7 +25,10 @@ use crate::console::Output;
 use crate::devices::{DeviceError, Devices, Disk, Nic};
 use crate::end::{End, EndSlot, chain};
 use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running, WatchdogAction};
-use crate::snapshot::{self, ReadError};
+use crate::snapshot::{self, ReadError, Sums};
+
+/// It reads into a buffer on the heap.
+const CHECK_STACK_BYTES: usize = 64 << 10;
 
 /// A VM that was launched, and what it needs to boot again.
 pub(super) struct Launched {
@@ -131,7 +135,7 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     let console = UnixListener::from(passed.take("console_fd", launch.console_fd)?);
     console.set_nonblocking(true)?;
     let devices = Arc::new(open_devices(launch, &mut passed)?);
-    let saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
+    let mut saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
     // What was passed and not named is closed before the guest runs.
     drop(passed);
 
@@ -144,13 +148,17 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     };
     let output = Arc::new(Output::new()?);
     let end = Arc::new(EndSlot::new()?);
+    let unchecked = saved.as_mut().and_then(|saved| saved.unchecked.take());
     let running = match saved {
         None => machine::boot(&kvm, &config, &devices, output.clone(), end.clone())?,
-        Some((memory, state)) => {
+        Some(saved) => {
             let slots = (output.clone(), end.clone());
-            machine::restore(&kvm, &config, &devices, slots, (memory, &state))?
+            machine::restore(&kvm, &config, &devices, slots, (saved.memory, &saved.state))?
         }
     };
+    if let Some(unchecked) = unchecked {
+        unchecked.check_beside(running.handle())?;
+    }
     if launch.restore.is_some_and(|from| !from.stay_paused) {
         running.handle().resume();
     }
@@ -177,12 +185,35 @@ fn check(launch: &Launch) -> Result<(), LaunchError> {
     Ok(())
 }
 
-/// The memory and the state that the VM goes on from.
-fn open_saved(
-    launch: &Launch,
-    from: &RestoreFrom,
-    passed: &mut Passed,
-) -> Result<(GuestMemory, MachineState), LaunchError> {
+/// What the VM goes on from.
+struct Saved {
+    memory: GuestMemory,
+    state: MachineState,
+    /// What is still to be checked, beside the guest.
+    unchecked: Option<Unchecked>,
+}
+
+/// A memory's file, and what it should be.
+struct Unchecked {
+    file: File,
+    sums: Sums,
+}
+
+impl Unchecked {
+    /// Ends the VM if its memory is damaged. The thread ends with the VM.
+    fn check_beside(self, vm: &Handle) -> io::Result<()> {
+        let vm = vm.clone();
+        threads::spawn(Kind::Check, "check", CHECK_STACK_BYTES, move || {
+            if let Err(error) = self.sums.check(&self.file, || !vm.is_over()) {
+                vm.stop(End::HostError(chain(&error)));
+            }
+        })
+        .map(drop)
+    }
+}
+
+/// Opens the memory and the state, and checks both; the memory not yet, if that is wished.
+fn open_saved(launch: &Launch, from: &RestoreFrom, passed: &mut Passed) -> Result<Saved, LaunchError> {
     let invalid = |error: ReadError| LaunchError::invalid("restore", chain(&error));
     let state = File::from(passed.take("restore", from.state_fd)?);
     let memory = passed.take("restore", from.memory_fd)?;
@@ -194,8 +225,17 @@ fn open_saved(
         );
         return Err(LaunchError::invalid("restore", what));
     }
+    let file = File::from(memory.try_clone()?);
     let memory = saved.open_memory(memory).map_err(invalid)?;
-    Ok((memory, saved.machine))
+    let unchecked = match saved.sums {
+        None => None,
+        Some(sums) if from.check_beside => Some(Unchecked { file, sums }),
+        Some(sums) => {
+            sums.check(&file, || true).map_err(|error| invalid(error.into()))?;
+            None
+        }
+    };
+    Ok(Saved { memory, state: saved.machine, unchecked })
 }
 
 fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchError> {

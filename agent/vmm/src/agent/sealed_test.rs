@@ -29,6 +29,7 @@ const KINDS: &[(&str, Kind)] = &[
     ("volume-keeper", Kind::Keeper),
     ("cut", Kind::Cut),
     ("merge", Kind::Merge),
+    ("check", Kind::Check),
     ("maker", Kind::Maker),
 ];
 

@@ -39,7 +39,7 @@ use state::Parts;
 pub use state::{MachineState, PauseError, PlatformState, SaveError, restore};
 use vcpu::{Gate, GateState, Vcpus};
 use watchdog::Watchdog;
-pub use watchdog::WatchdogAction;
+pub use watchdog::{WatchdogAction, WatchdogState};
 
 /// Least memory that the layout fits in, with room for a small kernel.
 const MEMORY_BYTES_MIN: u64 = 2 << 20;
@@ -252,11 +252,16 @@ impl Equipped {
 impl Loaded {
     /// Lets the vcpus run. `end` gets the reason when they no longer do.
     pub fn start(self, end: Arc<EndSlot>) -> Result<Running, MachineError> {
-        self.start_as(end, GateState::Running, 0)
+        self.start_as(end, GateState::Running, &PlatformState::default())
     }
 
     /// Starts the vcpus' threads, which run or wait at the gate.
-    fn start_as(self, end: Arc<EndSlot>, gate: GateState, pci_address: u32) -> Result<Running, MachineError> {
+    fn start_as(
+        self,
+        end: Arc<EndSlot>,
+        gate: GateState,
+        platform: &PlatformState,
+    ) -> Result<Running, MachineError> {
         let Loaded { created, pci, vcpus } = self;
         let serial = created.serial.clone();
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
@@ -264,12 +269,15 @@ impl Loaded {
         let all = Vcpus { gate: Arc::new(Gate::new(gate)), kicks, exits };
         let bus = Arc::new(Bus {
             serial: serial.clone(),
-            clock: Rtc::default(),
+            clock: Rtc::restored(platform.clock_index.to_le_bytes()[0], &platform.clock_memory),
             watchdog: Watchdog::new(created.watchdog, end.clone(), all.clone()),
             pci,
             end: end.clone(),
-            pci_address: AtomicU32::new(pci_address),
+            pci_address: AtomicU32::new(platform.pci_address),
         });
+        if let Some(saved) = &platform.watchdog {
+            bus.watchdog.restore(saved);
+        }
         let (vm, memory) = (created.vm, created.memory);
         let memory_bytes = memory.iter().map(|region| region.len()).sum();
         let parts = Arc::new(Parts { bus: bus.clone(), vm, memory, life: Mutex::new(()) });
@@ -340,6 +348,11 @@ impl Handle {
     /// Whether the vcpus are stopped for a while.
     pub fn is_paused(&self) -> bool {
         self.vcpus.gate.get() == GateState::Paused
+    }
+
+    /// Whether there is a reason to end.
+    pub fn is_over(&self) -> bool {
+        self.end.is_set()
     }
 
     /// Ends the VM from outside; [`Running::join`] then returns soon.

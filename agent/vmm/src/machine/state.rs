@@ -20,6 +20,7 @@ use serio_virtio::{BusSuspendError, FunctionState};
 
 use super::bus::Bus;
 use super::vcpu::GateState;
+use super::watchdog::WatchdogState;
 use super::{Created, Handle, Loaded, MachineConfig, MachineError, Running, generation};
 use crate::console::Output;
 use crate::devices::Devices;
@@ -91,6 +92,15 @@ pub struct PlatformState {
     /// PCI configuration mechanism #1: the address register.
     #[prost(uint32, tag = "4")]
     pub pci_address: u32,
+    /// The clock's chosen register and its memory. The time itself is the host's at any moment.
+    #[prost(uint32, tag = "5")]
+    pub clock_index: u32,
+    /// See `clock_index`.
+    #[prost(bytes = "vec", tag = "6")]
+    pub clock_memory: Vec<u8>,
+    /// The watchdog; absent in what older programs saved.
+    #[prost(message, optional, tag = "7")]
+    pub watchdog: Option<WatchdogState>,
 }
 
 impl Handle {
@@ -131,6 +141,7 @@ impl Handle {
         // Parked and suspended: whoever paused it had the lock until then.
         let vcpus = self.vcpus.save().ok_or(SaveError::NotPaused)??;
         let serial = self.serial.save();
+        let (clock_index, clock_memory) = parts.bus.clock.save();
         let state = MachineState {
             vcpus,
             vm: parts.vm.save()?,
@@ -140,6 +151,9 @@ impl Handle {
                 serial_fifo: serial.fifo,
                 serial_input: serial.input,
                 pci_address: parts.bus.pci_address.load(Ordering::SeqCst),
+                clock_index: clock_index.into(),
+                clock_memory,
+                watchdog: Some(parts.bus.watchdog.save()),
             },
         };
         Ok(also(&parts.memory, state))
@@ -186,7 +200,7 @@ pub fn restore(
         vcpus.push(vcpu);
     }
     created.vm.restore(&state.vm)?;
-    let running = Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform.pci_address)?;
+    let running = Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform)?;
     let told = running.handle().generation_changed();
     told.map_err(MachineError::host("tell the guest of its generation identifier"))?;
     Ok(running)

@@ -48,6 +48,20 @@ pub enum WatchdogAction {
     End,
 }
 
+/// A saved watchdog.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct WatchdogState {
+    /// Periods of a turn.
+    #[prost(uint32, tag = "1")]
+    pub count: u32,
+    /// Until it runs out; absent: it is stopped.
+    #[prost(uint32, optional, tag = "2")]
+    pub left_ms: Option<u32>,
+    /// It ran out before this boot.
+    #[prost(bool, tag = "3")]
+    pub ran_out: bool,
+}
+
 /// The timer. Ends its thread when dropped.
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
@@ -85,6 +99,30 @@ impl Watchdog {
         let timer = Timer { count: COUNT_DEFAULT, deadline: None, ran_out: false, over: false };
         let shared = Shared { timer: Mutex::new(timer), changed: Condvar::new(), action, end, vcpus };
         Watchdog { shared: Arc::new(shared), thread: Mutex::default() }
+    }
+
+    /// Goes on where another one was saved: a guest that had started it is still watched.
+    pub(super) fn restore(&self, saved: &WatchdogState) {
+        let mut timer = lock(&self.shared.timer);
+        timer.count = saved.count.clamp(COUNT_MIN, COUNT_MAX);
+        timer.ran_out = saved.ran_out;
+        let left = saved.left_ms.map(|ms| Duration::from_millis(ms.into()).min(timer.turn()));
+        timer.deadline = left.map(|left| Instant::now() + left);
+        drop(timer);
+        if saved.left_ms.is_some() {
+            self.begin();
+        }
+    }
+
+    /// For [`Watchdog::restore`].
+    pub(super) fn save(&self) -> WatchdogState {
+        let timer = lock(&self.shared.timer);
+        let left = timer.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        WatchdogState {
+            count: timer.count,
+            left_ms: left.map(|left| u32::try_from(left.as_millis()).unwrap_or(u32::MAX)),
+            ran_out: timer.ran_out,
+        }
     }
 
     pub(super) fn read_control(&self) -> u32 {
@@ -235,6 +273,29 @@ mod tests {
             watchdog.write_control(FORGET);
             assert_eq!(watchdog.read_control(), 0);
         }
+    }
+
+    #[test]
+    fn a_restored_one_goes_on() {
+        let (first, _, _) = watchdog(WatchdogAction::End);
+        assert_eq!(first.save(), WatchdogState { count: COUNT_DEFAULT, left_ms: None, ran_out: false });
+        first.write_count(50);
+        first.write_control(START);
+        let saved = first.save();
+        assert!(saved.left_ms.is_some_and(|ms| (4900..=5000).contains(&ms)), "{saved:?}");
+        first.write_control(STOP);
+        let (second, end, _) = watchdog(WatchdogAction::End);
+        second.restore(&saved);
+        assert_eq!(second.read_control(), RUNNING);
+        assert!((48..=50).contains(&second.read_count()));
+        expire(&second);
+        while !end.is_set() {
+            std::thread::yield_now();
+        }
+        // Anybody's: bounded, and no panic.
+        let (third, _, _) = watchdog(WatchdogAction::End);
+        third.restore(&WatchdogState { count: u32::MAX, left_ms: Some(u32::MAX), ran_out: true });
+        assert_eq!((third.read_count() <= COUNT_MAX, third.read_control()), (true, RUNNING | RAN_OUT));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!            32 the payload, and zeros up to a multiple of 8
 //!
 //!   kind  instance         payload: a protobuf message, version 1
-//!     1   0                Config below: how many bytes of memory, how many of the following
+//!     1   0                Config below: how many bytes of memory, how many of the following, the memory's checksums
 //!     2   vcpu number      serio_hv::VcpuState
 //!     3   0                serio_hv::VmState
 //!     4   device number    serio_virtio::FunctionState
@@ -22,9 +22,10 @@ use prost::Message;
 use serio_hv::{VcpuState, VmState};
 use serio_virtio::FunctionState;
 
+use super::sums::{CHUNK_BYTES, Sums};
 use crate::machine::{MachineState, PlatformState};
 
-/// More than a state of 254 vcpus and 32 devices has.
+/// More than a state of 254 vcpus, 32 devices and 2 TiB of memory has.
 pub(super) const BYTES_MAX: u64 = 16 << 20;
 
 const MAGIC: [u8; 8] = *b"SERIOVM\0";
@@ -43,7 +44,7 @@ const KIND_VERSION: u32 = 1;
 const KIND_VERSION_MIN: u32 = 1;
 
 /// What has to be known first.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 struct Config {
     #[prost(uint64, tag = "1")]
     memory_bytes: u64,
@@ -51,6 +52,12 @@ struct Config {
     vcpus: u32,
     #[prost(uint32, tag = "3")]
     functions: u32,
+    /// Bytes of memory that each of the sums covers; 0: there are none.
+    #[prost(uint64, tag = "4")]
+    sum_bytes: u64,
+    /// See [`super::sums`].
+    #[prost(fixed32, repeated, packed = "true", tag = "5")]
+    sums: Vec<u32>,
 }
 
 /// A file that is no state of a VM, or a damaged one.
@@ -139,11 +146,18 @@ fn add(sections: &mut Vec<u8>, kind: u32, instance: u32, payload: &[u8]) {
 }
 
 /// The file for this machine.
-pub(super) fn encode(memory_bytes: u64, machine: &MachineState) -> Vec<u8> {
+pub(super) fn encode(memory_bytes: u64, sums: Option<&Sums>, machine: &MachineState) -> Vec<u8> {
     let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
     let (vcpus, functions) = (count(machine.vcpus.len()), count(machine.functions.len()));
     let mut sections = Vec::new();
-    add(&mut sections, CONFIG, 0, &Config { memory_bytes, vcpus, functions }.encode_to_vec());
+    let config = Config {
+        memory_bytes,
+        vcpus,
+        functions,
+        sum_bytes: sums.map_or(0, |_| CHUNK_BYTES),
+        sums: sums.map_or_else(Vec::new, |sums| sums.chunks().to_vec()),
+    };
+    add(&mut sections, CONFIG, 0, &config.encode_to_vec());
     for (instance, vcpu) in (0..).zip(&machine.vcpus) {
         add(&mut sections, VCPU, instance, &vcpu.encode_to_vec());
     }
@@ -160,7 +174,7 @@ pub(super) fn encode(memory_bytes: u64, machine: &MachineState) -> Vec<u8> {
 }
 
 /// Reads a file of at most [`BYTES_MAX`] bytes: the bytes of memory, and the machine.
-pub(super) fn decode(bytes: &[u8]) -> Result<(u64, MachineState), FormatError> {
+pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Option<Sums>, MachineState), FormatError> {
     if !bytes.starts_with(&MAGIC) {
         return Err(FormatError::Magic);
     }
@@ -178,6 +192,19 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, MachineState), FormatError> {
         return Err(FormatError::Short { what: "the last section".to_owned(), bytes: bytes.len() });
     }
     let config: Config = reader.section(CONFIG, 0)?;
+    let sums = match config.sum_bytes {
+        0 => None,
+        CHUNK_BYTES => {
+            Some(Sums::of_saved(config.sums, config.memory_bytes).ok_or_else(|| FormatError::Order {
+                what: "another number of checksums than the memory has parts".to_owned(),
+                offset: HEADER_BYTES,
+            })?)
+        }
+        bytes => {
+            let what = format!("checksums of {bytes} bytes of memory each, which are not known here");
+            return Err(FormatError::Order { what, offset: HEADER_BYTES });
+        }
+    };
     let mut vcpus: Vec<VcpuState> = Vec::new();
     for instance in 0..config.vcpus {
         vcpus.push(reader.section(VCPU, instance)?);
@@ -194,7 +221,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, MachineState), FormatError> {
             offset: reader.at,
         });
     }
-    Ok((config.memory_bytes, MachineState { vcpus, vm, functions, platform }))
+    Ok((config.memory_bytes, sums, MachineState { vcpus, vm, functions, platform }))
 }
 
 struct Reader<'a> {

@@ -13,9 +13,11 @@ use nix::unistd::{Whence, lseek64};
 use serio_hv::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use serio_hv::{GuestMemory, PAGE_SIZE};
 
-const PAGE: usize = PAGE_SIZE as usize;
+use super::sums::Sums;
+
+pub(super) const PAGE: usize = PAGE_SIZE as usize;
 /// What is read at a time.
-const PIECE: usize = 1 << 20;
+pub(super) const PIECE: usize = 1 << 20;
 static ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// Bytes of RAM.
@@ -23,12 +25,12 @@ pub(super) fn len(memory: &GuestMemory) -> u64 {
     memory.iter().map(|region| region.len()).sum()
 }
 
-/// Writes all of it; returns the bytes that are no hole.
-pub(super) fn write(memory: &GuestMemory, out: &File) -> io::Result<u64> {
+/// Writes all of it; returns the bytes that are no hole, and their checksums.
+pub(super) fn write(memory: &GuestMemory, out: &File) -> io::Result<(u64, Sums)> {
     // Also so that nothing of an older snapshot shines through.
     out.set_len(0)?;
     out.set_len(len(memory))?;
-    let mut piece = vec![0; PIECE];
+    let mut copier = Copier { memory, out, piece: vec![0; PIECE], sums: Sums::of_zeros(len(memory)) };
     let (mut offset, mut written) = (0u64, 0u64);
     for region in memory.iter() {
         let end = offset.saturating_add(region.len());
@@ -36,16 +38,16 @@ pub(super) fn write(memory: &GuestMemory, out: &File) -> io::Result<u64> {
         let mut at = offset;
         while let Some((from, to)) = next_data(own.map(|file| file.file()), at, end)? {
             let address = region.start_addr().0.saturating_add(from.saturating_sub(offset));
-            written = written.saturating_add(copy(memory, out, &mut piece, (address, from, to))?);
+            written = written.saturating_add(copier.copy(address, (from, to))?);
             at = to;
         }
         offset = end;
     }
-    Ok(written)
+    Ok((written, copier.sums))
 }
 
 /// The next range of `at..end` that may have data. Without a file that is all of it.
-fn next_data(file: Option<&File>, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+pub(super) fn next_data(file: Option<&File>, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= end {
         return Ok(None);
     }
@@ -63,28 +65,36 @@ fn next_data(file: Option<&File>, at: u64, end: u64) -> io::Result<Option<(u64, 
     Ok(Some((from, to.min(end))))
 }
 
-/// Copies guest memory from `address` on to `from..to` of the file.
-fn copy(
-    memory: &GuestMemory,
-    out: &File,
-    piece: &mut [u8],
-    (address, from, to): (u64, u64, u64),
-) -> io::Result<u64> {
-    let (mut address, mut offset, mut written) = (address, from, 0u64);
-    while offset < to {
-        let len = usize::try_from(to.saturating_sub(offset)).unwrap_or(PIECE).min(piece.len());
-        let Some(bytes) = piece.get_mut(..len) else { break };
-        memory.read_slice(bytes, GuestAddress(address)).map_err(io::Error::other)?;
-        written = written.saturating_add(write_pages(out, bytes, offset)?);
-        address = address.saturating_add(len as u64);
-        offset = offset.saturating_add(len as u64);
+/// From memory to the file.
+struct Copier<'a> {
+    memory: &'a GuestMemory,
+    out: &'a File,
+    piece: Vec<u8>,
+    sums: Sums,
+}
+
+impl Copier<'_> {
+    /// Copies guest memory from `address` on to `from..to` of the file.
+    fn copy(&mut self, mut address: u64, (from, to): (u64, u64)) -> io::Result<u64> {
+        let (mut offset, mut written) = (from, 0u64);
+        while offset < to {
+            let len = usize::try_from(to.saturating_sub(offset)).unwrap_or(PIECE).min(self.piece.len());
+            let Some(bytes) = self.piece.get_mut(..len) else { break };
+            self.memory.read_slice(bytes, GuestAddress(address)).map_err(io::Error::other)?;
+            written = written.saturating_add(write_pages(self.out, &mut self.sums, bytes, offset)?);
+            address = address.saturating_add(len as u64);
+            offset = offset.saturating_add(len as u64);
+        }
+        Ok(written)
     }
-    Ok(written)
+}
+
+pub(super) fn is_zero(page: &[u8]) -> bool {
+    ZEROS.get(..page.len()).is_some_and(|zeros| zeros == page)
 }
 
 /// Writes runs of pages that are not zero.
-fn write_pages(out: &File, bytes: &[u8], offset: u64) -> io::Result<u64> {
-    let is_zero = |page: &[u8]| ZEROS.get(..page.len()).is_some_and(|zeros| zeros == page);
+fn write_pages(out: &File, sums: &mut Sums, bytes: &[u8], offset: u64) -> io::Result<u64> {
     let pages: Vec<&[u8]> = bytes.chunks(PAGE).collect();
     let (mut at, mut written) = (0usize, 0u64);
     for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
@@ -93,7 +103,12 @@ fn write_pages(out: &File, bytes: &[u8], offset: u64) -> io::Result<u64> {
         if !run.first().is_some_and(|page| is_zero(page))
             && let Some(part) = bytes.get(at..end)
         {
-            out.write_all_at(part, offset.saturating_add(at as u64))?;
+            let start = offset.saturating_add(at as u64);
+            // From what is written, not from guest memory again.
+            for (place, page) in (start..).step_by(PAGE).zip(run) {
+                sums.add(place, page);
+            }
+            out.write_all_at(part, start)?;
             written = written.saturating_add(len as u64);
         }
         at = end;

@@ -1,6 +1,6 @@
 //! Both files without a VM: what goes in comes out, and nothing damaged does.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
 use serio_hv::vm_memory::{Bytes, GuestAddress};
@@ -23,20 +23,26 @@ fn machine() -> MachineState {
 
 #[test]
 fn a_state_comes_back_as_it_was() {
-    let bytes = format::encode(1 << 30, &machine());
-    let (memory_bytes, again) = format::decode(&bytes).expect("whole");
-    assert_eq!((memory_bytes, again), (1 << 30, machine()));
+    let bytes = format::encode(1 << 30, None, &machine());
+    assert_eq!(format::decode(&bytes).expect("whole"), (1 << 30, None, machine()));
+    let mut sums = Sums::of_zeros(1 << 30);
+    sums.add(5 << 20, &[7; 4096]);
+    let bytes = format::encode(1 << 30, Some(&sums), &machine());
+    assert_eq!(format::decode(&bytes).expect("whole"), (1 << 30, Some(sums.clone()), machine()));
+    // As many as another memory would have.
+    let said = format::decode(&format::encode(1 << 29, Some(&sums), &machine())).expect_err("refused");
+    assert!(said.to_string().contains("number of checksums"), "{said}");
 }
 
 #[test]
 fn any_changed_bit_and_any_cut_is_noticed_and_says_where() {
-    let bytes = format::encode(1 << 30, &machine());
+    let bytes = format::encode(1 << 30, None, &machine());
     for at in 0..bytes.len() {
         let mut broken = bytes.clone();
         broken[at] ^= 0x10;
         match format::decode(&broken) {
             // Only what fills up to eight bytes is not covered.
-            Ok(again) => assert_eq!(again, (1 << 30, machine()), "byte {at}"),
+            Ok(again) => assert_eq!(again, (1 << 30, None, machine()), "byte {at}"),
             Err(error) => assert!(!error.to_string().is_empty()),
         }
         assert!(format::decode(&bytes[..at]).is_err(), "cut at {at}");
@@ -58,7 +64,7 @@ proptest! {
     /// With right checksums too: whatever the payload says, it is read or refused.
     #[test]
     fn any_bytes(tail in prop::collection::vec(any::<u8>(), 0..200), flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8)) {
-        let mut bytes = format::encode(1 << 30, &machine());
+        let mut bytes = format::encode(1 << 30, None, &machine());
         for (at, value) in flips {
             let at = at.index(bytes.len());
             bytes[at] = value;
@@ -118,4 +124,45 @@ fn memory_is_written_sparsely_and_mapped_again() {
 
     memory_file.set_len(bytes - 4096).expect("set");
     assert!(matches!(snapshot.open_memory(memory_file.into()), Err(ReadError::Memory(_))));
+}
+
+/// One changed bit anywhere, a page that is lost and one that was none: each is noticed, and the place is named.
+#[test]
+fn damaged_memory_is_noticed() {
+    const PLACES: [u64; 5] = [0x1_0ffe, (2 << 20) - 1, 2 << 20, 9 << 20, (64 << 20) - 1];
+    let bytes = 64 << 20;
+    let memory = serio_hv::create_memory(bytes).expect("memory");
+    for at in PLACES {
+        memory.write_slice(&[1], GuestAddress(at)).expect("RAM");
+    }
+    let (state_file, memory_file) =
+        (tempfile::tempfile().expect("a file"), tempfile::tempfile().expect("a file"));
+    write(&memory, &machine(), (&state_file, &memory_file)).expect("written");
+    let snapshot = read(&state_file).expect("whole");
+    let sums = snapshot.sums.expect("just made");
+    let check = || sums.check(&memory_file, || true);
+    check().expect("as saved");
+    // A copy without holes is the same memory.
+    memory_file.write_all_at(&[0; 8192], 30 << 20).expect("written");
+    check().expect("as saved");
+    for at in PLACES.into_iter().chain([0, 30 << 20, 40 << 20]) {
+        let mut byte = [0];
+        memory_file.read_exact_at(&mut byte, at).expect("read");
+        for bit in [1, 0x80] {
+            memory_file.write_all_at(&[byte[0] ^ bit], at).expect("written");
+            match check() {
+                Err(CheckError::Damaged { offset }) => assert_eq!(offset, at & !((2 << 20) - 1)),
+                other => panic!("{at:#x}: {other:?}"),
+            }
+        }
+        memory_file.write_all_at(&byte, at).expect("written");
+        check().expect("as saved");
+    }
+    // Two pages change places.
+    memory_file.write_all_at(&[0; 4096], 0x1_0000).expect("written");
+    memory_file.write_all_at(&[1], 0x2_0ffe).expect("written");
+    assert!(matches!(check(), Err(CheckError::Damaged { offset: 0 })));
+    sums.check(&memory_file, || false).expect("given up");
+    memory_file.set_len(9 << 20).expect("set");
+    assert!(check().is_err());
 }

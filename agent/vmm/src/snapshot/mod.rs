@@ -8,10 +8,10 @@
 //! snapshot, each of which keeps for itself what it writes. So the file must stay as it is while one of them runs.
 //!
 //! **Damage.** The state has a checksum for each section, and for each 2 MiB of the memory ([`Sums`]). By default all of the memory
-//! that is no hole is read and compared before the guest runs: a byte that has changed on the disk is never executed. That
-//! costs about 0.1 s for each GiB that is in the page cache, and the disk's time for what is not. Who cannot wait asks for the check to run
-//! beside the guest: it then starts at once, and is ended as soon as damage is found, with the place as the reason; what it
-//! did until then it may have done with damaged memory. Snapshots of older programs have no sums, and are not checked.
+//! that is no hole is read once and compared before the guest runs: a byte that has changed on the disk is never executed. That
+//! costs the time of reading it. Who cannot wait asks for the check to run beside the guest: it then starts at once, and is ended as
+//! soon as damage is found, with the place as the reason; what it did until then it may have done with damaged memory. Snapshots
+//! of older programs have no sums, and are not checked.
 //!
 //! The two belong together: who keeps them keeps them together. Nothing in them is trusted: a damaged or forged state is refused, or makes a VM that breaks itself and nothing else.
 

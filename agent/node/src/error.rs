@@ -90,6 +90,12 @@ pub enum Error {
         /// What is there.
         kept: String,
     },
+    /// A client took nothing of what was sent to it.
+    #[error("nothing was read for too long: watch again{how}")]
+    Behind {
+        /// " from 5 on", where there are numbers.
+        how: String,
+    },
     /// It took too long.
     #[error("{resource} {what}")]
     Deadline {
@@ -164,6 +170,12 @@ fn is_full(error: &(dyn StdError + 'static)) -> bool {
 }
 
 impl Error {
+    /// A client took nothing of what is numbered, and this was next.
+    #[must_use]
+    pub fn behind(next: u64) -> Self {
+        Self::Behind { how: format!(" from {next} on") }
+    }
+
     /// One wrong field.
     pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Invalid(vec![FieldError::new(field, problem)])
@@ -251,7 +263,7 @@ impl Error {
                 Code::FailedPrecondition
             }
             Self::Precondition { .. } => Code::FailedPrecondition,
-            Self::Busy { .. } | Self::Generation { .. } => Code::Aborted,
+            Self::Busy { .. } | Self::Generation { .. } | Self::Behind { .. } => Code::Aborted,
             Self::Gone { .. } => Code::OutOfRange,
             Self::Deadline { .. } => Code::DeadlineExceeded,
             Self::Forbidden(_) => Code::PermissionDenied,
@@ -286,6 +298,7 @@ impl Error {
             Self::Precondition { .. } => "STATE",
             Self::Busy { .. } => "OPERATION_IN_PROGRESS",
             Self::Gone { .. } => "EVENTS_GONE",
+            Self::Behind { .. } => "NOT_READ",
             Self::Generation { .. } => "GENERATION",
             Self::Deadline { .. } => "TOOK_TOO_LONG",
             Self::Forbidden(_) => "FORBIDDEN",

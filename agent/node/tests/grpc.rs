@@ -8,68 +8,21 @@ use std::{
     fs,
     io::{Read, Write},
     os::unix::fs::PermissionsExt,
-    path::Path,
     time::Duration,
 };
 
-use common::{Seriod, import, import_image};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use common::{
+    Seriod, import, import_image,
+    tls::{authority, connect_tls},
+};
 use serio_api::v1::{
     CreateVdcRequest, CreateVmRequest, CreateVolumeRequest, GetNodeRequest, ImportImageRequest,
     ListVdcsRequest, NicSpec, Quota, VmSpec, WatchEventsRequest, image_service_client::ImageServiceClient,
     import_image_request::What, node_service_client::NodeServiceClient, vdc_service_client::VdcServiceClient,
     vm_service_client::VmServiceClient, volume_service_client::VolumeServiceClient,
 };
-use tonic::{
-    Code, Status,
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
-};
+use tonic::{Code, Status};
 use tonic_types::StatusExt;
-
-struct Authority {
-    pem: String,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-fn authority() -> Authority {
-    let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().unwrap();
-    let pem = params.self_signed(&key).unwrap().pem();
-    Authority { pem, issuer: Issuer::new(params, key) }
-}
-
-impl Authority {
-    /// A certificate and key with a role.
-    fn issue(&self, role: &str) -> (String, String) {
-        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        params.distinguished_name.push(DnType::OrganizationalUnitName, role);
-        let key = KeyPair::generate().unwrap();
-        (params.signed_by(&key, &self.issuer).unwrap().pem(), key.serialize_pem())
-    }
-
-    fn write_server(&self, dir: &Path) {
-        let (certificate, key) = self.issue("peer-agent");
-        fs::create_dir_all(dir).unwrap();
-        fs::write(dir.join("ca-cert.pem"), &self.pem).unwrap();
-        fs::write(dir.join("server-cert.pem"), certificate).unwrap();
-        fs::write(dir.join("server-key.pem"), key).unwrap();
-    }
-}
-
-async fn connect_tls(
-    seriod: &Seriod,
-    trusted: &Authority,
-    identity: Option<(String, String)>,
-) -> Result<Channel, tonic::transport::Error> {
-    let mut tls =
-        ClientTlsConfig::new().domain_name("localhost").ca_certificate(Certificate::from_pem(&trusted.pem));
-    if let Some((certificate, key)) = identity {
-        tls = tls.identity(Identity::from_pem(certificate, key));
-    }
-    let address = format!("https://localhost:{}", seriod.tcp.unwrap().port());
-    Endpoint::from_shared(address).unwrap().tls_config(tls)?.connect().await
-}
 
 fn vdc(name: &str) -> CreateVdcRequest {
     let quota = Quota { vcpus: 4, memory_bytes: 4 << 30, storage_bytes: 20 << 30, ..Default::default() };

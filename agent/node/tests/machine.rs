@@ -7,12 +7,14 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Seriod, import_image, mini_guest};
+use common::{
+    Seriod,
+    guest::{all_rounds, counts_beyond, guest_node, rounds, run, spec},
+};
 use serio_api::v1::{
-    Balloon, CreateVdcRequest, CreateVmRequest, DeleteVmSnapshotRequest, GetVmRequest, IoLimits,
-    ListVmSnapshotsRequest, PauseVmRequest, Quota, RestoreVmRequest, ResumeVmRequest, SnapshotVmRequest,
-    StopVmRequest, UpdateVmRequest, Vm, VmSpec, VmState, WatchdogAction,
-    vdc_service_client::VdcServiceClient, vm_service_client::VmServiceClient,
+    Balloon, CreateVmRequest, DeleteVmSnapshotRequest, GetVmRequest, IoLimits, ListVmSnapshotsRequest,
+    PauseVmRequest, RestoreVmRequest, ResumeVmRequest, SnapshotVmRequest, StopVmRequest, UpdateVmRequest, Vm,
+    VmSpec, VmState, WatchdogAction, vm_service_client::VmServiceClient,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -24,40 +26,10 @@ type Client = VmServiceClient<Channel>;
 
 const WEB: &str = "vdcs/ardesio/vms/web";
 
-/// A node with the mini guest's image, that writes rounds to its disk and counts them on the console; and a vdc.
+/// A node with a guest's image, and its VMs.
 async fn node() -> Result<(Seriod, Client), String> {
-    let mut seriod = Seriod::new("[metrics]\nlisten = \"127.0.0.1:0\"\n");
-    seriod.with_programs()?;
-    let kernel = mini_guest()?;
-    seriod.start();
-    let channel = seriod.connect().await.unwrap();
-    import_image(channel.clone(), "mini", "mini.test=writer", &kernel, &[]).await;
-    let (memory_bytes, storage_bytes) = (2 << 30, 1 << 30);
-    let quota = Quota { vcpus: 32, memory_bytes, storage_bytes, ..Quota::default() };
-    let vdc = CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..Default::default() };
-    VdcServiceClient::new(channel.clone()).create_vdc(vdc).await.unwrap();
+    let (seriod, channel) = guest_node("[metrics]\nlisten = \"127.0.0.1:0\"\n").await?;
     Ok((seriod, VmServiceClient::new(channel)))
-}
-
-fn spec() -> VmSpec {
-    VmSpec {
-        vcpus: 1,
-        memory_bytes: 32 << 20,
-        image: "images/mini".to_owned(),
-        root_disk_bytes: 1 << 20,
-        ..VmSpec::default()
-    }
-}
-
-async fn run(client: &mut Client, name: &str, spec: VmSpec) -> Vm {
-    let request = CreateVmRequest {
-        parent: "vdcs/ardesio".to_owned(),
-        vm_id: name.to_owned(),
-        spec: Some(spec),
-        start: true,
-        ..CreateVmRequest::default()
-    };
-    client.create_vm(request).await.unwrap().into_inner()
 }
 
 async fn get(client: &mut Client, name: &str) -> Vm {
@@ -66,32 +38,6 @@ async fn get(client: &mut Client, name: &str) -> Vm {
 
 fn state(vm: &Vm) -> VmState {
     vm.status.as_ref().unwrap().state()
-}
-
-/// The rounds that a guest says, in order.
-fn all_rounds(seriod: &Seriod, uid: &str) -> Vec<u64> {
-    let log = seriod.dir.path().join("state/vms").join(uid).join("serial.log");
-    let log = std::fs::read_to_string(log).unwrap_or_default();
-    assert!(!log.contains("damaged"), "{log}");
-    let whole = log.rfind('\n').map_or("", |end| &log[..end]);
-    whole.lines().filter_map(|line| line.strip_prefix("writer: ")?.parse().ok()).collect()
-}
-
-/// The last of them.
-fn rounds(seriod: &Seriod, uid: &str) -> u64 {
-    all_rounds(seriod, uid).pop().unwrap_or(0)
-}
-
-/// Waits until a guest has counted beyond that.
-async fn counts_beyond(seriod: &Seriod, uid: &str, before: u64) -> u64 {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        match rounds(seriod, uid) {
-            now if now > before => return now,
-            now => assert!(Instant::now() < deadline, "{now} rounds"),
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 #[tokio::test]

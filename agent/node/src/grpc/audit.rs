@@ -3,9 +3,9 @@
 use pbjson_types::Timestamp;
 use serio_api::v1::{AuditEntry, VerifyAuditResponse, WatchAuditRequest};
 use serio_audit::{AuditError, Entry, Reader};
-use tokio::{sync::mpsc, task::spawn_blocking};
-use tonic::Status;
+use tokio::task::spawn_blocking;
 
+use super::follow::Follower;
 use crate::{
     audit::Trail,
     error::{Error, chain},
@@ -13,6 +13,8 @@ use crate::{
 
 /// Lines that are looked at between two moments in which others get a turn.
 const BATCH: usize = 512;
+/// Lines of these that are kept for a client: few, for many may watch.
+const FOUND_MAX: usize = 16;
 
 /// The time of a line.
 pub(super) fn timestamp(text: &str) -> Option<Timestamp> {
@@ -58,16 +60,15 @@ fn some(reader: &mut Reader, wanted: &WatchAuditRequest) -> Result<(Vec<AuditEnt
         if fits(wanted, &entry) {
             found.push(entry);
         }
+        if found.len() == FOUND_MAX {
+            break;
+        }
     }
     Ok((found, true))
 }
 
 /// Sends the lines that are wanted; with `follow` until the client goes.
-pub(super) async fn send(
-    trail: Trail,
-    wanted: WatchAuditRequest,
-    sender: mpsc::Sender<Result<AuditEntry, Status>>,
-) {
+pub(super) async fn send(trail: Trail, wanted: WatchAuditRequest, client: Follower<AuditEntry>) {
     let mut newest = trail.newest();
     let mut reader = trail.reader(wanted.from);
     loop {
@@ -83,11 +84,12 @@ pub(super) async fn send(
             Ok(batch) => batch,
             Err(error) => {
                 let error = Error::Failed { doing: "reading the audit log", why: chain(&error) };
-                return drop(sender.send(Err(error.into())).await);
+                return client.end(error);
             }
         };
         for entry in entries {
-            if sender.send(Ok(entry)).await.is_err() {
+            let next = entry.number;
+            if client.send(entry, || Error::behind(next)).await.is_err() {
                 return;
             }
         }
@@ -99,7 +101,7 @@ pub(super) async fn send(
         }
         tokio::select! {
             changed = newest.changed() => if changed.is_err() { return },
-            () = sender.closed() => return,
+            () = client.closed() => return,
         }
     }
 }

@@ -9,18 +9,28 @@ use std::{
 };
 
 use tonic::{
+    Status,
     body::Body,
     codegen::{BoxFuture, Service, http},
     transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo},
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::policy::{self, Access, Role};
+use super::{
+    answers::{Answering, Flow},
+    bounded::Link,
+    intake::Intake,
+    places::{Peer, Place, Places},
+    policy::{self, Access, Role},
+};
 use crate::{
     audit::{self, Caller, Trail},
     error::Error,
     nbd::Rationed,
 };
+
+/// Of a connection with TLS.
+pub(super) type TlsInfo = TlsConnectInfo<Link<TcpConnectInfo>>;
 
 /// Whose members drive the node.
 pub(super) const GROUP: &str = "serio";
@@ -81,8 +91,7 @@ fn role(extensions: &http::Extensions) -> Role {
     if let Some(info) = extensions.get::<UdsConnectInfo>() {
         return unix_role(info);
     }
-    let certificates =
-        extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
+    let certificates = extensions.get::<TlsInfo>().and_then(TlsConnectInfo::peer_certs);
     let certificates: Option<Arc<Vec<_>>> = certificates;
     certificates.and_then(|all| all.first().map(|first| role_of(first))).unwrap_or(Role::Nobody)
 }
@@ -93,13 +102,13 @@ pub fn who(extensions: &http::Extensions) -> String {
     if let Some(peer) = extensions.get::<UdsConnectInfo>().and_then(|info| info.peer_cred) {
         return format!("uid {}", peer.uid());
     }
-    let tls = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
+    let tls = extensions.get::<TlsInfo>();
     let certificates = tls.and_then(TlsConnectInfo::peer_certs);
     let subject = certificates.as_ref().and_then(|all| {
         let (_, certificate) = X509Certificate::from_der(all.first()?).ok()?;
         Some(certificate.subject().to_string())
     });
-    let address = tls.and_then(|info| info.get_ref().remote_addr());
+    let address = tls.and_then(|info| info.get_ref().info.remote_addr());
     match (subject, address) {
         (Some(subject), Some(address)) => format!("{subject} from {}", address.ip()),
         (Some(subject), None) => subject,
@@ -122,18 +131,34 @@ pub fn current() -> Caller {
 #[derive(Debug, Clone)]
 pub struct GateLayer(Arc<Door>);
 
-/// What all gates share.
+/// Calls that are answered at a time, and those of one peer.
+const CALLS_MAX: usize = 512;
+const CALLS_OF_PEER_MAX: usize = 256;
+/// Streams that follow something, and those of one peer.
+const FOLLOWERS_MAX: usize = 1024;
+const FOLLOWERS_OF_PEER_MAX: usize = 512;
+
+/// What all gates of a listener share.
 #[derive(Debug)]
 struct Door {
     trail: Trail,
     refused: Rationed,
+    intake: Intake,
+    calls: Arc<Places>,
+    followers: Arc<Places>,
 }
 
 impl GateLayer {
     /// One that writes refused changes to the audit log, so many a second.
     #[must_use]
     pub fn new(trail: Trail) -> Self {
-        Self(Arc::new(Door { trail, refused: Rationed::default() }))
+        Self(Arc::new(Door {
+            trail,
+            refused: Rationed::default(),
+            intake: Intake::default(),
+            calls: Places::new(CALLS_MAX, CALLS_OF_PEER_MAX),
+            followers: Places::new(FOLLOWERS_MAX, FOLLOWERS_OF_PEER_MAX),
+        }))
     }
 }
 
@@ -151,7 +176,40 @@ pub struct Gate<S> {
     door: Arc<Door>,
 }
 
+/// Whether a call may last for as long as its caller likes.
+fn follows(method: &str) -> bool {
+    method.starts_with("Watch") || matches!(method, "ReadLog" | "AttachConsole")
+}
+
+/// What the listeners say of a connection, under the names by which it is looked up; and what waits to be sent on it.
+fn unlink(extensions: &mut http::Extensions) -> Option<Arc<Flow>> {
+    // Two layers of it lie around a connection: the one with its place, and the one that counts.
+    if let Some(Link { info, flow }) = extensions.remove::<Link<Link<UdsConnectInfo>>>() {
+        extensions.insert(info.info);
+        return flow;
+    }
+    let Link { info, flow } = extensions.remove::<Link<TlsInfo>>()?;
+    extensions.insert(info);
+    flow
+}
+
 impl Door {
+    /// A place for a call; asking for health needs none.
+    fn place(&self, access: Access, method: &str, peer: Peer) -> Result<Option<Place>, Status> {
+        if access == Access::Health {
+            return Ok(None);
+        }
+        let (places, what) = match follows(method) {
+            true => (&self.followers, "streams that follow something"),
+            false => (&self.calls, "calls under way"),
+        };
+        places.take(peer).map(Some).map_err(|taken| {
+            let why =
+                format!("there are too many {what}: {taken}; end some, or read their answers, and try again");
+            Status::resource_exhausted(why)
+        })
+    }
+
     /// What a caller reads who may not; a change that was tried is written down.
     async fn refuse(&self, caller: Caller, access: Option<Access>) -> Error {
         let why = format!(
@@ -187,7 +245,8 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let flow = unlink(request.extensions_mut());
         let role = role(request.extensions());
         let path = request.uri().path();
         let access = policy::access(path);
@@ -199,7 +258,13 @@ where
         match access {
             Some(access) if access.allows(role) => {
                 let caller = caller();
-                Box::pin(CALLER.scope(caller, self.inner.call(request)))
+                let place = match self.door.place(access, &caller.what, Peer::of_call(request.extensions())) {
+                    Ok(place) => place,
+                    Err(status) => return Box::pin(async move { Ok(status.into_http()) }),
+                };
+                let request = request.map(|body| self.door.intake.metered(body));
+                let answer = CALLER.scope(caller, self.inner.call(request));
+                Box::pin(async move { Ok(answer.await?.map(|body| Answering::body(body, flow, place))) })
             }
             _ => {
                 let (door, caller) = (Arc::clone(&self.door), caller());

@@ -26,9 +26,9 @@ use crate::{
 };
 
 /// Bytes of one message.
-const CHUNK_BYTES: usize = 32 << 10;
-/// Messages that wait for a slow reader.
-const CHUNKS_MAX: usize = 8;
+const CHUNK_BYTES: usize = 16 << 10;
+/// Messages that wait for a slow reader: few, for many may read.
+const CHUNKS_MAX: usize = 1;
 /// How often a followed log is looked at; only while somebody follows.
 const FOLLOW: Duration = Duration::from_millis(200);
 /// The most of what was printed before that an attaching client gets.

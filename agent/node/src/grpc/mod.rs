@@ -4,9 +4,13 @@
 //! file per service. Never: decisions about resources (those are the state's), files other than logs and the parts
 //! of an image in import.
 //!
-//! Limits: a message is at most 4 MiB, an image's chunk 1 MiB; streams per connection, header sizes and the time of a
-//! TLS handshake are bounded; a peer that does not answer keep-alives is dropped.
+//! Limits: a message is at most 4 MiB, an image's chunk 1 MiB; connections, calls and streams are so many and of one peer so many
+//! ([`places`]), unfinished messages have so much room and time ([`intake`]),
+//! answers that wait to be read so much room ([`answers`]); whoever follows something and does not read is
+//! told where to go on ([`follow`]); header sizes, the time of a TLS handshake and of a greeting are bounded; a peer that does not
+//! answer keep-alives, or takes nothing, is dropped.
 
+mod answers;
 mod audit;
 pub mod auth;
 mod bounded;
@@ -16,14 +20,17 @@ mod check;
 mod console;
 pub mod convert;
 mod fields;
+mod follow;
 mod image;
 mod image_disk;
+mod intake;
 mod kernel;
 mod keys;
 mod machine;
 mod node;
 mod operation;
 mod page;
+mod places;
 pub mod policy;
 pub mod server;
 pub mod usage;

@@ -9,18 +9,22 @@ use serio_api::v1::{
     VerifyAuditResponse, WatchAuditRequest, WatchEventsRequest, node_service_server::NodeService,
 };
 use serio_store::record::Millis;
-use tokio::sync::mpsc;
-use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-use super::{Context, audit, convert, unexpected, usage};
+use super::{
+    Context, audit, convert,
+    follow::{Follower, follow},
+    unexpected, usage,
+};
 use crate::{
     error::Error,
     state::command::{Answer, Command, Order, Ordered, Query, VmState},
 };
 
-/// Events that are read at once.
-const EVENTS: u32 = 128;
+/// Events that are read at once, and lines that wait for their client: few, for many may watch.
+const EVENTS: u32 = 16;
+const WAITING_MAX: usize = 4;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -71,14 +75,14 @@ impl NodeApi {
 
     /// Sends events from a number on; with `follow` until the client goes. Numbers have no gaps: one that shows means that the
     /// oldest were dropped meanwhile.
-    async fn send_events(self, wanted: WatchEventsRequest, sender: mpsc::Sender<Result<Event, Status>>) {
+    async fn send_events(self, wanted: WatchEventsRequest, client: Follower<Event>) {
         let WatchEventsRequest { mut from, follow, resource_prefix } = wanted;
         let mut newest = self.0.state.last_event();
         loop {
             let known = *newest.borrow_and_update();
             let events = match self.events(from).await {
                 Ok(events) => events,
-                Err(error) => return drop(sender.send(Err(error.into())).await),
+                Err(error) => return client.end(error),
             };
             let kept = match events.first() {
                 Some(first) if from > 0 && first.number > from => format!("the oldest is {}", first.number),
@@ -86,13 +90,14 @@ impl NodeApi {
                 _ => String::new(),
             };
             if !kept.is_empty() {
-                return drop(sender.send(Err(Error::Gone { from, kept }.into())).await);
+                return client.end(Error::Gone { from, kept });
             }
             let more = !events.is_empty();
             for event in events {
-                from = event.number.saturating_add(1);
+                let next = event.number;
+                from = next.saturating_add(1);
                 let wanted = event.resource.starts_with(&resource_prefix);
-                if wanted && sender.send(Ok(event)).await.is_err() {
+                if wanted && client.send(event, || Error::behind(next)).await.is_err() {
                     return;
                 }
             }
@@ -104,7 +109,7 @@ impl NodeApi {
             }
             tokio::select! {
                 changed = newest.changed() => if changed.is_err() { return },
-                () = sender.closed() => return,
+                () = client.closed() => return,
             }
         }
     }
@@ -161,9 +166,9 @@ impl NodeService for NodeApi {
         &self,
         request: Request<WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        let (sender, receiver) = mpsc::channel(16);
-        tokio::spawn(self.clone().send_events(request.into_inner(), sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let (client, stream) = follow(WAITING_MAX);
+        tokio::spawn(self.clone().send_events(request.into_inner(), client));
+        Ok(Response::new(Box::pin(stream)))
     }
 
     type WatchAuditStream = Pin<Box<dyn Stream<Item = Result<AuditEntry, Status>> + Send>>;
@@ -172,9 +177,9 @@ impl NodeService for NodeApi {
         &self,
         request: Request<WatchAuditRequest>,
     ) -> Result<Response<Self::WatchAuditStream>, Status> {
-        let (sender, receiver) = mpsc::channel(16);
-        tokio::spawn(audit::send(self.0.audit.clone(), request.into_inner(), sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let (client, stream) = follow(WAITING_MAX);
+        tokio::spawn(audit::send(self.0.audit.clone(), request.into_inner(), client));
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn verify_audit(

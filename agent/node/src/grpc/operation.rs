@@ -8,14 +8,14 @@ use serio_api::v1::{
 };
 use serio_store::record::OperationRecord;
 use serio_types::resource;
-use tokio::sync::mpsc;
-use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::{
     Context,
     convert::{self, field},
+    follow::{Follower, follow},
     page, unexpected,
 };
 use crate::{
@@ -53,21 +53,19 @@ impl OperationApi {
     }
 
     /// Sends an operation whenever it moves on, until it has ended or nobody listens.
-    async fn follow(self, uid: Uuid, sender: mpsc::Sender<Result<Operation, Status>>) {
+    async fn follow(self, uid: Uuid, client: Follower<Operation>) {
         let mut versions = self.0.state.operations();
         let mut told = None;
         loop {
             versions.mark_unchanged();
             let record = match self.find(uid).await {
                 Ok(record) => record,
-                Err(error) => {
-                    sender.send(Err(error.into())).await.ok();
-                    return;
-                }
+                Err(error) => return client.end(error),
             };
             let ended = record.end_time.is_some();
             if told.as_ref() != Some(&record) {
-                if sender.send(Ok(convert::operation(&record))).await.is_err() {
+                let behind = || Error::Behind { how: String::new() };
+                if client.send(convert::operation(&record), behind).await.is_err() {
                     return;
                 }
                 told = Some(record);
@@ -77,7 +75,7 @@ impl OperationApi {
             }
             tokio::select! {
                 changed = versions.changed() => if changed.is_err() { return },
-                () = sender.closed() => return,
+                () = client.closed() => return,
             }
         }
     }
@@ -118,9 +116,9 @@ impl OperationService for OperationApi {
     ) -> Result<Response<Self::WatchOperationStream>, Status> {
         let uid = parse(&request.get_ref().name)?;
         self.find(uid).await?;
-        let (sender, receiver) = mpsc::channel(BEHIND_MAX);
-        tokio::spawn(self.clone().follow(uid, sender));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let (client, stream) = follow(BEHIND_MAX);
+        tokio::spawn(self.clone().follow(uid, client));
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn cancel_operation(

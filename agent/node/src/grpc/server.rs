@@ -18,7 +18,7 @@ use tower::layer::util::{Identity as NoLayer, Stack};
 
 use super::{
     auth::{AUDITORS, GROUP, GateLayer, group_id},
-    bounded::bounded,
+    bounded::{Held, bounded},
     certificates::{Certificates, secured},
 };
 use crate::{audit::Trail, nbd::TlsError};
@@ -27,6 +27,8 @@ use crate::{audit::Trail, nbd::TlsError};
 const STREAMS_MAX: u32 = 128;
 /// Bytes of a request's headers.
 const HEADERS_BYTES_MAX: u32 = 16 << 10;
+/// Bytes that a connection's client may send before somebody takes them.
+const WINDOW_BYTES: u32 = 256 << 10;
 /// A silent peer is asked so often, and has so long to answer.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_ANSWER: Duration = Duration::from_secs(20);
@@ -54,6 +56,8 @@ pub enum ServeError {
 fn builder(trail: &Trail) -> Server<Stack<GateLayer, NoLayer>> {
     Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
         .http2_max_header_list_size(HEADERS_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_ANSWER))
@@ -111,6 +115,8 @@ pub async fn serve_unix(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let incoming = bounded(UnixListenerStream::new(listener), "the Unix socket");
+    let all = Arc::default();
+    let incoming = incoming.map(move |accepted| accepted.map(|stream| Held::greeted(stream, &all)));
     builder(&trail).add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }
@@ -133,6 +139,8 @@ pub async fn serve_tcp(
         })
     });
     let incoming = secured(bounded(accepted, "TCP"), Arc::new(certificates));
+    let all = Arc::default();
+    let incoming = incoming.map(move |accepted| accepted.map(|stream| Held::greeted(stream, &all)));
     builder(&trail).add_routes(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }

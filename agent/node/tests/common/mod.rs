@@ -6,6 +6,10 @@
     reason = "each test binary uses a part; a test may panic"
 )]
 
+pub mod guest;
+pub mod http2;
+pub mod rig;
+pub mod tls;
 pub mod writer;
 
 use std::{

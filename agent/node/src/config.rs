@@ -66,6 +66,8 @@ pub struct Config {
     pub failure_domain: String,
     /// Where state is kept.
     pub state_dir: PathBuf,
+    /// Seconds between two copies that are made of the database.
+    pub copy_interval_s: u64,
     /// Where sockets and run files are.
     pub run_dir: PathBuf,
     /// The VMM's binary.
@@ -214,6 +216,7 @@ impl Default for Config {
             site: "default".to_owned(),
             failure_domain: "default".to_owned(),
             state_dir: "/var/lib/serio".into(),
+            copy_interval_s: 3600,
             run_dir: "/run/serio".into(),
             vmm_path: "/usr/lib/serio/serio-vmm".into(),
             volumed_path: "/usr/lib/serio/serio-volumed".into(),
@@ -293,6 +296,9 @@ impl Config {
         }
         if self.capacity.usage_interval_ms == 0 || self.capacity.lease_interval_ms == 0 {
             return inconsistent("capacity.usage_interval_ms and lease_interval_ms must be at least 1");
+        }
+        if self.copy_interval_s == 0 {
+            return inconsistent("copy_interval_s must be at least 1");
         }
         if self.meter.interval_s == 0 || self.health.interval_s == 0 {
             return inconsistent("meter.interval_s and health.interval_s must be at least 1");

@@ -14,7 +14,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 use serio_store::{Change, Store, StoreError, record::Encryption};
 use serio_types::Quota;
 use tokio::{net::TcpListener, sync::mpsc, sync::watch};
@@ -24,6 +27,7 @@ use crate::{
     audit::{Caller, Trail},
     capacity::{Reporter, ReporterSettings},
     config::Config,
+    copies::{self, CopySettings},
     grpc::{self, Context, NodeInfo, certificates::Certificates, server},
     health::{Health, HealthSettings},
     keys::Keys,
@@ -139,7 +143,7 @@ struct Core {
 }
 
 fn start_core(config: &Config) -> anyhow::Result<Core> {
-    let (store, model) = open_store(&config.state_dir.join("state.db"))?;
+    let (store, model) = open_store(&config.state_dir.join(copies::DATABASE))?;
     let node_uid = model.node;
     let keys = Keys::new(&config.state_dir, &config.keys.source, &config.keys.previous)
         .context("the section [keys] of the configuration cannot be used")?;
@@ -325,11 +329,21 @@ async fn signalled() {
     }
 }
 
+/// As many open files as the system allows: each VM, each export and each client takes some.
+fn allow_files() {
+    let allowed = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = allowed {
+        tracing::warn!("the limit of open files cannot be raised: {error}");
+    }
+}
+
 /// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// What keeps the daemon from serving.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    allow_files();
     // Few threads: an idle daemon stays small, and nothing here computes.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -357,6 +371,12 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     tokio::spawn(reporter.clone().run());
     let watchers = watch_node(&config, &core, &reporter, node_name.as_str());
     start_metrics(&config, &core, (&reporter, &watchers), node_name.as_str()).await?;
+    let copied = CopySettings {
+        database: config.state_dir.join(copies::DATABASE),
+        every: Duration::from_secs(config.copy_interval_s),
+        resource: format!("nodes/{node_name}"),
+    };
+    tokio::spawn(copies::run(copied, core.client.clone()));
     let shares = Shares { supervisor: core.supervisor.clone(), state: core.client.clone() };
     tokio::spawn(shares.run(core.watches.holdings.clone()));
     let mut recovered = core.watches.recovered.clone();

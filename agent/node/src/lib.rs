@@ -16,6 +16,7 @@
 pub mod audit;
 pub mod capacity;
 pub mod config;
+pub mod copies;
 pub mod daemon;
 pub mod energy;
 pub mod error;

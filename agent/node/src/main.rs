@@ -4,7 +4,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
-use serio_node::{config::Config, daemon};
+use serio_node::{config::Config, copies, daemon};
 use tracing_subscriber::EnvFilter;
 
 /// The node's daemon of Serio: serves gRPC, holds the node's state, and supervises the processes of VMs.
@@ -23,6 +23,9 @@ struct Arguments {
     /// Check the configuration, and end
     #[arg(long)]
     check: bool,
+    /// Put the newest good copy of the state's database in its place, keep the damaged one beside it, and end
+    #[arg(long, conflicts_with = "check")]
+    restore_state: bool,
 }
 
 /// How log lines look.
@@ -48,6 +51,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     log_to_stderr(arguments)?;
     let config = Config::load(&arguments.config)?;
     if arguments.check {
+        return Ok(());
+    }
+    if arguments.restore_state {
+        println!("{}", copies::restore_state(&config)?);
         return Ok(());
     }
     daemon::run(config)

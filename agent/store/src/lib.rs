@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!  state: Vec<Change> ──▶ Store::commit ──one transaction──▶ state.db (WAL, synchronous=FULL)
-//!  start: Store::open ──▶ migrate ──▶ load ──▶ Contents
+//!  start: Store::open ──▶ check ──▶ migrate ──▶ load ──▶ Contents
 //! ```
 //!
-//! Owns: tables, migrations, the rows' types ([`record`]).
+//! Owns: tables, migrations, the rows' types ([`record`]), copies of the file ([`copies`]).
 //! Never: decisions. What a row means is the business of `seriod`'s state.
 //! Invariants: a commit is whole or not there, and durable when it returns; a database of a newer schema, or a
 //! damaged one, is refused and not touched.
@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod change;
+pub mod copies;
 mod error;
 mod load;
 pub mod meter;
@@ -25,7 +26,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
 pub use change::{Change, Key};
-pub use error::StoreError;
+pub use error::{StoreError, WayBack};
 pub use load::Contents;
 use record::{EventRecord, RequestRecord};
 
@@ -48,11 +49,28 @@ impl Store {
     /// [`StoreError`]: damaged, newer than this program, full disk, no permission.
     pub fn open(path: &Path) -> Result<(Self, Contents), StoreError> {
         let at = |source| StoreError::from_sqlite(path, source);
+        let copies = copies::list(path);
+        let gone = || StoreError::Gone { path: path.to_owned(), way_back: WayBack::of(path) };
+        // SQLite would take that for a new one, and a state without VMs ends all that run.
+        let is_empty = std::fs::metadata(path).map_or(true, |found| found.len() == 0);
+        if is_empty && !copies.is_empty() {
+            return Err(gone());
+        }
         let mut connection = Connection::open(path).map_err(at)?;
         schema::configure(&connection).map_err(at)?;
+        copies::check_structure(&connection).map_err(at)?;
+        // The log beside it (`-wal`) is read up to its first damage and no word is said of the rest.
+        if schema::is_new(&connection).map_err(at)? && !copies.is_empty() {
+            return Err(gone());
+        }
         schema::migrate(&mut connection, path)?;
         let store = Self { connection, path: path.to_owned() };
         let contents = load::load(&store.connection).map_err(|source| StoreError::from_load(path, source))?;
+        if let Some(copy) = copies.into_iter().next()
+            && copies::newest_event(&copy).is_some_and(|newest| newest > contents.last_event)
+        {
+            return Err(StoreError::Older { path: path.to_owned(), copy, way_back: WayBack::of(path) });
+        }
         Ok((store, contents))
     }
 
@@ -99,5 +117,7 @@ fn write(connection: &mut Connection, changes: &[Change]) -> Result<(), rusqlite
     transaction.commit()
 }
 
+#[cfg(test)]
+mod copies_test;
 #[cfg(test)]
 mod store_test;

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use rusqlite::Connection;
 
-use crate::StoreError;
+use crate::{StoreError, WayBack, copies};
 
 /// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
 const MIGRATIONS: [&str; 7] = [
@@ -36,12 +36,36 @@ fn version(connection: &Connection) -> Result<u32, rusqlite::Error> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
+/// Whether there is nothing in it yet.
+pub(crate) fn is_new(connection: &Connection) -> Result<bool, rusqlite::Error> {
+    version(connection).map(|version| version == 0)
+}
+
+fn known() -> u32 {
+    u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX)
+}
+
+/// Whether it has this program's schema; an older one has not.
+pub(crate) fn is_current(connection: &Connection, path: &Path) -> Result<bool, StoreError> {
+    let found = version(connection).map_err(|source| StoreError::from_sqlite(path, source))?;
+    if found > known() {
+        return Err(newer(path, found));
+    }
+    Ok(found == known())
+}
+
+fn newer(path: &Path, found: u32) -> StoreError {
+    StoreError::Newer { path: path.to_owned(), way_back: WayBack::of(path), found, known: known() }
+}
+
 pub(crate) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let at = |source| StoreError::from_sqlite(path, source);
     let found = version(connection).map_err(at)?;
-    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
-    if found > known {
-        return Err(StoreError::Newer { path: path.to_owned(), found, known });
+    if found > known() {
+        return Err(newer(path, found));
+    }
+    if found > 0 && found < known() {
+        copies::before_migration(connection, path, found.saturating_add(1))?;
     }
     for (number, sql) in (1_u32..).zip(MIGRATIONS).filter(|(number, _)| *number > found) {
         // One transaction a step, with the version: a step is never half done.

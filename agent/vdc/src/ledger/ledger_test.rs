@@ -89,6 +89,27 @@ fn what_is_short_is_said_with_all_numbers() {
 }
 
 #[test]
+fn a_plan_is_stale_when_the_capacity_has_changed_and_not_when_its_use_has() {
+    let mut ledger = Ledger::new(capacity());
+    let planned = |ledger: &mut Ledger, name: &str, expected_generation| {
+        ledger.reserve(0, &NONE, Ask { expected_generation, ..ask(name, amount(1, 1, 0)) }).map(drop)
+    };
+    // Inventories follow each other with what was promised, and with other numbers of no matter here.
+    for generation in 8..=9 {
+        ledger.set_capacity(Capacity { generation, ..capacity() });
+    }
+    assert_eq!(planned(&mut ledger, "a", 7), Ok(()));
+    assert_eq!(planned(&mut ledger, "b", 9), Ok(()));
+    assert_eq!(planned(&mut ledger, "c", 10), Err(Veto::Stale { expected: 10, current: 9 }));
+    ledger.set_capacity(Capacity { generation: 10, vm_overhead_bytes: 1 << 20, ..capacity() });
+    assert_eq!(planned(&mut ledger, "d", 9), Err(Veto::Stale { expected: 9, current: 10 }));
+    assert_eq!(planned(&mut ledger, "d", 10), Ok(()));
+    // Another life of the inventory.
+    ledger.set_capacity(Capacity { generation: 3, vm_overhead_bytes: 1 << 20, ..capacity() });
+    assert_eq!(planned(&mut ledger, "e", 3), Ok(()));
+}
+
+#[test]
 fn a_wish_for_one_numa_node_is_kept() {
     let mut ledger = Ledger::new(capacity());
     let node = |ledger: &mut Ledger, name: &str, gib, wish| {

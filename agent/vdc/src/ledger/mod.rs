@@ -47,6 +47,8 @@ const EXPIRED_MAX: usize = 1024;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ledger {
     capacity: Capacity,
+    /// The first inventory in which the capacity was what it is now: those since then differ in what is used only.
+    capacity_since: u64,
     promises: BTreeMap<String, Promise>,
     /// Key to token.
     keys: BTreeMap<String, String>,
@@ -59,7 +61,7 @@ impl Ledger {
     /// An empty one.
     #[must_use]
     pub fn new(capacity: Capacity) -> Self {
-        Self { capacity, ..Self::default() }
+        Self { capacity_since: capacity.generation, capacity, ..Self::default() }
     }
 
     /// What may be promised.
@@ -70,6 +72,11 @@ impl Ledger {
 
     /// The host has changed. Promises stay, even if they do not fit any more; nothing new fits then.
     pub fn set_capacity(&mut self, capacity: Capacity) {
+        let as_before = Capacity { generation: self.capacity.generation, ..capacity.clone() };
+        // A generation that went back is of another life of the inventory.
+        if as_before != self.capacity || capacity.generation < self.capacity_since {
+            self.capacity_since = capacity.generation;
+        }
         self.capacity = capacity;
     }
 
@@ -169,9 +176,10 @@ impl Ledger {
         if let Some(reason) = &self.drain {
             return Err(Veto::Drained { reason: reason.clone() });
         }
-        let current = self.capacity.generation;
-        if ask.expected_generation != 0 && ask.expected_generation != current {
-            return Err(Veto::Stale { expected: ask.expected_generation, current });
+        // What is promised meanwhile makes no plan stale: whether it still fits is asked below.
+        let (expected, current) = (ask.expected_generation, self.capacity.generation);
+        if expected != 0 && !(self.capacity_since..=current).contains(&expected) {
+            return Err(Veto::Stale { expected, current });
         }
         if self.promises.len() >= PROMISES_MAX {
             return Err(Veto::TooMany { limit: PROMISES_MAX });

@@ -103,7 +103,7 @@ pub struct Ask {
     pub want: Want,
     /// How long it holds uncommitted, milliseconds.
     pub ttl_ms: u64,
-    /// Of the inventory that the plan was made with; 0: any.
+    /// Of the inventory that the plan was made with; 0: any. The node's capacity must be the same since.
     pub expected_generation: u64,
     /// The promise's name if it is a new one; never used before.
     pub token: String,

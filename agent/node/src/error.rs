@@ -235,7 +235,7 @@ impl Error {
                 Self::Deadline { resource: doing.to_owned(), what: format!("failed: {error}") }
             }
             JobError::Key(_) => Self::precondition(doing, format!("failed: {}", chain(error))),
-            JobError::NotApp { .. } | JobError::VmEnded { .. } => {
+            JobError::NotApp { .. } | JobError::VmEnded { .. } | JobError::TooManyLayers { .. } => {
                 Self::precondition(doing, format!("failed: {error}"))
             }
             _ => Self::from_peer(doing, error.refusal(), error),

@@ -10,12 +10,14 @@
 //! files and the files of a head beside them. Here the maps get the source's bits and new headers: another volume, no
 //! snapshots' names. So each volume is complete in itself, and may merge or delete its layers without asking anybody.
 //!
+//! The checksums of the layers are copied, too, under the map's lock: the clone's scrub has nothing to compute anew.
+//!
 //! Why sharing is safe: all volumes that share a data file agree about what each block *should* read as at that layer, and
 //! nobody ever writes anything else there. README.md, "Sharing", has the argument.
 //!
 //! The header of the bottom is written last: until then the directory holds no volume. Sources are only read, and may be in use.
 
-use std::{fs::File, io};
+use std::{fs::File, io, ops::Range};
 
 use crate::{
     chain::walk,
@@ -25,7 +27,9 @@ use crate::{
     layer,
     map::PAGE_BYTES,
     media::Media,
+    sealed::MapLock,
     stack::LAYERS_MAX,
+    sums::Region,
     volume::{Access, LayerFiles, VolumeFiles, now_s},
 };
 
@@ -162,14 +166,14 @@ fn make(shared: &[(Option<&Media>, usize, Header)], new: &NewMedia) -> Result<()
         };
         above = header.layer;
         let to = new.maps.get(*index).ok_or(CloneError::Maps)?;
-        to.set_len(0).map_err(io_error("empty a new map file"))?;
-        to.set_len(header.map_file_bytes()).map_err(io_error("size a new map file"))?;
+        let has_sums = fill_map(*map, to, &header)?;
         if header.parent.is_none() {
+            if has_sums {
+                // Before the header: a sums page that a crash has lost would say that all is empty there.
+                written.push(to);
+            }
             bottom = Some((to, header));
             continue;
-        }
-        if let Some(from) = map {
-            copy_bits(from, to, &header).map_err(io_error("copy a map"))?;
         }
         to.write_all_at(&header.encode(), header.slot_offset()).map_err(io_error("write a new header"))?;
         written.push(to);
@@ -185,12 +189,35 @@ fn make(shared: &[(Option<&Media>, usize, Header)], new: &NewMedia) -> Result<()
     Ok(())
 }
 
-/// Copies the bits of a map, but not its holes, nor pages that say absent. Whoever merges into that layer meanwhile only adds
-/// bits, and whether one is seen or not is the same: what it names lies below too.
-fn copy_bits(from: &Media, to: &Media, header: &Header) -> io::Result<()> {
-    let end = header.map_file_bytes().min(from.len()?);
+/// Makes a map file what it is in the source, but for its header; whether it has checksums.
+fn fill_map(from: Option<&Media>, to: &Media, header: &Header) -> Result<bool, CloneError> {
+    to.set_len(0).map_err(io_error("empty a new map file"))?;
+    to.set_len(header.map_file_bytes()).map_err(io_error("size a new map file"))?;
+    from.map_or(Ok(false), |from| copy_map(from, to, header)).map_err(io_error("copy a map"))
+}
+
+/// Copies what the map of a sealed layer says, and its checksums if nobody changes them now; whether it has some.
+fn copy_map(from: &Media, to: &Media, header: &Header) -> io::Result<bool> {
+    let held = MapLock::share(from)?;
+    if header.parent.is_some() {
+        // Whoever merges into that layer meanwhile only adds bits, and whether one is seen or not is the same: what it
+        // names lies below too.
+        copy_pages(from, to, MAP_OFFSET..header.map_file_bytes())?;
+    }
+    let region = Region::of(header);
+    if held.is_none() || region.header(from)?.is_none() {
+        return Ok(false);
+    }
+    to.set_len(region.range().end)?;
+    copy_pages(from, to, region.range())?;
+    Ok(true)
+}
+
+/// Copies a part of a map file, but not its holes, nor pages of zeros.
+fn copy_pages(from: &Media, to: &Media, range: Range<u64>) -> io::Result<()> {
+    let end = range.end.min(from.len()?);
     let mut buffer = vec![0; PART_BYTES as usize];
-    let mut at = MAP_OFFSET;
+    let mut at = range.start;
     while at < end {
         let (len, hole) = from.extent_at(at, end);
         let len = len.max(1);

@@ -25,6 +25,8 @@ use crate::{
 
 /// The lock is held for some milliseconds at a time: for two syncs.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
+/// Who only reads can do without.
+const SHARE_WAIT: Duration = Duration::from_millis(100);
 
 /// The lock of a map file; given back when dropped.
 pub(crate) struct MapLock<'a>(&'a Media);
@@ -40,6 +42,18 @@ impl<'a> MapLock<'a> {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(MapLock(map))
+    }
+
+    /// A share of it, with which nobody changes the map; none if somebody does for longer than a moment.
+    pub(crate) fn share(map: &'a Media) -> io::Result<Option<MapLock<'a>>> {
+        let start = Instant::now();
+        while !map.try_lock(Lock::Shared)? {
+            if start.elapsed() > SHARE_WAIT {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(Some(MapLock(map)))
     }
 }
 

@@ -189,6 +189,11 @@ impl Region {
         (self.pages + 1) * PAGE_BYTES as u64
     }
 
+    /// Where it lies in the map file.
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
+        self.offset..self.offset + self.bytes()
+    }
+
     /// A layer that became the bottom has sums that mean something else: they must not be taken for its own.
     fn salt(&self, page: u64) -> [u8; 16] {
         let mut salt = [0; 16];

@@ -258,6 +258,16 @@ pub enum JobError {
         #[source]
         source: io::Error,
     },
+    /// More layers than one message can carry.
+    #[error(
+        "{count} layers lie below that snapshot, and a clone can share {max}: flatten the volume, or delete older snapshots"
+    )]
+    TooManyLayers {
+        /// Layers of the source.
+        count: usize,
+        /// The most.
+        max: usize,
+    },
     /// The headers do not have that snapshot.
     #[error("volume {volume} has no snapshot {name}")]
     NoSnapshot {

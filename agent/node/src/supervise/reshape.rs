@@ -11,6 +11,7 @@ use std::{
 
 use serio_control::{
     ChannelError,
+    frame::DESCRIPTORS_MAX,
     message::{Body, ChangedRanges, CloneVolume, ListChanges, ResizeVolume, RollbackVolume},
 };
 use uuid::Uuid;
@@ -168,6 +169,9 @@ async fn rollback(
     info
 }
 
+/// Each layer is three descriptors of a message (its data, its map, the clone's map), and the head is two.
+const CLONED_LAYERS_MAX: usize = (DESCRIPTORS_MAX - 2) / 3;
+
 async fn clone(inner: Arc<Inner>, uid: Uuid, size_bytes: u64, source: CloneSource) -> Result<(), JobError> {
     let dir = inner.volume_dir(uid);
     files::new_volume_dir(&dir, uid)?;
@@ -201,6 +205,9 @@ async fn fill_clone(
             }
             let from = inner.volume_dir(volume);
             let layers = layers_of(inner, volume, &name).await?;
+            if layers.len() > CLONED_LAYERS_MAX {
+                return Err(JobError::TooManyLayers { count: layers.len(), max: CLONED_LAYERS_MAX });
+            }
             for layer in &layers {
                 share(files::layer_paths(&from, *layer).0, files::layer_paths(dir, *layer).0).await?;
             }

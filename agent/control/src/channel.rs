@@ -17,6 +17,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
+use zeroize::Zeroizing;
 
 use crate::{
     frame::{self, DESCRIPTORS_MAX, FrameError, PREFIX_BYTES},
@@ -108,7 +109,8 @@ impl Channel {
     /// [`ChannelError::Io`], [`ChannelError::Frame`].
     pub fn send(&mut self, id: u64, body: Body, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let frame = Frame { id, descriptors: descriptors.len() as u32, body: Some(body) };
-        let bytes = frame::encode(&frame)?;
+        // There may be a key in it, here and below.
+        let bytes = Zeroizing::new(frame::encode(&frame)?);
         let mut space = vec![MaybeUninit::uninit(); rights_bytes(descriptors.len())];
         let sent = loop {
             let mut rights = SendAncillaryBuffer::new(&mut space);
@@ -138,7 +140,7 @@ impl Channel {
         }
         let rest = prefix.get_mut(got..).unwrap_or_default();
         self.stream.read_exact(rest).map_err(ChannelError::io("reading a frame's length"))?;
-        let mut body = vec![0; frame::body_len(prefix)?];
+        let mut body = Zeroizing::new(vec![0; frame::body_len(prefix)?]);
         self.stream.read_exact(&mut body).map_err(ChannelError::io("reading a frame"))?;
         let frame = frame::decode(&body)?;
         if frame.descriptors as usize != descriptors.len() {

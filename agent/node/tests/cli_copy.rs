@@ -1,5 +1,5 @@
-//! `serio volume import` and `download` from another host, that is, over TLS; and imports that break off and go on: the client
-//! is killed, then seriod while the next one copies.
+//! `serio volume import` and `download` from another host, that is, over TLS; and copies that break off: the client is killed,
+//! then seriod while the next one copies; ctrl-C.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -140,6 +140,12 @@ impl Node {
         Some((server, format!("nbd+unix:///?socket={}", socket.display())))
     }
 
+    /// No export of the volume is left.
+    fn is_let_go(&self, name: &str) {
+        let exports = self.run(&["volume", "exports"]);
+        assert!(exports.status.success() && !said(&exports).contains(name), "{}", said(&exports));
+    }
+
     fn is_whole(&self, name: &str) {
         let back = self.at("back.raw");
         let done = self.run(&["volume", "download", name, text(&back)]);
@@ -254,6 +260,63 @@ fn an_import_that_breaks_off_goes_on() {
     };
     assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
     node.is_whole("ardesio/data");
-    let exports = node.run(&["volume", "exports"]);
-    assert!(!said(&exports).contains("ardesio/data"), "{}", said(&exports));
+    node.is_let_go("ardesio/data");
+}
+
+/// Ctrl-C; what the process has said at its end, which was not a good one.
+fn interrupt(child: Child) -> String {
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let since = Instant::now();
+    let output = child.wait_with_output().unwrap();
+    assert!(!output.status.success() && since.elapsed() < PATIENCE, "{}", said(&output));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn ctrl_c_ends_an_import_so_that_it_can_go_on() {
+    let Some(node) = node() else { return };
+    let Some((mut server, slow)) = node.slow() else { return };
+    let mut import = node.starts(&["volume", "import", "ardesio/data", &slow]);
+    node.until_written(4 << 20, &mut import);
+    let said_last = interrupt(import);
+    assert!(said_last.contains("interrupted") && said_last.contains("--resume goes on"), "{said_last}");
+    node.is_let_go("ardesio/data");
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let raw = node.at("disk.raw");
+    let done = node.run(&["volume", "import", "ardesio/data", text(&raw), "--resume"]);
+    assert!(done.status.success(), "{}", said(&done));
+    node.is_whole("ardesio/data");
+}
+
+#[test]
+fn an_image_whose_import_is_interrupted_is_none() {
+    let Some(node) = node() else { return };
+    let Some((mut server, slow)) = node.slow() else { return };
+    let used = || -> u64 {
+        let images = fs::read_dir(node.at("state/images")).into_iter().flatten().flatten();
+        let files = images.flat_map(|image| fs::read_dir(image.path()).into_iter().flatten().flatten());
+        files.filter_map(|file| file.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
+    };
+    let mut import = node.starts(&["image", "import", "base", &slow, "--format", "raw"]);
+    let since = Instant::now();
+    while used() < 2 << 20 {
+        assert!(import.try_wait().unwrap().is_none(), "it is too fast for this test");
+        assert!(since.elapsed() < PATIENCE, "it does not begin");
+        std::thread::sleep(LOOK);
+    }
+    interrupt(import);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    // Nothing of it is left, and its name is free.
+    let since = Instant::now();
+    while used() > 0 {
+        assert!(since.elapsed() < PATIENCE, "its bytes stay");
+        std::thread::sleep(LOOK);
+    }
+    let listed = node.run(&["image", "list"]);
+    assert!(listed.status.success() && !said(&listed).contains("base"), "{}", said(&listed));
+    let done = node.run(&["image", "import", "base", text(&node.at("disk.raw")), "--format", "raw"]);
+    assert!(done.status.success(), "{}", said(&done));
 }

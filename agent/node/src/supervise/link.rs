@@ -24,6 +24,7 @@ use tokio::{
     net::UnixStream,
     time::{sleep, timeout},
 };
+use zeroize::Zeroizing;
 
 use super::error::TalkError;
 
@@ -78,7 +79,8 @@ impl Link {
         self.last_id += 1;
         let id = self.last_id;
         let frame = Frame { id, descriptors: descriptors.len() as u32, body: Some(body) };
-        let bytes = frame::encode(&frame)?;
+        // There may be a key in it.
+        let bytes = Zeroizing::new(frame::encode(&frame)?);
         let sent = self.send_first(&bytes, descriptors).await?;
         // A stream may take less than all; the descriptors went with the first byte.
         self.stream.write_all(bytes.get(sent..).unwrap_or_default()).await.map_err(io_error("sending"))?;

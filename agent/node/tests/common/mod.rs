@@ -18,7 +18,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, mpsc},
     time::Duration,
 };
 
@@ -37,6 +37,10 @@ pub struct Seriod {
     pub tcp: Option<SocketAddr>,
     /// Where it serves /metrics, if it does.
     pub metrics: Option<SocketAddr>,
+    /// What all of them have said.
+    pub log: Arc<Mutex<String>>,
+    /// For the next start.
+    pub more_env: Vec<(&'static str, &'static str)>,
 }
 
 impl Seriod {
@@ -49,7 +53,7 @@ impl Seriod {
              volumed_path = \"{path}/serio-volumed\"\n{more}"
         );
         fs::write(dir.path().join("seriod.toml"), config).unwrap();
-        Self { dir, child: None, tcp: None, metrics: None }
+        Self { dir, child: None, tcp: None, metrics: None, log: Arc::default(), more_env: Vec::new() }
     }
 
     /// Puts the real VMM and volumed there; `Err` says what is missing.
@@ -71,6 +75,7 @@ impl Seriod {
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_seriod"));
         command.arg("--config").arg(self.dir.path().join("seriod.toml"));
+        command.envs(self.more_env.iter().copied());
         command
     }
 
@@ -80,8 +85,10 @@ impl Seriod {
         let log = child.stderr.take().unwrap();
         let verbose = std::env::var_os("SERIO_TEST_LOG").is_some();
         let (sender, receiver) = mpsc::channel();
+        let said = Arc::clone(&self.log);
         std::thread::spawn(move || {
             for line in BufReader::new(log).lines().map_while(Result::ok) {
+                *said.lock().unwrap() += &format!("{line}\n");
                 if verbose || line.starts_with("seriod: ") {
                     eprintln!("{line}");
                 }

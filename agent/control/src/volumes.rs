@@ -1,7 +1,10 @@
 //! The messages about volumes beyond making one: prepared snapshots, growing, merging, cloning, checking, keys. Part of
 //! [`crate::message`]; the same rule holds: tags are never reused.
 
-/// The secret of a vdc: what the data keys of its volumes' layers are wrapped with. Never logged, never kept.
+use zeroize::Zeroize;
+
+/// The secret of a vdc: what the data keys of its volumes' layers are wrapped with. Never logged, never kept; wiped when
+/// it is dropped.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 #[prost(skip_debug)]
 pub struct VdcKey {
@@ -11,6 +14,12 @@ pub struct VdcKey {
     /// 32 bytes.
     #[prost(bytes = "vec", tag = "2")]
     pub secret: Vec<u8>,
+}
+
+impl Drop for VdcKey {
+    fn drop(&mut self) {
+        self.secret.zeroize();
+    }
 }
 
 impl std::fmt::Debug for VdcKey {
@@ -244,6 +253,20 @@ pub struct CheckVolume {
     /// Pace, bytes read a second; 0: as fast as it goes.
     #[prost(uint64, tag = "4")]
     pub bytes_per_s: u64,
+    /// Compare from here on: an earlier one said that all before is right.
+    #[prost(message, optional, tag = "5")]
+    pub from: Option<ScrubPlace>,
+}
+
+/// A place in a scrub.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct ScrubPlace {
+    /// Number of the layer.
+    #[prost(uint64, tag = "1")]
+    pub layer: u64,
+    /// Page of its map: 64 MiB of the volume.
+    #[prost(uint64, tag = "2")]
+    pub page: u64,
 }
 
 /// Something wrong in a volume.
@@ -405,4 +428,7 @@ pub struct JobStatus {
     /// For an import when done: blake3 of the content, 32 bytes, or empty.
     #[prost(bytes = "vec", tag = "5")]
     pub blake3: Vec<u8>,
+    /// For a scrub: all before this place is right.
+    #[prost(message, optional, tag = "6")]
+    pub scrubbed: Option<ScrubPlace>,
 }

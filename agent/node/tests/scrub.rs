@@ -61,16 +61,21 @@ fn flip(seriod: &Seriod, uid: &str, at: u64) {
     file.write_all_at(&[!byte[0]], at).unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rot_is_found_when_asked_and_by_the_scrubber() {
+/// A seriod that scrubs all the time; none, and why is said, where it cannot.
+fn start(pace: &str) -> Option<Seriod> {
     let volumed = Path::new(env!("CARGO_BIN_EXE_seriod")).with_file_name("serio-volumed");
     if !volumed.is_file() {
         println!("skipped: {} is not built", volumed.display());
-        return;
+        return None;
     }
-    let mut seriod = Seriod::new("[volumes]\nscrub_interval = \"1s\"\nscrub_pace = \"0\"\n");
+    let mut seriod = Seriod::new(&format!("[volumes]\nscrub_interval = \"1s\"\nscrub_pace = \"{pace}\"\n"));
     fs::copy(&volumed, seriod.dir.path().join("serio-volumed")).unwrap();
     seriod.start();
+    Some(seriod)
+}
+
+/// Makes the volume; its uid.
+async fn create(seriod: &Seriod, size_bytes: u64) -> String {
     let channel = seriod.connect().await.unwrap();
     let quota = Quota { vcpus: 1, memory_bytes: 1 << 30, storage_bytes: 1 << 30, ..Default::default() };
     let vdc = CreateVdcRequest { vdc_id: "ardesio".to_owned(), quota: Some(quota), ..Default::default() };
@@ -78,18 +83,62 @@ async fn rot_is_found_when_asked_and_by_the_scrubber() {
     let create = CreateVolumeRequest {
         parent: "vdcs/ardesio".to_owned(),
         volume_id: "data".to_owned(),
-        size_bytes: 8 << 20,
+        size_bytes,
         ..Default::default()
     };
-    let mut volumes = VolumeServiceClient::new(channel);
-    let uid = volumes.create_volume(create).await.unwrap().into_inner().uid;
-    flip(&seriod, &uid, 1 << 20);
+    VolumeServiceClient::new(channel).create_volume(create).await.unwrap().into_inner().uid
+}
+
+async fn seal(seriod: &Seriod) {
     let snapshot = CreateSnapshotRequest {
         volume: VOLUME.to_owned(),
         snapshot_id: "monday".to_owned(),
         ..Default::default()
     };
-    volumes.create_snapshot(snapshot).await.unwrap();
+    let channel = seriod.connect().await.unwrap();
+    VolumeServiceClient::new(channel).create_snapshot(snapshot).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scrub_goes_on_after_seriod_was_killed() {
+    let Some(mut seriod) = start("1MiB") else { return };
+    let uid = create(&seriod, 130 << 20).await;
+    // A second's work in the first 64 MiB, some more in the next.
+    for chunk in [0, 1, 128, 129, 130, 131, 132, 133] {
+        flip(&seriod, &uid, chunk << 19);
+    }
+    seal(&seriod).await;
+    let kept = seriod.dir.path().join("state/volumes").join(&uid).join("scrub.json");
+    let until = async |what: &str, is_so: &dyn Fn(&serde_json::Value) -> bool| {
+        let looks = async {
+            loop {
+                // It is replaced whole; at first there is none.
+                let record = fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+                if record.is_some_and(|record| is_so(&record)) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(60), looks).await.is_ok(), "{what}");
+    };
+    until("it comes to the second page", &|record| record["under_way"]["page"] == 1).await;
+    seriod.kill();
+    seriod.start();
+    let went_on = |record: &serde_json::Value| {
+        record["under_way"].is_null()
+            && record["scrub"]["notes"].to_string().contains("it went on at byte 67108864 of layer 0")
+    };
+    until("it goes on there, and ends", &went_on).await;
+    assert_eq!(volume(&seriod).await.last_scrub.unwrap().problem_count, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rot_is_found_when_asked_and_by_the_scrubber() {
+    let Some(mut seriod) = start("0") else { return };
+    let uid = create(&seriod, 8 << 20).await;
+    flip(&seriod, &uid, 1 << 20);
+    seal(&seriod).await;
 
     assert_eq!(check(&seriod, false).await.state(), OperationState::Done);
     let now = volume(&seriod).await;

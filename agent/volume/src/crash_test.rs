@@ -235,8 +235,8 @@ pub(crate) fn read_all(volume: &Volume) -> Vec<u8> {
 /// Compares the checksums that there are, and adds those that are not. None: the power went.
 fn scrub(files: &[(Media, Media)], add_sums: bool) -> Option<ScrubReport> {
     let cancel = AtomicBool::new(false);
-    let options = ScrubOptions { compare: true, add_sums, bytes_per_s: 0, cancel: &cancel };
-    crate::scrub::scrub_media(files, &options, |_, _| {}).ok()
+    let options = ScrubOptions { compare: true, add_sums, from: None, bytes_per_s: 0, cancel: &cancel };
+    crate::scrub::scrub_media(files, &options, |_| {}).ok()
 }
 
 pub(crate) fn check(files: &[(Media, Media)], model: &mut Model, context: &str) {

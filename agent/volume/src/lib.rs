@@ -101,7 +101,7 @@ pub use queue::IoQueue;
 pub use release::Release;
 pub use rollback::RolledBack;
 pub use runs::FileRun;
-pub use scrub::{Rot, RotKind, ScrubOptions, ScrubReport};
+pub use scrub::{Rot, RotKind, ScrubOptions, ScrubPlace, ScrubProgress, ScrubReport};
 pub use snapshot::Held;
 pub use stack::Extent;
 pub use uring::{Buffers, GuestMemory, GuestRangeError};

@@ -46,11 +46,12 @@ fn used(path: &Path, name: &str) -> u64 {
 
 fn sound(dir: &VolumeDir) {
     let cancel = std::sync::atomic::AtomicBool::new(false);
-    let options = crate::ScrubOptions { compare: true, add_sums: true, bytes_per_s: 0, cancel: &cancel };
+    let options =
+        crate::ScrubOptions { compare: true, add_sums: true, from: None, bytes_per_s: 0, cancel: &cancel };
     let files = dir.files(Access::ReadWrite).expect("files");
     let checked = files.check().expect("check");
     assert!(checked.is_clean() && checked.leaked_bytes() == 0, "{checked:?}");
-    let scrubbed = files.scrub(&options, |_, _| {}).expect("scrub");
+    let scrubbed = files.scrub(&options, |_| {}).expect("scrub");
     assert_eq!(scrubbed.rot_count, 0, "{scrubbed:?}");
 }
 

@@ -44,10 +44,33 @@ pub struct ScrubOptions<'a> {
     pub compare: bool,
     /// Compute the checksums that are missing. The map files are written.
     pub add_sums: bool,
+    /// Compare from here on only: what lies before was compared, and right, by one that was interrupted.
+    pub from: Option<ScrubPlace>,
     /// Bytes read a second; 0: as fast as it goes.
     pub bytes_per_s: u64,
     /// Ends it early when set; what was found and added stays.
     pub cancel: &'a AtomicBool,
+}
+
+/// A place in the order of a scrub: layers from the oldest on, each from its beginning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ScrubPlace {
+    /// Number of the layer.
+    pub layer: u64,
+    /// Page of its map: 64 MiB of the volume.
+    pub page: u64,
+}
+
+/// How far a scrub is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScrubProgress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// All before this place has been looked at, and is right: a later scrub may go on from here and tells all that this one
+    /// would have.
+    pub sound: ScrubPlace,
 }
 
 /// What is wrong with a range.
@@ -96,13 +119,13 @@ pub struct ScrubReport {
 }
 
 impl VolumeFiles {
-    /// Scrubs the sealed layers, which may be in use. `progress` is told bytes done and bytes in all, now and then.
+    /// Scrubs the sealed layers, which may be in use. `progress` is told how far it is, now and then.
     ///
     /// The data files are read past the page cache where that is possible: a flag of the open files while it runs.
     pub fn scrub(
         &self,
         options: &ScrubOptions<'_>,
-        progress: impl FnMut(u64, u64),
+        progress: impl FnMut(ScrubProgress),
     ) -> Result<ScrubReport, OpenError> {
         let clone = |file: &File| file.try_clone().map(Media::new);
         let files: io::Result<Vec<_>> =
@@ -115,7 +138,7 @@ impl VolumeFiles {
 pub(crate) fn scrub_media(
     files: &[(Media, Media)],
     options: &ScrubOptions<'_>,
-    progress: impl FnMut(u64, u64),
+    progress: impl FnMut(ScrubProgress),
 ) -> Result<ScrubReport, OpenError> {
     let chain = chain_of(files)?;
     let mut scrub = Scrub {
@@ -125,6 +148,8 @@ pub(crate) fn scrub_media(
         progress,
         done: 0,
         total: 0,
+        sound: options.from.unwrap_or_default(),
+        comparing: false,
     };
     let sealed = || chain.iter().enumerate().filter(|(_, part)| part.header.state != HeaderState::Head);
     let io = |source| OpenError::Io { what: "read a map file", source };
@@ -160,9 +185,12 @@ struct Scrub<'a, F> {
     progress: F,
     done: u64,
     total: u64,
+    sound: ScrubPlace,
+    /// In the page that is looked at.
+    comparing: bool,
 }
 
-impl<F: FnMut(u64, u64)> Scrub<'_, F> {
+impl<F: FnMut(ScrubProgress)> Scrub<'_, F> {
     /// Scrubs one sealed layer; `above` is the chain from it upward.
     fn layer(&mut self, part: &Part<'_>, above: &[Part<'_>]) -> io::Result<()> {
         let region = Region::of(&part.header);
@@ -178,6 +206,12 @@ impl<F: FnMut(u64, u64)> Scrub<'_, F> {
         for page in 0..region.pages {
             if self.pace.is_cancelled() {
                 return Ok(());
+            }
+            let place = ScrubPlace { layer: part.header.layer, page };
+            // Before it only sums are added where some are missing.
+            self.comparing = self.options.compare && self.options.from.is_none_or(|from| place >= from);
+            if self.report.rot_count == 0 {
+                self.sound = self.sound.max(place);
             }
             whole &= self.page(&mut walk, page)?;
         }
@@ -244,7 +278,7 @@ impl<F: FnMut(u64, u64)> Scrub<'_, F> {
     /// Looks at one chunk.
     fn chunk(&mut self, walk: &mut LayerWalk<'_>, page: &Page, i: usize) -> Found {
         let (stored, bits) = (page.sums.chunks[i], &page.bits);
-        let wanted = if stored == ChunkSum::Missing { self.options.add_sums } else { self.options.compare };
+        let wanted = if stored == ChunkSum::Missing { self.options.add_sums } else { self.comparing };
         let data = walk.data_bytes(page.index, i, bits);
         self.done += data;
         if !wanted {
@@ -259,7 +293,8 @@ impl<F: FnMut(u64, u64)> Scrub<'_, F> {
         }
         let found = walk.read(page.index, i, bits, &mut self.pace);
         if data > 0 {
-            (self.progress)(self.done.min(self.total), self.total);
+            let (done, total) = (self.done.min(self.total), self.total);
+            (self.progress)(ScrubProgress { done, total, sound: self.sound });
         }
         match (found, stored) {
             (Err(unreadable), _) => Found::Wrong(Some(unreadable)),

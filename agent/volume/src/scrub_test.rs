@@ -11,7 +11,8 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use crate::{
-    Access, BLOCK_BYTES, Buffers, MAP_OFFSET, Op, Rot, RotKind, ScrubOptions, ScrubReport, Volume, VolumeDir,
+    Access, BLOCK_BYTES, Buffers, MAP_OFFSET, Op, Rot, RotKind, ScrubOptions, ScrubPlace, ScrubReport,
+    Volume, VolumeDir,
 };
 
 const SIZE: u64 = 900 * BLOCK_BYTES + 99;
@@ -43,8 +44,8 @@ fn volume(path: &Path) -> VolumeDir {
 fn scrub_with(dir: &VolumeDir, compare: bool, add_sums: bool) -> ScrubReport {
     let access = if add_sums { Access::ReadWrite } else { Access::ReadOnly };
     let cancel = AtomicBool::new(false);
-    let options = ScrubOptions { compare, add_sums, bytes_per_s: 0, cancel: &cancel };
-    dir.files(access).expect("files").scrub(&options, |_, _| {}).expect("scrub")
+    let options = ScrubOptions { compare, add_sums, from: None, bytes_per_s: 0, cancel: &cancel };
+    dir.files(access).expect("files").scrub(&options, |_| {}).expect("scrub")
 }
 
 fn scrub(dir: &VolumeDir) -> ScrubReport {
@@ -80,6 +81,24 @@ fn sums_are_added_once_and_compared_ever_after() {
     dir.snapshot(&volume, "c").expect("snapshot");
     drop(volume);
     assert_eq!(scrub_with(&dir, false, true).added_bytes, BLOCK_BYTES);
+}
+
+#[test]
+fn a_clone_has_the_sums_of_what_it_shares() {
+    let temp = TempDir::new().expect("tempdir");
+    let source = volume(&temp.path().join("source"));
+    let sums = scrub(&source);
+    assert!(sums.added_bytes > 0);
+    let clone = VolumeDir::new(temp.path().join("clone"));
+    clone.clone_point(&source, "b", None, &mut |from, to| fs::hard_link(from, to)).expect("clone");
+    let found = scrub(&clone);
+    assert_eq!((found.added_bytes, found.rot_count, found.damaged_sums), (0, 0, 0), "{found:?}");
+    assert_eq!(found.compared_bytes, sums.added_bytes, "all of it is compared");
+    // They are of this clone: rot is told, and a merge in the source does not change what the clone's sums say.
+    source.delete_snapshot("a").expect("merged");
+    assert_eq!(scrub(&clone), found);
+    flip(&clone, "00000001.data", 5 * BLOCK_BYTES + 9, 1);
+    assert_eq!(scrub(&clone).rot_count, 1);
 }
 
 #[test]
@@ -177,14 +196,60 @@ fn a_pace_is_kept_and_a_cancel_heard() {
     let temp = TempDir::new().expect("tempdir");
     let dir = volume(temp.path());
     let (start, cancel) = (std::time::Instant::now(), AtomicBool::new(false));
-    let options = ScrubOptions { compare: true, add_sums: true, bytes_per_s: 4 << 20, cancel: &cancel };
+    let options =
+        ScrubOptions { compare: true, add_sums: true, from: None, bytes_per_s: 4 << 20, cancel: &cancel };
     let files = dir.files(Access::ReadWrite).expect("files");
     let mut last = (0, 0);
-    let report = files.scrub(&options, |done, total| last = (done, total)).expect("scrub");
+    let report = files.scrub(&options, |now| last = (now.done, now.total)).expect("scrub");
     assert!(start.elapsed().as_millis() >= 240, "a MiB at 4 MiB a second: {:?}", start.elapsed());
     assert!(last.1 > 0 && last.0 == last.1 && !report.cancelled, "{last:?}");
-    let stop = |_, _| cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+    let stop = |_| cancel.store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(files.scrub(&options, stop).expect("scrub").cancelled);
+}
+
+#[test]
+fn a_scrub_that_was_interrupted_goes_on_and_misses_nothing() {
+    let temp = TempDir::new().expect("tempdir");
+    // Two pages of the map, so that there is a place inside a layer.
+    let dir = VolumeDir::new(temp.path());
+    dir.create(130 << 20).expect("create");
+    let volume = dir.open(Access::ReadWrite).expect("open");
+    let places = [0, 1 << 20, 65 << 20, 129 << 20];
+    places.iter().for_each(|at| write(&volume, *at, 4096, 1));
+    dir.snapshot(&volume, "a").expect("snapshot");
+    places.iter().for_each(|at| write(&volume, *at, 4096, 2));
+    dir.snapshot(&volume, "b").expect("snapshot");
+    drop(volume);
+    let whole = scrub(&dir);
+    let files = dir.files(Access::ReadWrite).expect("files");
+    let never = AtomicBool::new(false);
+    let from = |from| ScrubOptions { compare: true, add_sums: true, from, bytes_per_s: 0, cancel: &never };
+    let place = |layer, page| ScrubPlace { layer, page };
+    let mut seen = Vec::new();
+    let first = files.scrub(&from(None), |now| seen.push(now.sound)).expect("scrub");
+    assert_eq!(first.compared_bytes, whole.added_bytes);
+    seen.dedup();
+    assert_eq!(seen, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)].map(|(l, p)| place(l, p)));
+    // From the middle on: only what follows is compared.
+    for (at, compared) in [(place(1, 1), 8192), (place(1, 2), 4096), (place(2, 0), 0)] {
+        assert_eq!(files.scrub(&from(Some(at)), |_| ()).expect("scrub").compared_bytes, compared, "{at:?}");
+    }
+    // What rots before the first rot was found is told by the one that goes on, since it begins there.
+    flip(&dir, "00000000.data", 65 << 20, 1);
+    flip(&dir, "00000001.data", 65 << 20, 1);
+    let mut sound = ScrubPlace::default();
+    let told = files.scrub(&from(None), |now| sound = now.sound).expect("scrub");
+    assert_eq!((told.rot_count, sound), (2, place(0, 1)));
+    let again = files.scrub(&from(Some(sound)), |now| sound = now.sound).expect("scrub");
+    assert_eq!((again.rot, sound), (told.rot, place(0, 1)));
+    // And sums that got lost before that place are made again, too.
+    File::options()
+        .write(true)
+        .open(dir.path().join("00000000.map"))
+        .expect("open")
+        .set_len(MAP_OFFSET + 3 * 4096)
+        .expect("cut");
+    assert!(files.scrub(&from(Some(place(1, 0))), |_| ()).expect("scrub").added_bytes > 0);
 }
 
 proptest! {

@@ -68,7 +68,7 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<()> {
     let access = if args.add_sums { Access::ReadWrite } else { Access::ReadOnly };
     let files = VolumeDir::new(&args.volume).files(access)?;
     let bytes_per_s = args.pace.map_or(0, ByteSize::bytes);
-    let depth = Depth { data: args.data, add_sums: args.add_sums, bytes_per_s, head: true };
+    let depth = Depth { data: args.data, add_sums: args.add_sums, from: None, bytes_per_s, head: true };
     let (checked, scrubbed) = with_bar("scrubbing", |progress| {
         integrity::examine(&files, depth, &AtomicBool::new(false), progress)
     })

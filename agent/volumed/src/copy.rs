@@ -5,11 +5,15 @@ use std::{
     fs::File,
     io::{self, Read},
     os::unix::fs::FileExt,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use serio_formats::is_zero;
+use serio_volume::ScrubPlace;
 
 /// Grain at which zeros of a stream become holes, bytes.
 const GRAIN: usize = 64 << 10;
@@ -24,6 +28,8 @@ pub struct Progress {
     pub done: AtomicU64,
     /// Bytes in all; 0 if unknown.
     pub total: AtomicU64,
+    /// Of a scrub: all before it is right.
+    pub scrubbed: Mutex<Option<ScrubPlace>>,
 }
 
 impl Progress {

@@ -1,10 +1,15 @@
 //! Checking and scrubbing a volume, for both ways to ask: the job of `seriod` and `serio-volumed check`. Turns what
 //! `serio_volume` finds into the words and numbers of [`VolumeReport`].
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{
+    PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use serio_control::message::{Body, CheckVolume, VolumeProblem, VolumeReport};
-use serio_volume::{CheckReport, OpenError, Problem, Rot, RotKind, ScrubOptions, ScrubReport, VolumeFiles};
+use serio_volume::{
+    CheckReport, OpenError, Problem, Rot, RotKind, ScrubOptions, ScrubPlace, ScrubReport, VolumeFiles,
+};
 
 use crate::{copy::Progress, jobs};
 
@@ -18,6 +23,8 @@ pub struct Depth {
     pub data: bool,
     /// Compute the checksums that are missing.
     pub add_sums: bool,
+    /// Compare from here on.
+    pub from: Option<ScrubPlace>,
     /// Bytes read a second; 0: as fast as it goes.
     pub bytes_per_s: u64,
     /// Lock and compare the head too, if nobody writes it: who wants to open it has to wait then.
@@ -39,12 +46,14 @@ pub fn examine(
     let options = ScrubOptions {
         compare: depth.data,
         add_sums: depth.add_sums,
+        from: depth.from,
         bytes_per_s: depth.bytes_per_s,
         cancel,
     };
-    let scrubbed = files.scrub(&options, |done, total| {
-        progress.total.store(total, Ordering::Relaxed);
-        progress.done.store(done, Ordering::Relaxed);
+    let scrubbed = files.scrub(&options, |now| {
+        progress.total.store(now.total, Ordering::Relaxed);
+        progress.done.store(now.done, Ordering::Relaxed);
+        *progress.scrubbed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now.sound);
     });
     // After it, so that the report knows of the checksums that were added.
     let checked = check()?;
@@ -174,7 +183,8 @@ fn notes(checked: &CheckReport, scrubbed: Option<&ScrubReport>) -> Vec<String> {
 pub fn check_volume(ask: &CheckVolume, files: &VolumeFiles, progress: &Progress) -> jobs::JobResult {
     // A scrub may come at any time, and no VM's start shall fail for it.
     let head = !ask.data && !ask.add_sums;
-    let depth = Depth { data: ask.data, add_sums: ask.add_sums, bytes_per_s: ask.bytes_per_s, head };
+    let from = ask.from.map(|place| ScrubPlace { layer: place.layer, page: place.page });
+    let depth = Depth { data: ask.data, add_sums: ask.add_sums, from, bytes_per_s: ask.bytes_per_s, head };
     // A job that is not wanted any more is killed: what it has added by then stays.
     let never = AtomicBool::new(false);
     let (checked, scrubbed) = examine(files, depth, &never, progress).map_err(jobs::open_failed)?;

@@ -4,11 +4,11 @@
 use std::{
     fs::File,
     os::{fd::OwnedFd, unix::net::UnixListener},
-    sync::atomic::Ordering,
+    sync::{PoisonError, atomic::Ordering},
 };
 
 use serio_control::message::{
-    Body, CheckVolume, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo,
+    self, Body, CheckVolume, Code, CreateVolume, Empty, Export, Failed, ImportImage, JobStatus, SnapshotInfo,
     SnapshotStopped, VolumeInfo,
 };
 use serio_formats::{self as formats, Format, FormatError, source::Source};
@@ -292,9 +292,11 @@ pub fn open_export(
 
 /// How far a job is.
 pub fn status(progress: &Progress) -> JobStatus {
+    let place = *progress.scrubbed.lock().unwrap_or_else(PoisonError::into_inner);
     JobStatus {
         done_bytes: progress.done.load(Ordering::Relaxed),
         total_bytes: progress.total.load(Ordering::Relaxed),
+        scrubbed: place.map(|place| message::ScrubPlace { layer: place.layer, page: place.page }),
         ..JobStatus::default()
     }
 }

@@ -128,7 +128,7 @@ fn the_job_of_seriod_reports_the_same() {
             })
             .collect();
         let fds: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
-        let ask = CheckVolume { volume_id: "any".into(), data, add_sums, bytes_per_s: 0 };
+        let ask = CheckVolume { volume_id: "any".into(), data, add_sums, ..CheckVolume::default() };
         let reply = channel.call(Body::CheckVolume(ask), &fds).expect("check");
         drop(channel);
         assert!(child.wait().expect("wait").success());

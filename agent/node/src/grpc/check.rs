@@ -37,6 +37,8 @@ pub(super) async fn begin(
         data: message.data,
         add_sums: message.data,
         bytes_per_s: message.bytes_per_second,
+        // Who asks wants all of it to be looked at now.
+        resume: false,
     };
     Ok(convert::operation(&checks.begin(&view, ask, request).await?))
 }

@@ -102,7 +102,8 @@ impl Checks {
 
     /// Adds the checksums that are missing, without an operation.
     async fn add_sums(&self, view: &VolumeView, bytes_per_s: u64) -> Result<(), JobError> {
-        let ask = CheckAsk { volume: view.record.uid, data: false, add_sums: true, bytes_per_s };
+        let ask =
+            CheckAsk { volume: view.record.uid, data: false, add_sums: true, bytes_per_s, resume: false };
         let (_never, never) = watch::channel(false);
         if let Some(report) = self.supervisor.check_volume(ask, never, |_, _| {}).await? {
             self.keep(&resource::volume(&view.name), ask, report).await;
@@ -120,6 +121,9 @@ impl Checks {
         }
         let found = CheckRecord::new(time, report);
         let complaint = found.complaint();
+        if ask.resume {
+            record.under_way = None;
+        }
         let place = if ask.data { &mut record.scrub } else { &mut record.check };
         *place = Some(found);
         if let Err(error) = self.supervisor.keep_scrub_record(ask.volume, &record) {

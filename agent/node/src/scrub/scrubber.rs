@@ -149,7 +149,7 @@ impl Checks {
             }
             return added.is_ok();
         }
-        let ask = CheckAsk { volume: view.record.uid, data: true, add_sums: true, bytes_per_s };
+        let ask = CheckAsk { volume: view.record.uid, data: true, add_sums: true, bytes_per_s, resume: true };
         let before = now().0;
         match self.prepare(view, ask, None).await {
             Ok((_, Some(work))) => work.await,

@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serio_control::{
     ChannelError,
-    message::{Body, CheckVolume, VolumeReport},
+    message::{Body, CheckVolume, ScrubPlace, VolumeReport},
 };
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -31,6 +31,10 @@ use super::{
 const LOOK: Duration = Duration::from_millis(500);
 /// Problems that are kept; all are counted.
 const PROBLEMS_MAX: usize = 100;
+/// What a page of a layer's map is about, bytes of the volume.
+const PAGE_BYTES: u64 = 64 << 20;
+/// An older scrub that was interrupted is begun anew.
+const RESUME_MAX_MS: i64 = 14 * 24 * 3600 * 1000;
 /// A larger file is not ours.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
 
@@ -45,6 +49,20 @@ pub struct CheckAsk {
     pub add_sums: bool,
     /// Bytes read a second; 0: as fast as it goes.
     pub bytes_per_s: u64,
+    /// Go on where the last one with this was interrupted, and note how far this one is.
+    pub resume: bool,
+}
+
+/// How far a scrub is that has not ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UnderWay {
+    /// When it began, milliseconds since 1970.
+    pub began_ms: i64,
+    /// All below this layer is right,
+    pub layer: u64,
+    /// and of this layer all before this page of its map.
+    pub page: u64,
 }
 
 /// What is known of a volume's soundness.
@@ -57,6 +75,8 @@ pub struct ScrubRecord {
     pub scrub: Option<CheckRecord>,
     /// When all sealed layers had their checksums, milliseconds since 1970.
     pub summed_ms: i64,
+    /// One that is not at its end, or was interrupted.
+    pub under_way: Option<UnderWay>,
 }
 
 /// What one check found.
@@ -143,11 +163,14 @@ impl Supervisor {
         let info = jobs::inspect(inner, ask.volume).await?;
         let mut descriptors = Descriptors::default();
         descriptors.push_for_check(&inner.volume_dir(ask.volume), &info.chain)?;
+        let mut under_way = self.under_way(ask);
+        let from = under_way.filter(|at| at.layer > 0 || at.page > 0);
         let body = Body::CheckVolume(CheckVolume {
             volume_id: ask.volume.to_string(),
             data: ask.data,
             add_sums: ask.add_sums,
             bytes_per_s: ask.bytes_per_s,
+            from: from.map(|at| ScrubPlace { layer: at.layer, page: at.page }),
         });
         let job = Job::start(inner).await?;
         let stop = async move {
@@ -165,8 +188,11 @@ impl Supervisor {
                     answer = &mut asked => break Some(answer),
                     () = &mut stop => break None,
                     () = tokio::time::sleep(LOOK) => {
-                        if let Some((done, total)) = job.progress().await {
-                            progress(done, total);
+                        if let Some(status) = job.status().await {
+                            progress(status.done_bytes, status.total_bytes);
+                            if let (Some(at), Some(place)) = (&mut under_way, status.scrubbed) {
+                                self.note(ask.volume, at, place);
+                            }
                         }
                     }
                 }
@@ -178,12 +204,44 @@ impl Supervisor {
                 job.kill().await;
                 Ok(None)
             }
-            Some(Ok(Body::VolumeReport(report))) => {
+            Some(Ok(Body::VolumeReport(mut report))) => {
                 job.finish().await;
+                if let Some(at) = from {
+                    let place = at.page.saturating_mul(PAGE_BYTES);
+                    report.notes.push(format!(
+                        "it went on at byte {place} of layer {}: what lies before was compared by an earlier one, which was interrupted",
+                        at.layer
+                    ));
+                }
                 Ok(Some(report))
             }
             Some(Ok(_)) => Err(TalkError::from(ChannelError::Unexpected).into()),
             Some(Err(error)) => Err(error),
+        }
+    }
+
+    /// Where to begin, if that is to be noted at all.
+    fn under_way(&self, ask: CheckAsk) -> Option<UnderWay> {
+        if !(ask.resume && ask.data) {
+            return None;
+        }
+        let now = crate::state::model::now().0;
+        let kept = self.scrub_record(ask.volume).under_way;
+        // What was right long ago may have rotted since, and a clock may have been set back.
+        let recent = kept.filter(|at| (0..RESUME_MAX_MS).contains(&now.saturating_sub(at.began_ms)));
+        Some(recent.unwrap_or(UnderWay { began_ms: now, ..UnderWay::default() }))
+    }
+
+    /// Notes how far a scrub is, when it has come to another page.
+    fn note(&self, volume: Uuid, at: &mut UnderWay, place: ScrubPlace) {
+        if (at.layer, at.page) == (place.layer, place.page) {
+            return;
+        }
+        (at.layer, at.page) = (place.layer, place.page);
+        let record = ScrubRecord { under_way: Some(*at), ..self.scrub_record(volume) };
+        // It is only about work that would be done twice.
+        if let Err(error) = self.keep_scrub_record(volume, &record) {
+            tracing::debug!(%volume, error = &error as &dyn std::error::Error, "how far a scrub is cannot be kept");
         }
     }
 

@@ -14,7 +14,7 @@ use std::{path::Path, time::Duration};
 
 use serio_control::{
     ChannelError,
-    message::{Body, Code, Empty, FinishSnapshot, MergeLayer, MergeQuery, MergeState},
+    message::{Body, Code, Empty, FinishSnapshot, JobStatus, MergeLayer, MergeQuery, MergeState},
 };
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -292,9 +292,14 @@ fn merge_state(answer: Body) -> Result<MergeState, JobError> {
 impl Job {
     /// How far it is, if it says.
     pub(super) async fn progress(&self) -> Option<(u64, u64)> {
+        self.status().await.map(|status| (status.done_bytes, status.total_bytes))
+    }
+
+    /// What it says of itself.
+    pub(super) async fn status(&self) -> Option<JobStatus> {
         let asked = link::ask(self.socket(), self.peer(), Body::Status(Empty {}), Duration::from_secs(1));
         match asked.await {
-            Ok(Body::JobStatus(status)) => Some((status.done_bytes, status.total_bytes)),
+            Ok(Body::JobStatus(status)) => Some(status),
             _ => None,
         }
     }

@@ -300,6 +300,9 @@ pub struct Disk {
     /// What it may do.
     #[prost(message, optional, tag = "5")]
     pub limits: Option<Limits>,
+    /// Goes past the page cache where it can.
+    #[prost(bool, tag = "6")]
+    pub direct: bool,
 }
 
 /// The descriptors of a layer, as indexes into the frame's.

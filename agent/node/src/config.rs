@@ -12,7 +12,7 @@ use std::{
 use serde::Deserialize;
 use serio_types::{ByteSize, Name};
 
-use crate::{energy::EnergySettings, scrub::Every};
+use crate::{direct::DirectIo, energy::EnergySettings, scrub::Every};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +156,8 @@ pub struct Volumes {
     pub scrub_interval: Every,
     /// Bytes a second that a scrub may read; 0: as fast as it goes.
     pub scrub_pace: ByteSize,
+    /// Which disks go past the page cache.
+    pub direct_io: DirectIo,
 }
 
 /// The keys of encrypted vdcs.
@@ -241,6 +243,7 @@ impl Default for Volumes {
             merge_pace: ByteSize::from_mib(100),
             scrub_interval: Every(Duration::from_secs(30 * 24 * 60 * 60)),
             scrub_pace: ByteSize::from_mib(20),
+            direct_io: DirectIo::Auto,
         }
     }
 }

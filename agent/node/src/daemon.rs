@@ -158,6 +158,7 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         first_uid: config.first_uid,
         volumed_path: config.volumed_path.clone(),
         merge_bytes_per_s: config.volumes.merge_pace.bytes(),
+        direct_io: config.volumes.direct_io,
         cgroup_root: None,
     })?
     .with_keys(keys.clone());
@@ -401,6 +402,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
         failure_domain: config.failure_domain.clone(),
         start_time,
         state_dir: config.state_dir.clone(),
+        direct_io: config.volumes.direct_io,
         nbd,
     });
     let Core { client, handles, supervisor, keys, audit, .. } = core;

@@ -18,6 +18,7 @@ pub mod capacity;
 pub mod config;
 pub mod copies;
 pub mod daemon;
+pub mod direct;
 pub mod energy;
 pub mod error;
 pub mod grpc;

@@ -1,7 +1,9 @@
 //! What encryption costs: the same work on a plain and on an encrypted volume, in turn, through the engine's own queue.
 //!
-//! `cargo run --release -p serio-volume --example encryption -- DIR [ROUNDS]`
-//! DIR is on the disk to be measured. Prints rows `case<TAB>subject<TAB>MB/s<TAB>ns of processor a KiB`, the median of the rounds.
+//! `cargo run --release -p serio-volume --example encryption -- DIR [ROUNDS [direct]]`
+//! DIR is on the disk to be measured; `direct`: past the page cache. Prints rows `case<TAB>subject<TAB>MB/s<TAB>ns of processor a
+//! KiB`, the median of the rounds, and `case<TAB>pairs<TAB>ratio<TAB>ratio`: what encryption costs in time and processor, the
+//! median of the ratios of neighbours.
 
 use std::{
     path::Path,
@@ -135,6 +137,11 @@ fn forget(dir: &Path) {
     }
 }
 
+/// Both, in this order.
+fn pick<T>([first, second]: &mut [T; 2], turn: [usize; 2]) -> [&mut T; 2] {
+    if turn[0] == 0 { [first, second] } else { [second, first] }
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -144,9 +151,10 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let dir = arguments.next().expect("usage: encryption DIR [ROUNDS]");
     let rounds: usize = arguments.next().map_or(3, |n| n.parse().expect("ROUNDS is a number"));
-    let plain = VolumeDir::new(Path::new(&dir).join("plain"));
+    let direct = arguments.next().is_some_and(|word| word == "direct");
+    let plain = VolumeDir::new(Path::new(&dir).join("plain")).with_direct(direct);
     let key = VdcSecret::generate().expect("random bytes");
-    let encrypted = VolumeDir::new(Path::new(&dir).join("encrypted")).with_key(key);
+    let encrypted = VolumeDir::new(Path::new(&dir).join("encrypted")).with_key(key).with_direct(direct);
     let subjects = [("plain", plain), ("encrypted", encrypted)];
     let fill = Case { name: "", block: 1 << 20, depth: 8, write: true, random: false, cold: false };
     for (_, dir) in &subjects {
@@ -156,12 +164,15 @@ fn main() {
         if volume.layer_count() == 1 {
             dir.snapshot(&volume, "bottom").expect("snapshot");
         }
+        assert!(!direct || volume.go_direct().is_ok(), "there is no O_DIRECT in {}", dir.path().display());
         run(&volume, fill);
     }
-    for case in CASES {
+    for case in CASES.into_iter().filter(|case| !direct || case.cold || case.write) {
         let mut found = [Vec::new(), Vec::new()];
-        for _ in 0..rounds {
-            for ((_, dir), found) in subjects.iter().zip(&mut found) {
+        for round in 0..rounds {
+            // Each is as often the first as the second.
+            let turn = [round % 2, 1 - round % 2];
+            for ((_, dir), found) in turn.map(|i| &subjects[i]).into_iter().zip(pick(&mut found, turn)) {
                 let volume = dir.open(Access::ReadWrite).expect("open");
                 if case.cold {
                     forget(dir.path());
@@ -171,6 +182,10 @@ fn main() {
                 found.push(run(&volume, case));
             }
         }
+        let pairs = found[0].iter().zip(&found[1]);
+        let (times, costs) =
+            pairs.map(|(plain, encrypted)| (plain.0 / encrypted.0, encrypted.1 / plain.1)).unzip();
+        println!("{}\tpairs\t{:.3}\t{:.3}", case.name, median(times), median(costs));
         for ((name, _), found) in subjects.iter().zip(found) {
             let (rates, costs) = found.into_iter().unzip();
             println!("{}\t{name}\t{:.0}\t{:.0}", case.name, median(rates), median(costs));

@@ -18,24 +18,50 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::{layer::Layer, snapshot::DRAIN_LIMIT, stack::Stack, volume::Volume};
+use crate::{header::BLOCK_BYTES, layer::Layer, snapshot::DRAIN_LIMIT, stack::Stack, volume::Volume};
+
+/// Why a head stays in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotDirect {
+    /// The volume is only read.
+    #[error("the volume is only read")]
+    ReadOnly,
+    /// Nothing is below it.
+    #[error("its head is its only layer: the one after its first snapshot can")]
+    Bottom,
+    /// Its last block is cut.
+    #[error("its size is not a multiple of 4 KiB")]
+    Size,
+    /// No O_DIRECT, or only for larger steps.
+    #[error("its file system has no O_DIRECT in steps of 512 bytes")]
+    FileSystem,
+    /// I/O under way did not end.
+    #[error("I/O under way did not end")]
+    Busy,
+}
 
 impl Volume {
-    /// Lets the head, and those after it, go past the page cache where they can; whether this one does now. Of a volume that is
-    /// only read nothing changes.
+    /// Lets the head, and those after it, go past the page cache where they can; whether this one does now, or why not. Of a
+    /// volume that is only read nothing changes.
     ///
     /// Waits for I/O under way in every queue, so it must not be called by a thread that has to reap one.
-    pub fn go_direct(&self) -> bool {
+    pub fn go_direct(&self) -> Result<(), NotDirect> {
         if self.core.read_only {
-            return false;
+            return Err(NotDirect::ReadOnly);
         }
-        let Some(closed) = self.core.close(DRAIN_LIMIT) else { return false };
+        let Some(closed) = self.core.close(DRAIN_LIMIT) else { return Err(NotDirect::Busy) };
         self.core.direct.store(true, Ordering::SeqCst);
         let stack = self.core.stack();
         stack.head().go_direct();
         // The same layers; but the queues must look at them anew.
         closed.replace_stack(Stack { layers: stack.layers.clone() });
-        stack.head().is_direct()
+        let head = stack.head();
+        match () {
+            () if head.is_direct() => Ok(()),
+            () if head.map.is_none() => Err(NotDirect::Bottom),
+            () if !head.size_bytes.is_multiple_of(BLOCK_BYTES) => Err(NotDirect::Size),
+            () => Err(NotDirect::FileSystem),
+        }
     }
 
     /// One head follows another, or a grown one the one that it was, which may have the same file. Behind the gate.

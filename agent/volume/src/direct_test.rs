@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::{
-    Access, Buffers, FileRun, Op, Volume, VolumeDir,
+    Access, Buffers, FileRun, NotDirect, Op, Volume, VolumeDir,
     crypto::test_secret,
     crypto_test::{parts_of_sectors_side_by_side, read, write},
 };
@@ -59,6 +59,22 @@ fn only_heads_above_others_are_direct() {
     dir.delete_snapshot("below").expect("delete");
     dir.delete_snapshot("s").expect("delete");
     assert_eq!(flags(&dir.open(Access::ReadWrite).expect("open")), [false]);
+}
+
+#[test]
+fn a_volume_says_why_it_stays_in_the_page_cache() {
+    let temp = TempDir::new().expect("tempdir");
+    let Some((dir, volume)) = direct(&temp, false) else { return };
+    assert_eq!(volume.go_direct(), Ok(()));
+    volume.resize(SIZE + 5000).expect("grow");
+    assert_eq!(volume.go_direct(), Err(NotDirect::Size));
+    drop(volume);
+    let reader = dir.open(Access::ReadOnly).expect("open");
+    assert_eq!(reader.go_direct(), Err(NotDirect::ReadOnly));
+    drop(reader);
+    let alone = VolumeDir::new(temp.path().join("alone"));
+    alone.create(SIZE).expect("create");
+    assert_eq!(alone.open(Access::ReadWrite).expect("open").go_direct(), Err(NotDirect::Bottom));
 }
 
 #[test]

@@ -89,6 +89,7 @@ pub use clones::{NewVolume, clone_image};
 pub use crypto::{KeyError, VdcSecret, WrappedKey, create_encrypted};
 pub use dir::{VolumeDir, VolumeDirError};
 pub use dir_change::Share;
+pub use direct::NotDirect;
 pub use error::{
     CloneError, CreateError, DeleteError, IoError, MergeError, OpenError, ResizeError, RollbackError,
     SnapshotError,

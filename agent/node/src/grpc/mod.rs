@@ -52,6 +52,7 @@ use uuid::Uuid;
 use crate::{
     audit::{Detail, Trail, result as audit_result},
     capacity::Reporter,
+    direct::DirectIo,
     error::Error,
     health::Health,
     keys::Keys,
@@ -104,6 +105,8 @@ pub struct NodeInfo {
     pub start_time: SystemTime,
     /// The state directory: images are written below it.
     pub state_dir: PathBuf,
+    /// Which disks go past the page cache.
+    pub direct_io: DirectIo,
     /// What is written into NBD URIs; none without an NBD listener.
     pub nbd: Option<String>,
 }

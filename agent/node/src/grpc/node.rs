@@ -147,6 +147,8 @@ impl NodeService for NodeApi {
             fence_generation,
             conditions: self.0.health.conditions().iter().map(usage::condition).collect(),
             energy: Some(usage::energy(&self.0.meter.energy())),
+            direct_io: node.direct_io.as_str().to_owned(),
+            direct_io_refused: node.direct_io.refused(&node.state_dir),
         }))
     }
 

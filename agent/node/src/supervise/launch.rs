@@ -53,6 +53,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     for (disk, planned) in launch.disks.iter_mut().zip(&plan.disks) {
         if let DiskSource::Volume(volume) = planned.source {
             disk.key = inner.key_of(volume).await?;
+            disk.direct = !disk.read_only && inner.settings.direct_io.wants(disk.key.is_some());
         }
     }
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
@@ -135,7 +136,7 @@ fn describe(
             // A seed is read once, by us: nobody has limits for it.
             DiskSource::File { .. } => None,
         };
-        disks.push(Disk { volume_id, layers, read_only: disk.read_only, key: None, limits });
+        disks.push(Disk { volume_id, layers, read_only: disk.read_only, limits, ..Disk::default() });
     }
     let log = inner.log_path(plan.uid);
     if let Some(dir) = log.parent() {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serio_types::{IoLimits, MachineSpec, VdcName};
 use uuid::Uuid;
 
+use crate::direct::DirectIo;
+
 /// Paths and settings of the supervisor.
 #[derive(Debug, Clone)]
 pub struct SupervisorSettings {
@@ -20,6 +22,8 @@ pub struct SupervisorSettings {
     pub volumed_path: PathBuf,
     /// How fast layers are merged in the background, bytes a second; 0: as fast as it goes.
     pub merge_bytes_per_s: u64,
+    /// Which disks go past the page cache.
+    pub direct_io: DirectIo,
     /// Where cgroup v2 is mounted; looked up at `/sys/fs/cgroup` when `None`.
     pub cgroup_root: Option<PathBuf>,
 }

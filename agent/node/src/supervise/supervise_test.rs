@@ -11,6 +11,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::*;
+use crate::direct::DirectIo;
 
 struct Bench {
     dir: TempDir,
@@ -39,6 +40,7 @@ fn bench() -> Option<Bench> {
         first_uid: 0,
         volumed_path: fake,
         merge_bytes_per_s: 0,
+        direct_io: DirectIo::Auto,
         // None here: the tests of `cgroup` use a real one.
         cgroup_root: Some(dir.path().to_owned()),
     };

@@ -142,7 +142,7 @@ const OPEN: &[Allowed] = &[
 /// A head is written past the page cache.
 const DIRECT: &[Allowed] = &[allow!(SYS_fcntl, "a head is written past the page cache")
     .one_of(1, &[("F_GETFL", libc::F_GETFL as u64), ("F_SETFL", libc::F_SETFL as u64)])
-    .rare("volumes that ask for it")];
+    .rare("volumes for which it is asked")];
 
 /// The state of a whole VM.
 const SAVE: &[Allowed] = &[

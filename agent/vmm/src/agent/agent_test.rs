@@ -175,8 +175,7 @@ fn a_disk_in_use_is_refused_and_one_of_its_own_is_snapshotted_by_name() {
     disk.set_len(1 << 20).expect("sized");
     let add = |launch: &mut Launch| {
         let layers = vec![LayerFds { data_fd: 5, map_fd: None }];
-        launch.disks =
-            vec![Disk { volume_id: "root".into(), layers, read_only: false, key: None, limits: None }];
+        launch.disks = vec![Disk { volume_id: "root".into(), layers, ..Disk::default() }];
     };
     let mut channel = bench.launch_with(&[&guest::spin()], add, &[bench.file("disk.raw")]).expect("launched");
 

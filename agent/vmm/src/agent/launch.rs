@@ -242,6 +242,11 @@ fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchE
     let mut devices = Devices::new(launch.vcpus)?;
     for disk in &launch.disks {
         let volume = open_volume(disk, passed)?;
+        if disk.direct
+            && let Err(why) = volume.go_direct()
+        {
+            super::say(format_args!("the disk {} goes through the page cache: {why}", disk.volume_id));
+        }
         devices.disks.push(Disk::new(disk.volume_id.clone(), volume).with_limits(limits(disk.limits)));
     }
     for nic in &launch.nics {

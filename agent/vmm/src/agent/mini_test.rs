@@ -35,7 +35,7 @@ pub(super) fn with_volumes(bench: &Bench, names: &[&str]) -> (Vec<Disk>, Vec<Fil
         let LayerFiles { data, map } = layer(bench, name, 0);
         files.extend([data, map]);
         let layers = vec![LayerFds { data_fd: 5 + 2 * at, map_fd: Some(6 + 2 * at) }];
-        disks.push(Disk { volume_id: (*name).to_owned(), layers, read_only: false, key: None, limits: None });
+        disks.push(Disk { volume_id: (*name).to_owned(), layers, ..Disk::default() });
     }
     (disks, files)
 }
@@ -231,9 +231,9 @@ fn an_encrypted_disk_opens_with_its_key_only() {
         let disk = Disk {
             volume_id: "a".to_owned(),
             layers: layers.into(),
-            read_only: false,
             key: key_given,
-            limits: None,
+            direct: true,
+            ..Disk::default()
         };
         let change = |launch: &mut Launch| launch.disks = vec![disk];
         if words.is_empty() {

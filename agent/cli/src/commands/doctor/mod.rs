@@ -106,7 +106,7 @@ async fn agent(global: &Global, local: bool) -> Vec<Check> {
     };
     match asked.await {
         Ok((client, node, link)) => {
-            let mut checks = vec![answers(&client, &node)];
+            let mut checks = vec![answers(&client, &node), page_cache(&node)];
             if !local {
                 checks.push(remote_kvm(&node.kvm));
             }
@@ -136,6 +136,23 @@ fn answers(client: &Client, node: &Node) -> Check {
         );
     }
     Check::ok("seriod", found)
+}
+
+/// Which disks go past the page cache there; an older agent does not say.
+fn page_cache(node: &Node) -> Check {
+    let which = match node.direct_io.as_str() {
+        "" => return Check::ok("page_cache", "all disks go through it"),
+        "on" => "all disks shall go past it",
+        "off" => "all disks go through it",
+        _ => "disks of encrypted volumes shall go past it",
+    };
+    let found = format!("{which} (volumes.direct_io = {:?})", node.direct_io);
+    if node.direct_io_refused.is_empty() {
+        return Check::ok("page_cache", found);
+    }
+    let found = format!("{found}, and none does: {}", node.direct_io_refused);
+    let remedy = "they work, slower: put state_dir on ext4 or XFS";
+    Check::warn("page_cache", found, format!("{remedy}, or set volumes.direct_io = \"off\" in seriod.toml"))
 }
 
 /// As the agent says it: "svm", "vmx", "software (pvm)", or why not.
@@ -184,6 +201,16 @@ mod tests {
         assert_eq!(remote_kvm("svm").level, Level::Ok);
         assert_eq!(remote_kvm("software (pvm)").level, Level::Warn);
         assert_eq!(remote_kvm("no /dev/kvm").level, Level::Fail);
+    }
+
+    #[test]
+    fn what_goes_past_the_page_cache_is_what_was_asked_for() {
+        let mut node = Node { direct_io: "auto".into(), ..Node::default() };
+        assert!(page_cache(&node).found.contains("encrypted"));
+        node.direct_io_refused = "the file system has no O_DIRECT".into();
+        let check = page_cache(&node);
+        assert!(check.level == Level::Warn && check.found.ends_with("has no O_DIRECT"), "{check:?}");
+        assert_eq!(page_cache(&Node::default()).level, Level::Ok);
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub enum ConfigError {
     /// Both at once.
     #[error("tls_dir and insecure exclude each other: choose one")]
     Both,
+    /// Half of what etcd wants.
+    #[error("{0}")]
+    Access(&'static str),
     /// Another store.
     #[error("store {0} is none: leave it out for the one in state_dir, or say etcd://HOST:PORT,HOST:PORT,…")]
     Store(String),
@@ -69,6 +72,16 @@ pub struct File {
     pub store: Option<String>,
     /// HOST:PORT where agents and clients reach this scheduler; as `listen`.
     pub advertise: Option<String>,
+    /// The authority of etcd's certificates (PEM): its members are reached by TLS.
+    pub etcd_ca: Option<PathBuf>,
+    /// This scheduler's certificate for etcd (PEM).
+    pub etcd_cert: Option<PathBuf>,
+    /// Its key (PEM).
+    pub etcd_key: Option<PathBuf>,
+    /// The user of etcd, where its authentication is on.
+    pub etcd_user: Option<String>,
+    /// A file with that user's password, which nobody else may read.
+    pub etcd_password_file: Option<PathBuf>,
 }
 
 impl File {
@@ -90,6 +103,11 @@ impl File {
             insecure: other.insecure.or(self.insecure),
             store: other.store.or(self.store),
             advertise: other.advertise.or(self.advertise),
+            etcd_ca: other.etcd_ca.or(self.etcd_ca),
+            etcd_cert: other.etcd_cert.or(self.etcd_cert),
+            etcd_key: other.etcd_key.or(self.etcd_key),
+            etcd_user: other.etcd_user.or(self.etcd_user),
+            etcd_password_file: other.etcd_password_file.or(self.etcd_password_file),
         }
     }
 }
@@ -109,11 +127,46 @@ pub enum Store {
     /// In a database in the state folder; this is the only scheduler.
     Embedded,
     /// In etcd, with those members; there may be other schedulers.
-    Etcd(Vec<String>),
+    Etcd(Vec<String>, Access),
+}
+
+/// How the members of etcd are reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Access {
+    /// The authority of their certificates; none: in the clear.
+    pub ca: Option<PathBuf>,
+    /// Our certificate and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// A user, and the file of the password.
+    pub user: Option<(String, PathBuf)>,
+}
+
+impl Access {
+    fn of(file: &File) -> Result<Self, ConfigError> {
+        let wrong = |why| Err(ConfigError::Access(why));
+        let identity = match (&file.etcd_cert, &file.etcd_key) {
+            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+            (None, None) => None,
+            _ => return wrong("etcd_cert and etcd_key belong together: name both files, or none"),
+        };
+        let user = match (&file.etcd_user, &file.etcd_password_file) {
+            (Some(user), Some(path)) => Some((user.clone(), path.clone())),
+            (None, None) => None,
+            _ => return wrong("etcd_user and etcd_password_file belong together: name both, or none"),
+        };
+        let access = Self { ca: file.etcd_ca.clone(), identity, user };
+        if access.identity.is_some() && access.ca.is_none() {
+            return wrong("etcd_cert without etcd_ca: name the authority that signed etcd's certificates");
+        }
+        if access != Self::default() && file.store.is_none() {
+            return wrong("etcd_… is set, and store is not: say store = \"etcd://HOST:PORT,…\"");
+        }
+        Ok(access)
+    }
 }
 
 impl Store {
-    fn parse(text: &str) -> Result<Self, ConfigError> {
+    fn parse(text: &str, access: Access) -> Result<Self, ConfigError> {
         let bad = || ConfigError::Store(text.to_owned());
         let members = text.strip_prefix("etcd://").ok_or_else(bad)?;
         let member = |member: &str| {
@@ -121,7 +174,8 @@ impl Store {
             let good = !host.is_empty() && !host.contains(['/', '@']) && port.parse::<u16>().is_ok();
             if good { Ok(member.to_owned()) } else { Err(bad()) }
         };
-        members.trim_end_matches('/').split(',').map(member).collect::<Result<_, _>>().map(Self::Etcd)
+        let members = members.trim_end_matches('/').split(',').map(member).collect::<Result<_, _>>()?;
+        Ok(Self::Etcd(members, access))
     }
 }
 
@@ -144,6 +198,7 @@ impl TryFrom<File> for Config {
     type Error = ConfigError;
 
     fn try_from(file: File) -> Result<Self, ConfigError> {
+        let access = Access::of(&file)?;
         let listen = file.listen.unwrap_or_else(|| LISTEN.parse().expect("a constant that is an address"));
         let security = match (file.tls_dir, file.insecure.unwrap_or(false)) {
             (Some(_), true) => return Err(ConfigError::Both),
@@ -152,7 +207,8 @@ impl TryFrom<File> for Config {
             (None, true) => return Err(ConfigError::InsecureAddress(listen)),
             (None, false) => return Err(ConfigError::NoTls),
         };
-        let store = file.store.as_deref().map_or(Ok(Store::Embedded), Store::parse)?;
+        let parse = |text: &str| Store::parse(text, access);
+        let store = file.store.as_deref().map_or(Ok(Store::Embedded), parse)?;
         if store != Store::Embedded && file.advertise.is_none() && listen.ip().is_unspecified() {
             return Err(ConfigError::NoAdvertise(listen));
         }
@@ -183,10 +239,21 @@ mod tests {
         assert!(matches!(parse("tls_dir = '/x'\ninsecure = true"), Err(ConfigError::Both)));
         assert!(matches!(parse("tls_dir = '/x'\nstore = 'etcd://a:1'"), Err(ConfigError::NoAdvertise(_))));
         let region = parse("tls_dir = '/x'\nadvertise = 's1:7450'\nstore = 'etcd://a:1,[::1]:2'").unwrap();
-        assert_eq!(region.store, Store::Etcd(vec!["a:1".into(), "[::1]:2".into()]));
+        assert_eq!(region.store, Store::Etcd(vec!["a:1".into(), "[::1]:2".into()], Access::default()));
         for wrong in ["etcd://", "etcd://a", "etcd://a:1,", "etcd://a:x", "a:1", "etcd://u@a:1"] {
-            assert!(matches!(Store::parse(wrong), Err(ConfigError::Store(_))), "{wrong}");
+            assert!(matches!(Store::parse(wrong, Access::default()), Err(ConfigError::Store(_))), "{wrong}");
         }
+        let etcd = "tls_dir = '/x'\nadvertise = 's:1'\nstore = 'etcd://a:1'\n";
+        for half in
+            ["etcd_cert = 'c'", "etcd_key = 'k'", "etcd_user = 'u'", "etcd_cert = 'c'\netcd_key = 'k'"]
+        {
+            assert!(matches!(parse(&format!("{etcd}{half}")), Err(ConfigError::Access(_))), "{half}");
+        }
+        assert!(matches!(parse("tls_dir = '/x'\netcd_ca = 'c'"), Err(ConfigError::Access(_))));
+        let whole =
+            "etcd_ca = 'a'\netcd_cert = 'c'\netcd_key = 'k'\netcd_user = 'u'\netcd_password_file = 'p'";
+        let Store::Etcd(_, access) = parse(&format!("{etcd}{whole}")).unwrap().store else { panic!("etcd") };
+        assert_eq!(access.user, Some(("u".to_owned(), "p".into())));
         assert!(toml::from_str::<File>("listn = 1").is_err());
         assert!(matches!(File::read(Path::new("/nowhere.toml")), Err(ConfigError::Read { .. })));
     }

@@ -29,7 +29,8 @@ const GRACE: Duration = Duration::from_secs(3);
   serio-scheduler --insecure --listen 127.0.0.1:7450 --state-dir ./state
   serio-scheduler --tls-dir ./pki/scheduler --advertise s1:7450 --store etcd://s1:2379,s2:2379,s3:2379
 
-The configuration has the keys listen, tls_dir, state_dir, insecure, store and advertise; flags go before it.")]
+The configuration has the keys listen, tls_dir, state_dir, insecure, store, advertise, etcd_ca, etcd_cert, etcd_key, etcd_user
+and etcd_password_file; flags go before it.")]
 struct Args {
     /// The configuration
     #[arg(long, value_name = "FILE")]
@@ -49,6 +50,21 @@ struct Args {
     /// Where agents and clients reach this scheduler [default: as --listen]
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
+    /// The authority of etcd's certificates (PEM): reach its members by TLS
+    #[arg(long, value_name = "FILE")]
+    etcd_ca: Option<PathBuf>,
+    /// This scheduler's certificate for etcd (PEM)
+    #[arg(long, value_name = "FILE")]
+    etcd_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE")]
+    etcd_key: Option<PathBuf>,
+    /// The user of etcd, where its authentication is on
+    #[arg(long, value_name = "NAME")]
+    etcd_user: Option<String>,
+    /// A file with that user's password
+    #[arg(long, value_name = "FILE")]
+    etcd_password_file: Option<PathBuf>,
     /// No certificates; on loopback only
     #[arg(long)]
     insecure: bool,
@@ -79,6 +95,11 @@ fn main() -> anyhow::Result<()> {
         insecure: args.insecure.then_some(true),
         store: args.store,
         advertise: args.advertise,
+        etcd_ca: args.etcd_ca,
+        etcd_cert: args.etcd_cert,
+        etcd_key: args.etcd_key,
+        etcd_user: args.etcd_user,
+        etcd_password_file: args.etcd_password_file,
     };
     let config = Config::try_from(file.overridden_by(flags))?;
     // It ends with the process, not before: the owner's thread may be writing to etcd through it.
@@ -90,14 +111,14 @@ async fn start(
     config: &Config,
     advertised: String,
 ) -> anyhow::Result<(owner::Handle, Option<(JoinHandle<()>, oneshot::Sender<()>)>)> {
-    let members = match &config.store {
+    let (members, access) = match &config.store {
         Store::Embedded => {
             let store = Sqlite::open(&config.state_dir).context("cannot open the state")?;
             return Ok((owner::start(store).context("cannot read the state")?, None));
         }
-        Store::Etcd(members) => members,
+        Store::Etcd(members, access) => (members, access),
     };
-    let client = etcd::Client::new(members)?;
+    let client = etcd::Client::with(members, access).context("cannot use etcd")?;
     let id = client.region_id().await.context("cannot read the state")?;
     let owner = owner::start_following(id);
     let (end, ended) = oneshot::channel();

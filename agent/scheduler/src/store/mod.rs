@@ -102,10 +102,13 @@ pub enum StoreError {
     #[error("another scheduler leads the region by now")]
     Deposed,
     /// It answers, and does not do it.
-    #[error(
-        "etcd refuses: {0} (a record that is too large needs a larger --max-request-bytes of etcd; a full store needs compaction)"
-    )]
+    #[error("etcd refuses: {0} (a record that is too large needs a larger --max-request-bytes of etcd)")]
     Refused(String),
+    /// Its quota is used up.
+    #[error(
+        "etcd's space is full (alarm NOSPACE), so that nothing can be written: compact it and defragment each member, then          `etcdctl alarm disarm`; start its members with --auto-compaction-retention=1h, or a larger --quota-backend-bytes"
+    )]
+    Full,
     /// The store does not answer.
     #[error("the store cannot be reached: {0}")]
     Unreachable(String),

@@ -114,6 +114,7 @@ pub(crate) struct Client {
     route: Route,
     to: String,
     connection: SchedulerServiceClient<Channel>,
+    calling: Call,
     chance: Chance,
 }
 
@@ -123,7 +124,7 @@ impl Client {
         let route = Route::new(addresses.borrow_and_update().clone()).unwrap();
         let to = route.url().to_owned();
         let connection = connect(&to);
-        Self { scene, addresses, route, to, connection, chance }
+        Self { scene, addresses, route, to, connection, calling: Call::Place, chance }
     }
 
     /// Until there are no requests left.
@@ -136,9 +137,9 @@ impl Client {
             let id = format!("r{number}");
             let vcpus = 1 + self.chance.below(4);
             self.scene.history.lock().unwrap().entry(id.clone()).or_default().vcpus = vcpus;
-            // One that dies may have an heir, who begins anew with the same id.
-            for _ in 0..3 {
-                if self.live(&id, vcpus).await.is_some() || self.chance.one_in(2) {
+            // One that dies has an heir, who begins anew with the same id; without one, what was only placed ends by itself.
+            while self.live(&id, vcpus).await.is_none() {
+                if self.calling == Call::Place && self.chance.one_in(2) {
                     break;
                 }
             }
@@ -166,6 +167,7 @@ impl Client {
     /// What the region says of it; none when this client dies.
     async fn told(&mut self, call: Call, id: &str, vcpus: u64) -> Option<Life> {
         let invoked = self.scene.now();
+        self.calling = call;
         // When something may have been done whose answer nobody heard.
         let mut unheard: Option<At> = None;
         let mut last = String::new();
@@ -230,8 +232,8 @@ impl Client {
         self.scene.repeated.fetch_add(1, Ordering::Relaxed);
         let pause = match next {
             Next::AtOnce => 0,
-            Next::Soon => 200,
-            Next::Later(rounds) => 40_u64 << rounds.min(4),
+            Next::Soon => 300,
+            Next::Later(rounds) => 100_u64 << rounds.min(4),
         };
         tokio::time::sleep(self.chance.up_to(Duration::from_millis(pause))).await;
         if self.addresses.has_changed().unwrap_or(false) {

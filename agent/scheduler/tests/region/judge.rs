@@ -93,6 +93,8 @@ pub(crate) struct NodeLog {
     /// Vcpus that it really has.
     capacity: u64,
     tokens: BTreeMap<String, Seen>,
+    /// Those of the last look.
+    present: HashSet<String>,
     looks: Vec<(At, At)>,
     found: Vec<String>,
 }
@@ -100,7 +102,7 @@ pub(crate) struct NodeLog {
 impl NodeLog {
     pub(crate) fn new(name: &str, capacity: u64) -> Self {
         let (tokens, looks, found) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Self { name: name.to_owned(), capacity, tokens, looks, found }
+        Self { name: name.to_owned(), capacity, tokens, present: HashSet::new(), looks, found }
     }
 
     /// All that it holds, at some instant between those two.
@@ -131,9 +133,11 @@ impl NodeLog {
             seen.last = look;
             seen.committed = seen.committed.or(held.committed.then_some(look));
         }
-        for seen in self.tokens.values_mut().filter(|seen| seen.gone.is_none() && seen.last != look) {
-            seen.gone = Some(look);
+        let now: HashSet<String> = list.iter().map(|held| held.token.clone()).collect();
+        for token in self.present.difference(&now) {
+            self.tokens.entry(token.clone()).and_modify(|seen| seen.gone = Some(look));
         }
+        self.present = now;
     }
 }
 

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "the helpers of a test may panic as the test does")]
 
+mod access;
 mod checker;
 mod clients;
 mod failover;

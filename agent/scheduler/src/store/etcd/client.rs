@@ -5,11 +5,13 @@
 //! ```
 //! A call that got no answer may have been done, and is repeated: whoever calls sees to it that twice is as good as once,
 //! and that a late one does no harm (a paused member may do it when it wakes up).
+//! With a user each call carries the token that etcd gave for its password; one that etcd has forgotten is asked for anew.
 //! Never: knows what the keys mean.
 
 use std::{
+    path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -24,16 +26,17 @@ use tonic::{
     Code, Request, Status, Streaming,
     client::Grpc,
     codegen::http::uri::PathAndQuery,
-    metadata::MetadataValue,
-    transport::{Channel, Endpoint},
+    metadata::{Ascii, MetadataValue},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_prost::ProstCodec;
 
 use super::wire::{
-    Event, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveResponse, LeaseRequest, Nothing,
-    RangeRequest, RangeResponse, TxnRequest, TxnResponse, WatchAsk, WatchCreateRequest, WatchRequest,
-    WatchResponse,
+    AuthenticateRequest, AuthenticateResponse, Event, LeaseGrantRequest, LeaseGrantResponse,
+    LeaseKeepAliveResponse, LeaseRequest, Nothing, RangeRequest, RangeResponse, TxnRequest, TxnResponse,
+    WatchAsk, WatchCreateRequest, WatchRequest, WatchResponse,
 };
+use crate::config::Access;
 
 /// One member's time for one call.
 const CALL_WAIT: Duration = Duration::from_secs(1);
@@ -55,6 +58,18 @@ pub enum EtcdError {
     /// No member did it in time.
     #[error("no member of etcd does it: {0}")]
     Unreachable(String),
+    /// A file of certificates or of the password.
+    #[error("cannot read {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Certificates that are none.
+    #[error("the certificates for etcd cannot be used")]
+    Tls(#[source] tonic::transport::Error),
     /// It answers, and does not do it.
     #[error("etcd refuses: {}", .0.message())]
     Refused(Box<Status>),
@@ -66,10 +81,43 @@ pub struct Client {
     members: Arc<[(String, Channel)]>,
     /// The member that answered last.
     current: Arc<AtomicUsize>,
+    user: Option<Arc<User>>,
+}
+
+/// Who we are to etcd.
+#[derive(Debug)]
+struct User {
+    name: String,
+    password: String,
+    /// Said with each call, once etcd has believed us; it forgets it after a while without calls.
+    token: Mutex<Option<MetadataValue<Ascii>>>,
+}
+
+impl User {
+    fn token(&self) -> Option<MetadataValue<Ascii>> {
+        self.token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, token: Option<MetadataValue<Ascii>>) {
+        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = token;
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, EtcdError> {
+    std::fs::read(path).map_err(|source| EtcdError::File { path: path.to_owned(), source })
+}
+
+fn tls(access: &Access) -> Result<Option<ClientTlsConfig>, EtcdError> {
+    let Some(ca) = &access.ca else { return Ok(None) };
+    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?));
+    Ok(Some(match &access.identity {
+        Some((cert, key)) => config.identity(Identity::from_pem(read(cert)?, read(key)?)),
+        None => config,
+    }))
 }
 
 impl Client {
-    /// Of those members, as HOST:PORT. Connections are made when they are needed.
+    /// Of those members, as HOST:PORT, in the clear and without a user. Connections are made when they are needed.
     ///
     /// # Errors
     /// When one cannot be an address.
@@ -77,16 +125,74 @@ impl Client {
     /// # Panics
     /// Outside of a runtime.
     pub fn new(members: &[String]) -> Result<Self, EtcdError> {
+        Self::with(members, &Access::default())
+    }
+
+    /// The same with certificates and a user.
+    ///
+    /// # Errors
+    /// When one cannot be an address, or a file cannot be read.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn with(members: &[String], access: &Access) -> Result<Self, EtcdError> {
+        let tls = tls(access)?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let member = |address: &String| {
-            let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
                 .map_err(|_| EtcdError::Address(address.clone()))?;
+            let endpoint = match &tls {
+                Some(tls) => endpoint.tls_config(tls.clone()).map_err(EtcdError::Tls)?,
+                None => endpoint,
+            };
             Ok((address.clone(), endpoint.connect_timeout(CALL_WAIT).tcp_nodelay(true).connect_lazy()))
         };
         let members = members.iter().map(member).collect::<Result<Vec<_>, EtcdError>>()?;
         if members.is_empty() {
             return Err(EtcdError::Address(String::new()));
         }
-        Ok(Self { members: members.into(), current: Arc::new(AtomicUsize::new(0)) })
+        let user = match &access.user {
+            Some((name, path)) => {
+                let password = String::from_utf8_lossy(&read(path)?).trim_end_matches('\n').to_owned();
+                Some(Arc::new(User { name: name.clone(), password, token: Mutex::new(None) }))
+            }
+            None => None,
+        };
+        Ok(Self { members: members.into(), current: Arc::new(AtomicUsize::new(0)), user })
+    }
+
+    /// A request with the user's token; who has none yet says first who it is.
+    async fn request<Q>(&self, grpc: &mut Grpc<Channel>, message: Q) -> Result<Request<Q>, Status> {
+        let mut request = Request::new(message);
+        let Some(user) = &self.user else { return Ok(request) };
+        let token = match user.token() {
+            Some(token) => token,
+            None => {
+                let (name, password) = (user.name.clone(), user.password.clone());
+                let ask = Request::new(AuthenticateRequest { name, password });
+                let path = PathAndQuery::from_static("/etcdserverpb.Auth/Authenticate");
+                let codec = ProstCodec::<AuthenticateRequest, AuthenticateResponse>::default();
+                let answer = grpc.unary(ask, path, codec).await?.into_inner();
+                let token: MetadataValue<Ascii> =
+                    answer.token.parse().map_err(|_| Status::internal("a token of etcd that is no text"))?;
+                user.set(Some(token.clone()));
+                ready(grpc).await?;
+                token
+            }
+        };
+        request.metadata_mut().insert("token", token);
+        Ok(request)
+    }
+
+    /// Whether etcd has only forgotten who we are.
+    fn is_forgotten(&self, status: &Status) -> bool {
+        let Some(user) = &self.user else { return false };
+        let old = ["invalid auth token", "revision of auth store is old"];
+        if user.token().is_none() || !old.iter().any(|text| status.message().contains(text)) {
+            return false;
+        }
+        user.set(None);
+        true
     }
 
     fn member(&self) -> Option<(usize, &str, Grpc<Channel>)> {
@@ -118,6 +224,7 @@ impl Client {
             };
             let failure = match timeout(CALL_WAIT, attempt(grpc)).await {
                 Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(status)) if Instant::now() < until && self.is_forgotten(&status) => continue,
                 Ok(Err(status)) if is_final(&status) => return Err(EtcdError::Refused(Box::new(status))),
                 Ok(Err(status)) => format!("{address}: {}", status.message()),
                 Err(_) => format!("{address}: no answer within {} ms", CALL_WAIT.as_millis()),
@@ -140,9 +247,10 @@ impl Client {
         A: prost::Message + Default + 'static,
     {
         self.call(|mut grpc: Grpc<Channel>| {
-            let request = Request::new(request.clone());
+            let request = request.clone();
             async move {
                 ready(&mut grpc).await?;
+                let request = self.request(&mut grpc, request).await?;
                 let path = PathAndQuery::from_static(path);
                 Ok(grpc.unary(request, path, ProstCodec::<Q, A>::default()).await?.into_inner())
             }
@@ -195,7 +303,8 @@ impl Client {
             let once = tokio_stream::once(LeaseRequest { id });
             let path = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
             let codec = ProstCodec::<LeaseRequest, LeaseKeepAliveResponse>::default();
-            let mut answers = grpc.streaming(Request::new(once), path, codec).await?.into_inner();
+            let request = self.request(&mut grpc, once).await?;
+            let mut answers = grpc.streaming(request, path, codec).await?.into_inner();
             let answer = answers.message().await?;
             answer.map(|answer| answer.ttl > 0).ok_or_else(|| Status::unavailable("no answer to a lease"))
         })
@@ -213,7 +322,7 @@ impl Client {
                 ready(&mut grpc).await?;
                 let (asks, receiver) = mpsc::channel(4);
                 asks.try_send(first).map_err(|_| Status::internal("a new channel has room"))?;
-                let mut request = Request::new(ReceiverStream::new(receiver));
+                let mut request = self.request(&mut grpc, ReceiverStream::new(receiver)).await?;
                 // A member that is cut off from its leader ends the watch, instead of being silent for ever.
                 request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
                 let path = PathAndQuery::from_static("/etcdserverpb.Watch/Watch");

@@ -10,6 +10,10 @@
 //! (`create_revision`) and was written as often as this leader knows (`version`); it writes that key again. So it is done
 //! once or never, in order, also when an answer was lost, it was sent twice, or a paused member does it late; (2) what a
 //! deposed leader sent is refused as soon as its key is gone, and before that its successor does not read.
+//!
+//! Old revisions are compacted by etcd itself (`--auto-compaction-retention`), not from here: a compaction is one of all
+//! keys, also of those that others may keep there and still read. Nothing here needs a revision that is older than the
+//! last look; who follows and finds it compacted reads everything anew.
 
 mod client;
 pub mod wire;
@@ -46,10 +50,16 @@ impl From<EtcdError> for StoreError {
         match error {
             // The lease of the leader's key.
             EtcdError::Refused(status) if status.code() == Code::NotFound => Self::Deposed,
+            EtcdError::Refused(status) if is_full(&status) => Self::Full,
             EtcdError::Refused(status) => Self::Refused(status.message().to_owned()),
             error => Self::Unreachable(error.to_string()),
         }
     }
+}
+
+/// `ErrGRPCNoSpace`; a member that is overloaded has the same code.
+fn is_full(status: &tonic::Status) -> bool {
+    status.code() == Code::ResourceExhausted && status.message().contains("space exceeded")
 }
 
 fn op(op: Op) -> RequestOp {

@@ -261,3 +261,22 @@ pub struct Event {
     #[prost(message, optional, tag = "2")]
     pub kv: Option<KeyValue>,
 }
+
+/// Says who one is.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct AuthenticateRequest {
+    /// The user.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// In the clear.
+    #[prost(string, tag = "2")]
+    pub password: String,
+}
+
+/// Who is believed.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct AuthenticateResponse {
+    /// To be said with each call.
+    #[prost(string, tag = "2")]
+    pub token: String,
+}

@@ -176,8 +176,24 @@ pub struct Keys {
 pub struct Scheduler {
     /// `https://HOST:7450`; none when empty.
     pub url: String,
+    /// Those of a region with several; the one above is one of them, when it is set.
+    pub urls: Vec<String>,
     /// ca-cert.pem, client-cert.pem, client-key.pem; those of `grpc.tls_dir` when empty.
     pub tls_dir: PathBuf,
+}
+
+impl Scheduler {
+    /// All of them, each once.
+    #[must_use]
+    pub fn all(&self) -> Vec<String> {
+        let mut all: Vec<String> = Vec::new();
+        for url in std::iter::once(&self.url).chain(&self.urls).filter(|url| !url.is_empty()) {
+            if !all.contains(url) {
+                all.push(url.clone());
+            }
+        }
+        all
+    }
 }
 
 /// What is reported and promised.

@@ -201,14 +201,15 @@ fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
         site: config.site.clone(),
         failure_domain: config.failure_domain.clone(),
         state_dir: config.state_dir.clone(),
-        scheduler_url: (!config.scheduler.url.is_empty()).then(|| config.scheduler.url.clone()),
+        scheduler_urls: config.scheduler.all(),
         tls_dir: optional(&config.scheduler.tls_dir).or_else(|| optional(&config.grpc.tls_dir)),
         usage_interval: Duration::from_millis(config.capacity.usage_interval_ms),
         lease_interval: Duration::from_millis(config.capacity.lease_interval_ms),
         reserve_memory: config.capacity.reserve_memory.bytes(),
         overcommit_vcpu: config.capacity.overcommit_vcpu,
     };
-    Reporter::new(settings, core.watches.snapshot.clone()).with_state(core.client.clone())
+    Reporter::new(settings, core.watches.snapshot.clone())
+        .with_state(core.client.clone(), Some(core.audit.clone()))
 }
 
 /// Listens for NBD clients; what is written into URIs.

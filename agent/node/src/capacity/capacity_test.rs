@@ -56,14 +56,14 @@ fn recorded() -> tempfile::TempDir {
     dir
 }
 
-fn settings(dir: &Path, scheduler_url: Option<String>) -> ReporterSettings {
+fn settings(dir: &Path, url: Option<String>) -> ReporterSettings {
     ReporterSettings {
         node_name: "a".into(),
         node_uid: "u".into(),
         site: "s".into(),
         failure_domain: "f".into(),
         state_dir: dir.to_owned(),
-        scheduler_url,
+        scheduler_urls: url.into_iter().collect(),
         tls_dir: None,
         usage_interval: Duration::from_millis(20),
         lease_interval: Duration::from_millis(10),
@@ -426,8 +426,8 @@ async fn the_scheduler_orders_and_the_node_has_the_veto() {
     // 12 vcpus in all.
     let (state, watches) = crate::state::orders_test::start(&root.path().join("state.db"));
     let settings = settings(root.path(), Some(url));
-    let reporter =
-        Reporter::with_host(settings, watches.snapshot.clone(), Host::new(root.path())).with_state(state);
+    let reporter = Reporter::with_host(settings, watches.snapshot.clone(), Host::new(root.path()))
+        .with_state(state, None);
     let running = tokio::spawn(reporter.run());
     let mut node = accepted.recv().await.unwrap();
     let What::Hello(_) = node.next().await else { panic!("Hello comes first") };

@@ -29,6 +29,7 @@ use std::{
 };
 
 use serio_api::v1::{Allocation, Allocations, Hello, Inventory, NumaNode, SchedulerLink, Usage};
+use serio_types::Route;
 use serio_vdc::ledger::NumaLimit;
 use tokio::{
     sync::watch,
@@ -43,7 +44,10 @@ use self::{
 
 pub use digest::digest;
 
-use crate::state::{orders::HostLimits, owner::Client};
+use crate::{
+    audit::Trail,
+    state::{orders::HostLimits, owner::Client},
+};
 
 /// What the state promises; sent by the state whenever it changes.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -75,8 +79,8 @@ pub struct ReporterSettings {
     pub failure_domain: String,
     /// The file system of it is the storage pool.
     pub state_dir: PathBuf,
-    /// `https://HOST:7450`, or `http://` in tests; no scheduler when `None`.
-    pub scheduler_url: Option<String>,
+    /// `https://HOST:7450`, or `http://` in tests: all schedulers of the region; none without any.
+    pub scheduler_urls: Vec<String>,
     /// ca-cert.pem, client-cert.pem, client-key.pem.
     pub tls_dir: Option<PathBuf>,
     /// Between two usage reports.
@@ -116,6 +120,8 @@ struct Shared {
     snapshot: watch::Receiver<Snapshot>,
     /// Carries out what the scheduler orders, and promises by what the inventory says.
     state: Option<Client>,
+    /// Where those of its orders are noted that change the node itself.
+    trail: Option<Trail>,
     now: Mutex<Now>,
     /// Told when the inventory or the promises have changed.
     changes: watch::Sender<()>,
@@ -169,8 +175,9 @@ impl Shared {
         }
     }
 
-    fn link_changed(&self, connected: bool, last_error: String) {
+    fn link_changed(&self, url: &str, connected: bool, last_error: String) {
         let mut now = self.now();
+        url.clone_into(&mut now.link.url);
         if now.link.connected != connected || now.link.since.is_none() {
             now.link.since = Some(usage::timestamp(SystemTime::now()));
         }
@@ -222,7 +229,7 @@ impl Reporter {
         let start =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let link = SchedulerLink {
-            url: settings.scheduler_url.clone().unwrap_or_default(),
+            url: settings.scheduler_urls.first().cloned().unwrap_or_default(),
             ..SchedulerLink::default()
         };
         let now = Now {
@@ -236,6 +243,7 @@ impl Reporter {
             host,
             snapshot,
             state: None,
+            trail: None,
             now: Mutex::new(now),
             changes: watch::Sender::new(()),
             more: OnceLock::new(),
@@ -245,11 +253,13 @@ impl Reporter {
         Self { shared: Arc::new(shared) }
     }
 
-    /// With a state that hears what the host has, and that carries out the scheduler's orders. Call it first.
+    /// With a state that hears what the host has, and that carries out the scheduler's orders; those that change the node
+    /// itself are noted in the trail. Call it first.
     #[must_use]
-    pub fn with_state(mut self, state: Client) -> Self {
+    pub fn with_state(mut self, state: Client, trail: Option<Trail>) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.state = Some(state);
+            shared.trail = trail;
         }
         self
     }
@@ -284,8 +294,8 @@ impl Reporter {
     /// Samples, and holds the link to the scheduler, until dropped.
     pub async fn run(self) {
         let link = async {
-            match self.shared.settings.scheduler_url.clone().filter(|url| !url.is_empty()) {
-                Some(url) => scheduler::run(Arc::clone(&self.shared), url).await,
+            match Route::new(self.shared.settings.scheduler_urls.clone()) {
+                Some(route) => scheduler::run(Arc::clone(&self.shared), route).await,
                 None => std::future::pending().await,
             }
         };

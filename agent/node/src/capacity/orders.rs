@@ -1,4 +1,7 @@
-//! The scheduler's orders, from the wire to the state and back. Owns: the conversion. Never: a decision.
+//! The scheduler's orders, from the wire to the state and back. Owns: the conversion, and that those which change the node
+//! itself (drain, undrain, fence) are in the audit log before they are done, as those of people are. Promises are not: they
+//! come by the dozen each second, the scheduler keeps them, and the VM that takes one is in the log.
+//! Never: a decision.
 
 use serio_api::v1::{
     AllocationClass, Answer, Done, Refused, RefusedKind, Reserve, Reserved, answer,
@@ -9,6 +12,7 @@ use serio_vdc::ledger::{Ask, Class, Shortage, Veto, Want, Wish};
 use uuid::Uuid;
 
 use crate::{
+    audit::{self, Caller, Detail, Trail},
     error::{Error, chain},
     state::{
         command::{Answer as StateAnswer, Command, Order, Ordered},
@@ -54,16 +58,57 @@ fn reserve(r: Reserve) -> Result<Order, Error> {
     })))
 }
 
+/// Who carries orders out, and who gave them.
+#[derive(Debug, Clone)]
+pub(super) struct Carrier {
+    pub(super) state: Option<Client>,
+    pub(super) trail: Option<Trail>,
+    /// "nodes/a".
+    pub(super) node: String,
+    /// "scheduler ID at URL".
+    pub(super) who: String,
+}
+
+/// The method that a person would call for it, what it is about, and what else is to be known.
+fn noted(order: &Order, node: &str) -> Option<(&'static str, String, Detail)> {
+    match order {
+        Order::Drain(reason) => Some(("DrainNode", node.to_owned(), vec![("reason", reason.clone())])),
+        Order::Undrain => Some(("UndrainNode", node.to_owned(), Vec::new())),
+        Order::Fence { id, generation } => {
+            let on = id.as_ref().map_or_else(|| node.to_owned(), |id| format!("allocations/{id}"));
+            Some(("FenceNode", on, vec![("generation", generation.to_string())]))
+        }
+        _ => None,
+    }
+}
+
+impl Carrier {
+    async fn order(&self, order: Order) -> Result<StateAnswer, Error> {
+        let state = self.state.as_ref().ok_or(Error::Ending)?;
+        let asked = match (&self.trail, noted(&order, &self.node)) {
+            (Some(trail), Some((what, on, detail))) => {
+                let caller = Caller { who: self.who.clone(), role: "scheduler", what: what.to_owned() };
+                Some((trail, trail.asked(caller, on, detail).await?))
+            }
+            _ => None,
+        };
+        let answer = state.ask(Command::Order(order)).await;
+        if let Some((trail, asked)) = asked {
+            trail.ended(asked, audit::result(&answer)).await;
+        }
+        answer
+    }
+}
+
 /// Carries an order out; `generation` is the inventory's, for a refusal.
 pub(super) async fn carry_out(
-    state: Option<Client>,
+    carrier: Carrier,
     (call, order): (u64, Result<Order, Error>),
     generation: u64,
 ) -> Answer {
-    let result = match (state, order) {
-        (Some(state), Ok(order)) => state.ask(Command::Order(order)).await,
-        (None, _) => Err(Error::Ending),
-        (_, Err(error)) => Err(error),
+    let result = match order {
+        Ok(order) => carrier.order(order).await,
+        Err(error) => Err(error),
     };
     let what = match result {
         Ok(StateAnswer::Ordered(ordered)) => done(ordered),

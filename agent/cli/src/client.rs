@@ -1,6 +1,7 @@
 //! The connection to an agent or a scheduler: a Unix socket, or TLS with a certificate on both sides.
 //!
 //! Owns: what `--host` may be, the TLS files, deadlines, the one retry, and the telling of "nobody there" from "refused".
+//! Of several schedulers (`region`) it goes to the one that leads.
 //! Invariant: a request carries the same `request_id` when it is sent again, so that sending twice does once.
 
 use std::{
@@ -9,15 +10,19 @@ use std::{
     future::Future,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
+use serio_types::Route;
 use tokio::net::UnixStream;
 use tonic::{
     Code, Request, Response, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri},
 };
+
+mod region;
 
 use crate::{args::Global, error::Failure};
 
@@ -109,19 +114,29 @@ pub struct Client {
     channel: Channel,
     target: Target,
     timeout: Option<Duration>,
+    /// Where else to go, from here on.
+    route: Route,
+    global: Arc<Global>,
 }
 
 impl Client {
-    /// Connects as the global flags say.
+    /// Connects as the global flags say; of several hosts to the first that is there.
     pub async fn connect(global: &Global) -> Result<Self, Failure> {
-        let target: Target = global.host.parse().map_err(Failure::Usage)?;
-        let channel = match &target {
-            Target::Unix(path) => connect_unix(path).await,
-            Target::Https { .. } => connect_tcp(&target, Some(tls(global, &target)?)).await,
-            Target::Http { .. } => connect_tcp(&target, None).await,
-        };
-        let channel = channel.map_err(|error| unreachable(&target, root(error)))?;
-        Ok(Self { channel, target, timeout: global.timeout() })
+        let targets = region::targets(&global.host).map_err(Failure::Usage)?;
+        let urls = targets.iter().map(ToString::to_string).collect();
+        let mut route = Route::new(urls).ok_or_else(|| Failure::Usage("--host names nobody".to_owned()))?;
+        let mut last = None;
+        for target in targets {
+            match open(global, &target).await {
+                Ok(channel) => {
+                    let (timeout, global) = (global.timeout(), Arc::new(global.clone()));
+                    return Ok(Self { channel, target, timeout, route, global });
+                }
+                Err(failure) => last = Some(failure),
+            }
+            route.failed();
+        }
+        Err(last.unwrap_or_else(|| Failure::Usage("--host names nobody".to_owned())))
     }
 
     /// Where this goes.
@@ -159,6 +174,7 @@ impl Client {
     {
         let both = async {
             match self.send(&request, &send).await {
+                Err(status) if self.goes_elsewhere(&status) => self.elsewhere(status, &request, &send).await,
                 Err(status) if status.code() == Code::Unavailable || is_broken(&status) => {
                     tokio::time::sleep(Duration::from_millis(RETRY_AFTER_MS)).await;
                     self.send(&request, &send).await
@@ -235,6 +251,16 @@ fn unreachable(target: &Target, source: crate::error::Source) -> Failure {
         _ => "is the host up, does it listen there ([grpc] listen in seriod.toml), and does a firewall let you through?".to_owned(),
     };
     Failure::Unreachable { host: target.to_string(), source, hint }
+}
+
+/// A channel to it, as the global flags say.
+async fn open(global: &Global, target: &Target) -> Result<Channel, Failure> {
+    let channel = match target {
+        Target::Unix(path) => connect_unix(path).await,
+        Target::Https { .. } => connect_tcp(target, Some(tls(global, target)?)).await,
+        Target::Http { .. } => connect_tcp(target, None).await,
+    };
+    channel.map_err(|error| unreachable(target, root(error)))
 }
 
 async fn connect_unix(path: &Path) -> Result<Channel, tonic::transport::Error> {

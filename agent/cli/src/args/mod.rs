@@ -67,7 +67,8 @@ pub struct Cli {
 /// What every command takes.
 #[derive(Debug, Clone, Args)]
 pub struct Global {
-    /// The agent or scheduler to talk to: unix:PATH, https://HOST:PORT (port 7440 if left out)
+    /// The agent or scheduler to talk to: unix:PATH, https://HOST:PORT (port 7440 if left out); of a region's schedulers one,
+    /// or several with commas: the call goes to the one that leads
     #[arg(long, global = true, env = "SERIO_HOST", value_name = "URL", help_heading = CONNECTION)]
     #[arg(default_value = "unix:/run/serio/seriod.sock", hide_env_values = true)]
     pub host: String,

@@ -34,7 +34,7 @@ pub struct PlaceArgs {
     /// New volumes
     #[arg(long, value_name = "SIZE")]
     pub storage: Option<ByteSize>,
-    /// The VM's name in the vdc; it is then placed once only
+    /// The VM's name in the vdc, the placement's if left out; a VM is placed once only
     #[arg(long, value_name = "NAME")]
     pub vm: Option<Name>,
     /// Hold it for a recovery

@@ -113,13 +113,11 @@ async fn list(client: &Client, vdc: Option<Name>, output: Output) -> Result<(), 
         &["NAME", "STATE", "NODE", "FOR", "VCPUS", "MEMORY", "STORAGE", "CREATED"],
         |placement| {
             let request = placement.request.clone().unwrap_or_default();
-            let whom =
-                if request.resource.is_empty() { request.vdc } else { names::short(&request.resource) };
             vec![
                 names::short(&placement.name),
                 state(placement),
                 names::short(&placement.node),
-                whom,
+                names::short(&request.resource),
                 request.vcpus.to_string(),
                 output::size(request.memory_bytes),
                 output::size(request.storage_bytes),

@@ -103,12 +103,7 @@ impl Core {
                 key: id.to_string(),
                 expected_generation: 0,
                 ttl_ms: request.ttl_ms,
-                resource: if request.resource.is_empty() {
-                    // A node wants to know for whom; a VM made later says so by itself.
-                    format!("placements/{id}")
-                } else {
-                    request.resource.clone()
-                },
+                resource: request.resource.clone(),
                 vcpus: request.vcpus,
                 memory_bytes: request.memory_bytes,
                 storage_bytes: request.storage_bytes,

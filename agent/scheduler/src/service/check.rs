@@ -1,7 +1,7 @@
 //! Requests as they come in, checked once.
 
 use serio_api::v1::{FenceNodeRecordRequest, ListPlacementsRequest, PlaceRequest, PutRecoveryPlanRequest};
-use serio_types::Name;
+use serio_types::{Name, VdcName, resource};
 
 use crate::{error::OrderError, placement::what_if::Member};
 
@@ -35,10 +35,14 @@ pub(super) fn place(mut request: PlaceRequest) -> Result<(Name, PlaceRequest), O
         .request_id
         .parse()
         .map_err(|error: serio_types::NameError| invalid("request_id", error.to_string()))?;
-    let _: Name =
+    let vdc: Name =
         request.vdc.parse().map_err(|error: serio_types::NameError| invalid("vdc", error.to_string()))?;
+    if request.resource.is_empty() {
+        // A node promises to a VM, by name.
+        request.resource = resource::vm(&VdcName { vdc, name: id.clone() });
+    }
+    resource::parse_vm(&request.resource).map_err(|error| invalid("resource", error.to_string()))?;
     let texts = [
-        ("resource", &request.resource),
         ("anti_affinity_group", &request.anti_affinity_group),
         ("site", &request.site),
         ("cpu_baseline", &request.cpu_baseline),

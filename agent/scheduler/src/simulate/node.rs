@@ -11,7 +11,7 @@ use serio_api::v1::{
     NumaNode, Refused, RefusedKind, Reserve, Reserved, SchedulerMessage, StoragePool, answer,
     scheduler_message::What,
 };
-use serio_types::Quota;
+use serio_types::{Quota, resource};
 use serio_vdc::ledger::{Ask, Capacity, Class, Ledger, NumaLimit, Stage, Veto, Want, Wish};
 
 use super::agent::Peer;
@@ -211,6 +211,9 @@ impl Peer for Node {
 
 impl Held {
     fn reserve(&mut self, now: u64, name: &str, order: Reserve) -> Result<answer::What, Veto> {
+        // As seriod does.
+        resource::parse_vm(&order.resource)
+            .map_err(|error| Veto::Invalid { what: "resource", problem: error.to_string() })?;
         self.tokens = self.tokens.wrapping_add(1);
         let dr_held = order.class() == AllocationClass::DrHeld;
         let ask = Ask {

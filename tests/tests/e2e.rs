@@ -25,3 +25,5 @@ mod secrets;
 mod survival;
 #[path = "e2e/volumes.rs"]
 mod volumes;
+#[path = "e2e/work.rs"]
+mod work;

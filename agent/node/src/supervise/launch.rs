@@ -60,7 +60,9 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     if let Some(saved) = &plan.restore {
         let state_fd = descriptors.push(files::open(&saved.join("state"), true)?);
         let memory_fd = descriptors.push(files::open(&saved.join("memory"), true)?);
-        launch.restore = Some(RestoreFrom { state_fd, memory_fd, ..RestoreFrom::default() });
+        // Its guest runs before its memory has been read; damage that is found then ends it.
+        launch.restore =
+            Some(RestoreFrom { state_fd, memory_fd, check_beside: true, ..RestoreFrom::default() });
     }
     machine::equip(&plan.machine, &run, (&mut launch, &mut descriptors))?;
     for nic in &plan.nics {

@@ -161,7 +161,10 @@ async fn place_commit_release_and_the_same_again() {
     assert_eq!((placed.name.as_str(), placed.state()), ("placements/web", PlacementState::Reserved));
     assert!(!placed.token.is_empty());
     // Nobody said for which VM: for one of that name, since a node promises to VMs only.
-    assert_eq!(placed.request.as_ref().map(|request| request.resource.as_str()), Some("vdcs/ardesio/vms/web"));
+    assert_eq!(
+        placed.request.as_ref().map(|request| request.resource.as_str()),
+        Some("vdcs/ardesio/vms/web")
+    );
     assert_eq!(placed.filters.iter().map(|f| f.nodes).collect::<Vec<_>>(), [3; 10]);
     // The same again is the same; another under its name, or another for the same VM, is refused.
     assert_eq!(client.place(wish("web", 4)).await.unwrap().into_inner(), placed);

@@ -168,22 +168,18 @@ async fn huge_and_slow_messages() {
     let waiting = Instant::now();
     rig.is_fine("messages that do not end").await;
     create_vdc(&rig.channel, "small").await.unwrap();
-    // There was room for the first four of the first connection: they have a deadline.
+    // There was room for a few of the first connection, in no order: they have a deadline.
     let mut ended = Vec::new();
     while ended.len() < 100 && waiting.elapsed() < Duration::from_secs(50) {
         let (kind, flags, id, payload) = read_frame(&mut slow[0]).unwrap();
         assert_ne!(kind, GOAWAY, "{payload:?}");
         if kind == HEADERS && flags & END_STREAM != 0 {
-            ended.push(id);
+            ended.push((waiting.elapsed(), id));
         }
     }
     assert_eq!(ended.len(), 100, "after {:?}", waiting.elapsed());
-    let last = ended.last().unwrap();
-    assert!(
-        *last < 10 && waiting.elapsed() > Duration::from_secs(10),
-        "{last} after {:?}",
-        waiting.elapsed()
-    );
+    let late = ended.iter().filter(|(after, _)| *after > Duration::from_secs(10)).count();
+    assert!((1..=10).contains(&late), "{late} had room: {ended:?}");
     rig.is_fine("after their deadline").await;
 }
 

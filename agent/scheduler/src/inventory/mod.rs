@@ -450,10 +450,11 @@ impl Inventory {
         self.nodes.get(name).map_or(0, Node::fence_generation)
     }
 
-    /// Another node than those fenced that has promised something to it.
+    /// Another node than those fenced that has promised something to it, by another reservation than `key`.
     #[must_use]
-    pub fn holder(&self, resource: &str) -> Option<&Name> {
-        let holds = |node: &Node| node.fence_due().is_none() && node.view.resources.contains(resource);
+    pub fn holder(&self, resource: &str, key: &str) -> Option<&Name> {
+        let by_another = |node: &Node| node.view.resources.get(resource).is_some_and(|found| found != key);
+        let holds = |node: &Node| node.fence_due().is_none() && by_another(node);
         self.nodes.iter().find(|(_, node)| holds(node)).map(|(name, _)| name)
     }
 

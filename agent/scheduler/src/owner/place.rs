@@ -63,7 +63,8 @@ impl Core {
             return Err(OrderError::TooMany("placements"));
         }
         if !resource.is_empty()
-            && let Some(node) = self.book.holder(resource).or_else(|| self.inventory.holder(resource))
+            && let Some(node) =
+                self.book.holder(resource).or_else(|| self.inventory.holder(resource, id.as_str()))
         {
             return Err(OrderError::Held { resource: resource.clone(), node: node.clone() });
         }
@@ -91,7 +92,10 @@ impl Core {
         let question = Question { wish: &wish, members: &Members { nodes }, refused: &refused, seed };
         let plan = placement::plan(&question, self.inventory.candidates(self.since_start()));
         tracing::debug!(request = %id, counts = plan.counts(), candidates = plan.nodes.len(), "planned");
-        let Some(node) = plan.nodes.first().cloned() else {
+        // A scheduler that died may have had a node's promise already: that node says the same again.
+        let promised =
+            |node: &&Name| self.inventory.view(node).is_some_and(|view| view.keys.contains(id.as_str()));
+        let Some(node) = plan.nodes.iter().find(promised).or(plan.nodes.first()).cloned() else {
             tracing::info!(request = %id, counts = plan.counts(), "no node takes it");
             return Err(self.no_node(request, &plan, vetoes));
         };

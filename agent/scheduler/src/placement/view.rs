@@ -2,7 +2,7 @@
 //!
 //! Invariant: what is promised is counted from the node's own list; every memory is with the overhead of its VMM.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serio_api::v1::{Allocation, AllocationClass, Hello, Inventory, NodeRecord};
 
@@ -85,8 +85,8 @@ pub struct NodeView {
     pub promises: Vec<Promise>,
     /// Keys of the reservations in the list.
     pub keys: BTreeSet<String>,
-    /// Whom it promised something.
-    pub resources: BTreeSet<String>,
+    /// Whom it promised something, and by which reservation's key.
+    pub resources: BTreeMap<String, String>,
 }
 
 impl NodeView {
@@ -128,7 +128,7 @@ impl NodeView {
             self.keys.insert(allocation.key.clone());
         }
         if !allocation.resource.is_empty() {
-            self.resources.insert(allocation.resource.clone());
+            self.resources.insert(allocation.resource.clone(), allocation.key.clone());
         }
         self.promises.push(Promise { resource: allocation.resource.clone(), need, dr_held });
     }

@@ -22,7 +22,7 @@ pub(crate) enum Fault {
     BooksTwice,
     /// Its agent keeps nothing over a restart.
     Forgets,
-    /// It promises four times what it has.
+    /// It promises far more than it has.
     Overbooks,
 }
 
@@ -41,6 +41,8 @@ impl Party {
         let size = Size { vcpus: says, memory: 1 << 40, storage: 1 << 40, overhead: 0 };
         // Its clock is up to five per cent off.
         let rate = f64::from(u32::try_from(95 + chance.below(11)).unwrap()) / 100.0;
+        // So little that single requests are too large, however few are under way at once.
+        let vcpus = if fault == Some(Fault::Overbooks) { 1 } else { vcpus };
         Self { node: Node::new(number, size, rate), vcpus, fault, twice: Mutex::default() }
     }
 

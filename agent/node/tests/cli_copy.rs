@@ -1,5 +1,5 @@
 //! `serio volume import` and `download` from another host, that is, over TLS; and copies that break off: the client is killed,
-//! then seriod while the next one copies; ctrl-C.
+//! then seriod while the next one copies; ctrl-C; a pipe that nobody reads any more.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -319,4 +319,26 @@ fn an_image_whose_import_is_interrupted_is_none() {
     assert!(listed.status.success() && !said(&listed).contains("base"), "{}", said(&listed));
     let done = node.run(&["image", "import", "base", text(&node.at("disk.raw")), "--format", "raw"]);
     assert!(done.status.success(), "{}", said(&done));
+}
+
+#[test]
+fn a_download_that_nobody_takes_ends() {
+    let Some(node) = node() else { return };
+    let done = node.run(&["volume", "import", "ardesio/data", text(&node.at("disk.raw"))]);
+    assert!(done.status.success(), "{}", said(&done));
+    // As `… | head -c 1M` does.
+    let mut child = node.starts(&["volume", "download", "ardesio/data", "-"]);
+    let mut part = vec![0; 1 << 20];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut part).unwrap();
+    assert!(part == node.content[..1 << 20]);
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(!output.status.success() && said(&output).contains("Broken pipe"), "{}", said(&output));
+    node.is_let_go("ardesio/data");
+    // Into a file that cannot be: nothing is exported for it.
+    let there = node.at("there");
+    fs::write(&there, "mine").unwrap();
+    let done = node.run(&["volume", "download", "ardesio/data", text(&there)]);
+    assert!(!done.status.success() && fs::read(&there).unwrap() == b"mine", "{}", said(&done));
+    node.is_let_go("ardesio/data");
 }

@@ -217,8 +217,7 @@ async fn strangers_errors_and_proxies_pass_through_tls() {
         "bufs = [nbd.Buffer(65536) for _ in range(64)]\nfor i, b in enumerate(bufs):\n  h.aio_pread(b, i * 65536)\n\
          for i in range(200):\n  h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b'z' * 16384)), i * 16384)\n\
          while h.aio_in_flight() > 0:\n  h.poll(-1)\nh.shutdown()",
-        // Gone without a word, with replies on the way.
-        "bufs = [nbd.Buffer(1 << 20) for _ in range(32)]\nfor b in bufs:\n  h.aio_pread(b, 0)\nh.poll(1)\nimport os\nos._exit(0)",
+        // (One that goes without a word ends nbdkit itself, by an assertion; volumed's tests have that case.)
         "assert h.pread(16, 0) == b'z' * 16",
     ] {
         let ran = shell(code).await;
@@ -227,7 +226,13 @@ async fn strangers_errors_and_proxies_pass_through_tls() {
     let socket = bench.dir.path().join("proxy.sock");
     let mut proxy = Command::new("nbdkit");
     proxy.args(["--foreground", "--unix"]).arg(&socket).args(["nbd", "tls=require", "shared=true"]);
-    proxy.arg(format!("uri={uri}")).stderr(Stdio::null()).kill_on_drop(true);
+    // Not by a URI: the plugin does not let one name the certificates' files.
+    let port = format!("port={}", bench.port);
+    proxy.args(["hostname=localhost", &port, "export=token"]);
+    proxy
+        .arg(format!("tls-certificates={}", bench.dir.path().display()))
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
     let _proxy = proxy.spawn().unwrap();
     let proxied = format!("nbd+unix:///?socket={}", socket.display());
     let back = bench.dir.path().join("back");

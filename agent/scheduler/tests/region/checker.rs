@@ -174,8 +174,8 @@ impl Run {
         let scene = Arc::new(Scene::new(addresses.clone(), plan.requests, KEPT));
         let parties: Vec<Arc<Party>> = (0..NODES)
             .map(|number| {
-                // One in four is broken.
-                let fault = plan.fault.filter(|_| number % 4 == 0);
+                // One in four is broken; where the others have room nobody needs one that overbooks: then all.
+                let fault = plan.fault.filter(|fault| number % 4 == 0 || *fault == Fault::Overbooks);
                 Arc::new(Party::new(number, VCPUS, fault, &mut chance))
             })
             .collect();

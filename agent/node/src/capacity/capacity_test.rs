@@ -1,6 +1,6 @@
 //! The readers on a written-out host, and the link against a scheduler in this process.
 
-use std::{fs, path::Path, pin::Pin};
+use std::{collections::VecDeque, fs, path::Path, pin::Pin};
 
 use serio_api::v1::{
     self, AgentMessage, AllocationState, Answer, Commit, DeleteNodeRecordRequest, DeleteNodeRecordResponse,
@@ -150,6 +150,8 @@ struct FakeScheduler {
 
 struct Connection {
     from_agent: Streaming<AgentMessage>,
+    /// What came while an answer was waited for: which of both comes first is open.
+    kept: VecDeque<What>,
     to_agent: mpsc::Sender<Result<SchedulerMessage, Status>>,
 }
 
@@ -161,7 +163,7 @@ impl SchedulerService for FakeScheduler {
 
     async fn connect(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Out>, Status> {
         let (to_agent, receiver) = mpsc::channel(8);
-        let connection = Connection { from_agent: request.into_inner(), to_agent };
+        let connection = Connection { from_agent: request.into_inner(), kept: VecDeque::new(), to_agent };
         self.connections.send(connection).await.map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -265,6 +267,13 @@ impl SchedulerService for FakeScheduler {
 
 impl Connection {
     async fn next(&mut self) -> What {
+        match self.kept.pop_front() {
+            Some(kept) => kept,
+            None => self.receive().await,
+        }
+    }
+
+    async fn receive(&mut self) -> What {
         timeout(Duration::from_secs(20), self.from_agent.next())
             .await
             .unwrap()
@@ -274,13 +283,16 @@ impl Connection {
             .unwrap()
     }
 
-    /// The next message that the test looks for; others are passed over.
+    /// The next message that the test looks for; others are passed over. Leases come without end, so it has one.
     async fn next_where<T>(&mut self, pick: impl Fn(What) -> Option<T>) -> T {
-        loop {
-            if let Some(found) = pick(self.next().await) {
-                return found;
+        let search = async {
+            loop {
+                if let Some(found) = pick(self.next().await) {
+                    return found;
+                }
             }
-        }
+        };
+        timeout(Duration::from_secs(60), search).await.expect("it never comes")
     }
 
     async fn complete_list(&mut self) -> Allocations {
@@ -294,11 +306,12 @@ impl Connection {
     /// Orders, and waits for the answer to just this call.
     async fn order(&mut self, call: u64, what: Said) -> Answered {
         self.say(what).await;
-        let answer = |what| match what {
-            What::Answer(Answer { call: of, what }) if of == call => what,
-            _ => None,
-        };
-        self.next_where(answer).await
+        loop {
+            match self.receive().await {
+                What::Answer(Answer { call: of, what }) if of == call => return what.unwrap(),
+                other => self.kept.push_back(other),
+            }
+        }
     }
 
     async fn say(&self, what: Said) {
@@ -330,7 +343,7 @@ async fn the_scheduler_hears_everything_and_may_come_and_go() {
     assert_eq!(inventory.cpu_model, "Good CPU");
     assert_eq!(first.complete_list().await.allocations, []);
     first.next_where(|what| matches!(what, What::Usage(_)).then_some(())).await;
-    first.next_where(|what| matches!(what, What::Lease(Lease { sequence: 4, .. })).then_some(())).await;
+    first.next_where(|what| matches!(what, What::Lease(Lease { sequence: 4.., .. })).then_some(())).await;
     let link = reporter.current().link;
     assert!(link.connected && link.url == url && link.since.is_some());
 
@@ -439,8 +452,12 @@ async fn the_scheduler_orders_and_the_node_has_the_veto() {
         panic!("it fits")
     };
     assert!(ttl_ms > 0 && ttl_ms <= 60_000);
-    let pending = node.complete_list().await.allocations;
-    assert_eq!((pending[0].state(), pending[0].key.as_str()), (AllocationState::Pending, "web"));
+    let list = |what| match what {
+        What::Allocations(list) => list.allocations.first().cloned(),
+        _ => None,
+    };
+    let pending = node.next_where(list).await;
+    assert_eq!((pending.state(), pending.key.as_str()), (AllocationState::Pending, "web"));
     let (full, refused) = kind(node.order(2, Said::Reserve(reserve(2, "db", 5))).await);
     assert_eq!((full, refused.resource.as_str()), (RefusedKind::Full, "vcpus"));
     assert_eq!((refused.asked, refused.limit, refused.used), (5, 12, 8));

@@ -291,10 +291,12 @@ impl Out {
         if current != self.digest { self.allocations(shared, true).await } else { Ok(()) }
     }
 
-    /// The list, or its digest alone.
-    async fn allocations(&mut self, shared: &Shared, complete: bool) -> Result<(), LinkError> {
+    /// The list, or its digest alone where that is not asked for and the scheduler has the list.
+    async fn allocations(&mut self, shared: &Shared, asked: bool) -> Result<(), LinkError> {
         let allocations = shared.allocations();
-        self.digest = digest(&allocations);
+        let current = digest(&allocations);
+        let complete = asked || current != self.digest;
+        self.digest = current;
         let message = Allocations {
             digest: self.digest.clone(),
             allocations: if complete { allocations } else { Vec::new() },

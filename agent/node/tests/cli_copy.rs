@@ -322,6 +322,22 @@ fn an_image_whose_import_is_interrupted_is_none() {
 }
 
 #[test]
+fn ctrl_c_ends_a_download_whose_reader_stands_still() {
+    let Some(node) = node() else { return };
+    let done = node.run(&["volume", "import", "ardesio/data", text(&node.at("disk.raw"))]);
+    assert!(done.status.success(), "{}", said(&done));
+    let mut child = node.starts(&["volume", "download", "ardesio/data", "-"]);
+    let mut part = vec![0; 1 << 20];
+    let mut stdout = child.stdout.take().unwrap();
+    std::io::Read::read_exact(&mut stdout, &mut part).unwrap();
+    assert!(part == node.content[..1 << 20]);
+    let said_last = interrupt(child);
+    assert!(said_last.contains("interrupted"), "{said_last}");
+    node.is_let_go("ardesio/data");
+    drop(stdout);
+}
+
+#[test]
 fn a_download_that_nobody_takes_ends() {
     let Some(node) = node() else { return };
     let done = node.run(&["volume", "import", "ardesio/data", text(&node.at("disk.raw"))]);

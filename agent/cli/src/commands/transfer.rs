@@ -48,6 +48,9 @@ use crate::{
 /// Longest life of an export that a copy makes: it is ended when the copy is.
 const TTL_S: i64 = 7 * 24 * 3600;
 
+/// How long a copy may take to hear that it is to stop.
+const STOP_WAIT: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// Counts, hashes, and hears a wish to stop.
 struct Meter {
     bar: ProgressBar,
@@ -81,7 +84,8 @@ async fn copy(
     work: impl FnOnce(&mut dyn Watch) -> Result<(), Failure> + Send + 'static,
 ) -> Result<String, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
-    let mut meter = Meter { bar: progress(size), hash: blake3::Hasher::new(), stop: Arc::clone(&stop) };
+    let bar = progress(size);
+    let mut meter = Meter { bar: bar.clone(), hash: blake3::Hasher::new(), stop: Arc::clone(&stop) };
     let mut copying = tokio::task::spawn_blocking(move || {
         let result = work(&mut meter);
         meter.bar.finish_and_clear();
@@ -91,7 +95,14 @@ async fn copy(
         done = &mut copying => return joined(done),
         _ = tokio::signal::ctrl_c() => stop.store(true, Ordering::SeqCst),
     }
-    joined(copying.await)
+    match tokio::time::timeout(STOP_WAIT, copying).await {
+        Ok(done) => joined(done),
+        // It waits for who is at the other end of a pipe, who need not ever go on: the process ends without it.
+        Err(_) => {
+            bar.finish_and_clear();
+            Err(Failure::plain("interrupted"))
+        }
+    }
 }
 
 fn joined<T>(result: Result<Result<T, Failure>, tokio::task::JoinError>) -> Result<T, Failure> {

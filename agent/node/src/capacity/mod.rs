@@ -21,6 +21,8 @@ mod usage;
 
 #[cfg(test)]
 mod capacity_test;
+#[cfg(test)]
+mod scheduler_test;
 
 use std::{
     path::PathBuf,

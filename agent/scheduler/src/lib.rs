@@ -15,6 +15,7 @@ pub mod auth;
 pub mod book;
 pub mod config;
 pub mod error;
+pub mod index;
 pub mod inventory;
 pub mod owner;
 pub mod placement;

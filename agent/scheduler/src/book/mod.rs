@@ -7,7 +7,7 @@
 //! ```
 //! Invariants: (1) a request has at most one placement, for as long as it is remembered; (2) what is over at the caller is
 //! RELEASING until the node has said so: nothing leaks there; (3) an entry has at most one timer, by this process's clock;
-//! (4) their number is bounded.
+//! (4) their number is bounded; (5) the indexes say of what is not over what a look at everything would.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,6 +16,8 @@ use std::{
 
 use serio_api::v1::{Placement, PlacementState};
 use serio_types::Name;
+
+use crate::index::Index;
 
 /// Placements that are kept, over or not.
 pub const PLACEMENTS_MAX: usize = 200_000;
@@ -49,6 +51,10 @@ pub enum Due {
 pub struct Book {
     entries: BTreeMap<Name, Entry>,
     by_node: BTreeMap<Name, BTreeSet<Name>>,
+    /// Those that are not over, by what they are for.
+    by_resource: Index<String>,
+    /// Those that are not over and belong together, by vdc and group.
+    by_group: Index<(String, String)>,
     timers: BTreeSet<(Duration, Name)>,
 }
 
@@ -104,28 +110,20 @@ impl Book {
     /// Nodes that have a member of that group.
     #[must_use]
     pub fn group(&self, vdc: &str, group: &str) -> Vec<Name> {
-        let member = |entry: &&Entry| {
-            let request = entry.placement.request.as_ref();
-            entry.placement.state() != PlacementState::Released
-                && request.is_some_and(|r| r.vdc == vdc && r.anti_affinity_group == group)
-        };
-        let nodes: BTreeSet<Name> =
-            self.entries.values().filter(member).map(|entry| entry.node.clone()).collect();
-        nodes.into_iter().collect()
+        let members = self.by_group.names((vdc.to_owned(), group.to_owned()));
+        let nodes: BTreeSet<&Name> = members.filter_map(|id| self.node(id)).collect();
+        nodes.into_iter().cloned().collect()
     }
 
     /// The node that holds something for it, or may.
     #[must_use]
     pub fn holder(&self, resource: &str) -> Option<&Name> {
-        let holds = |entry: &&Entry| {
-            entry.placement.state() != PlacementState::Released
-                && entry.placement.request.as_ref().is_some_and(|r| r.resource == resource)
-        };
-        self.entries.values().find(holds).map(|entry| &entry.node)
+        self.by_resource.names(resource.to_owned()).next().and_then(|id| self.node(id))
     }
 
     /// A new one, or one that was saved.
     pub fn insert(&mut self, now: Duration, id: Name, placement: Placement) {
+        self.forget(&id);
         let node: Name = placement
             .node
             .strip_prefix("nodes/")
@@ -133,7 +131,34 @@ impl Book {
             .unwrap_or_else(|| id.clone());
         self.by_node.entry(node.clone()).or_default().insert(id.clone());
         self.entries.insert(id.clone(), Entry { placement, node, timer: None });
+        self.index(&id);
         self.set_timer(now, &id);
+    }
+
+    /// Has it found by what it is for, unless it is over.
+    fn index(&mut self, id: &Name) {
+        let open = self.get(id).is_some_and(|placement| placement.state() != PlacementState::Released);
+        self.index_as(id, open);
+    }
+
+    fn index_as(&mut self, id: &Name, open: bool) {
+        let Some(request) = self.entries.get(id).and_then(|entry| entry.placement.request.as_ref()) else {
+            return;
+        };
+        let (resource, group) =
+            (request.resource.clone(), (request.vdc.clone(), request.anti_affinity_group.clone()));
+        // Most belong to no group, and nobody asks for that one.
+        let grouped = !group.1.is_empty();
+        if open {
+            self.by_resource.insert(resource, id.clone());
+        } else {
+            self.by_resource.remove(resource, id.clone());
+        }
+        if grouped && open {
+            self.by_group.insert(group, id.clone());
+        } else if grouped {
+            self.by_group.remove(group, id.clone());
+        }
     }
 
     /// What another scheduler has of it, or that it has forgotten it.
@@ -152,6 +177,7 @@ impl Book {
         }
         entry.placement.set_state(state);
         entry.placement.reason = reason.to_owned();
+        self.index(id);
         self.set_timer(now, id);
         true
     }
@@ -228,6 +254,7 @@ impl Book {
     }
 
     fn forget(&mut self, id: &Name) {
+        self.index_as(id, false);
         let Some(entry) = self.entries.remove(id) else { return };
         if let Some(at) = entry.timer {
             self.timers.remove(&(at, id.clone()));

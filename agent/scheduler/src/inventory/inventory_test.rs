@@ -49,6 +49,25 @@ fn fresh_suspect_lost() {
 }
 
 #[test]
+fn the_wall_clock_says_nothing_of_freshness() {
+    let mut nodes = Inventory::default();
+    let a = name("a");
+    let mut inputs = vec![Input::Hello(ONE, hello("a"))];
+    inputs.extend((1..20).map(|sequence| Input::Lease(ONE, lease(sequence, 5))));
+    for (input, seconds) in inputs.into_iter().zip(0_u64..) {
+        // An hour forward, a day back, each second.
+        let jump = if seconds % 2 == 0 { 3600 } else { -86_400 };
+        let wall = Timestamp { seconds: 1_700_000_000 + jump, nanos: 0 };
+        let now = Moment { since_start: Duration::from_secs(seconds), wall };
+        nodes.step(now, input, &mut Vec::new());
+        assert_eq!(nodes.get(now.since_start, &a).unwrap().last_seen, Some(wall), "for people");
+    }
+    let state = |seconds| nodes.freshness(Duration::from_secs(seconds), &a);
+    use NodeFreshness::{Fresh, Lost, Suspect};
+    assert_eq!([state(23), state(24), state(53), state(54)], [Fresh, Suspect, Suspect, Lost]);
+}
+
+#[test]
 fn a_lease_is_bounded_and_old_ones_do_not_count() {
     let mut nodes = Inventory::default();
     step(&mut nodes, 0, Input::Hello(ONE, hello("a")));
@@ -200,6 +219,61 @@ fn after_a_restart_nodes_are_suspect_then_lost() {
     assert_eq!(nodes.freshness(Duration::from_secs(61), &name("a")), NodeFreshness::Fresh);
 }
 
+/// Promises to few, by few reservations.
+fn any_list() -> impl Strategy<Value = Vec<Allocation>> {
+    let one = (0..5u32, 0..3u32).prop_map(|(resource, key)| Allocation {
+        resource: format!("vdcs/v/vms/{resource}"),
+        key: format!("k{key}"),
+        ..Allocation::default()
+    });
+    prop::collection::vec(one, 0..4)
+}
+
+/// What changes who holds what.
+#[derive(Debug, Clone)]
+enum Change {
+    Input(Input),
+    Fence(String),
+    Forget(String),
+    Copy(String, Option<Vec<Allocation>>),
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        6 => any_input().prop_map(Change::Input),
+        1 => "[abc]".prop_map(Change::Fence),
+        1 => "[abc]".prop_map(Change::Forget),
+        1 => ("[abc]", prop::option::of(any_list())).prop_map(|(id, list)| Change::Copy(id, list)),
+    ]
+}
+
+fn durable(id: &str, allocations: Vec<Allocation>) -> Durable {
+    let allocations = Some(Allocations { allocations, complete: true, ..Allocations::default() });
+    Durable { hello: hello(id), allocations, ..Durable::default() }
+}
+
+fn change(nodes: &mut Inventory, seconds: u64, change: Change) {
+    match change {
+        Change::Input(input) => drop(step(nodes, seconds, input)),
+        Change::Fence(id) => drop(nodes.fence(at(seconds), &name(&id), "it is dead")),
+        Change::Forget(id) => drop(nodes.forget(at(seconds).since_start, &name(&id))),
+        Change::Copy(id, list) => {
+            let node = list.map(|list| durable(&id, list));
+            // As who learns from a leader: nobody is connected to it.
+            let session = nodes.session(&name(&id));
+            session.map(|session| step(nodes, seconds, Input::Gone(session)));
+            nodes.copy(at(seconds).since_start, name(&id), node);
+        }
+    }
+}
+
+/// As it was before there was an index: a look at everything.
+fn holder_by_scan<'a>(nodes: &'a Inventory, resource: &str, key: &str) -> Option<&'a Name> {
+    let by_another = |node: &Node| node.view.resources.get(resource).is_some_and(|found| found != key);
+    let mut all = nodes.nodes.iter();
+    all.find(|(_, node)| node.fence_due().is_none() && by_another(node)).map(|(name, _)| name)
+}
+
 /// Any input of three sessions and three nodes.
 fn any_input() -> impl Strategy<Value = Input> {
     let session = (0..4u64).prop_map(SessionId);
@@ -210,10 +284,10 @@ fn any_input() -> impl Strategy<Value = Input> {
             NodeInventory { generation, ..Default::default() }
         )),
         (session.clone(), 0..5u64, 0..20u32).prop_map(|(s, n, ttl)| Input::Lease(s, lease(n, ttl))),
-        (session.clone(), "[xy]", any::<bool>()).prop_map(|(s, digest, complete)| Input::Allocations(
-            s,
-            Allocations { digest, complete, allocations: vec![] }
-        )),
+        (session.clone(), "[xy]", any::<bool>(), any_list()).prop_map(|(s, digest, complete, list)| {
+            let allocations = if complete { list } else { vec![] };
+            Input::Allocations(s, Allocations { digest, complete, allocations })
+        }),
         session.prop_map(Input::Gone),
     ]
 }
@@ -238,9 +312,9 @@ proptest! {
                 }
             }
             for (session, name) in &nodes.sessions {
-                prop_assert_eq!(nodes.nodes[name].session, Some(*session));
+                prop_assert_eq!(nodes.session(name), Some(*session));
             }
-            prop_assert_eq!(nodes.nodes.values().filter(|n| n.session.is_some()).count(), nodes.sessions.len());
+            prop_assert_eq!(nodes.nodes.iter().filter(|(_, n)| n.session.is_some()).count(), nodes.sessions.len());
             // But for the time of the last word, the disk knows everything.
             prop_assert_eq!(disk.len(), nodes.nodes.len());
             for (name, kept) in &disk {
@@ -248,6 +322,27 @@ proptest! {
                 prop_assert_eq!((&kept.hello, &kept.inventory, &kept.allocations), (&now.hello, &now.inventory, &now.allocations));
             }
         }
+    }
+
+    /// Who holds something is found in the index as by a look at everything, whatever happened before.
+    #[test]
+    fn holders_are_found(
+        restored in prop::collection::btree_map("[abc]", any_list(), 0..3),
+        changes in prop::collection::vec((any_change(), 0..40u64), 0..60),
+    ) {
+        let mut nodes = Inventory::restore(restored.into_iter().map(|(id, list)| (name(&id), durable(&id, list))));
+        let mut seconds = 0;
+        for (one, pause) in changes {
+            nodes.nodes.check();
+            seconds += pause;
+            change(&mut nodes, seconds, one);
+            for resource in (0..5).map(|number| format!("vdcs/v/vms/{number}")) {
+                for key in ["k0", "k1", "other"] {
+                    prop_assert_eq!(nodes.holder(&resource, key), holder_by_scan(&nodes, &resource, key));
+                }
+            }
+        }
+        nodes.nodes.check();
     }
 
     /// Freshness only ever falls while nothing is heard.

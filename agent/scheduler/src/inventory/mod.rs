@@ -13,6 +13,7 @@
 //! promised stays its own until a fence is recorded, and a fenced node gets nothing new until it has ended what it had.
 
 mod node;
+mod nodes;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -28,6 +29,7 @@ use crate::placement::{
     what_if::Member,
 };
 use node::{Node, change, check_hello};
+use nodes::Nodes;
 
 /// After its lease ran out a node is suspect for that long, then lost.
 pub const SUSPECT: Duration = Duration::from_secs(30);
@@ -190,7 +192,7 @@ pub enum FenceError {
 /// The nodes.
 #[derive(Debug, Default)]
 pub struct Inventory {
-    nodes: BTreeMap<Name, Node>,
+    nodes: Nodes,
     /// The other way; exactly the nodes' sessions.
     sessions: BTreeMap<SessionId, Name>,
 }
@@ -205,17 +207,18 @@ impl Inventory {
     /// The same, later in the life of the process.
     #[must_use]
     pub fn restore_at(now: Duration, nodes: impl IntoIterator<Item = (Name, Durable)>) -> Self {
-        Self {
-            nodes: nodes.into_iter().map(|(name, durable)| (name, Node::restored(now, durable))).collect(),
-            sessions: BTreeMap::new(),
+        let mut inventory = Self::default();
+        for (name, durable) in nodes {
+            inventory.nodes.insert(name, Node::restored(now, durable));
         }
+        inventory
     }
 
     /// What another scheduler has of a node, or that it has forgotten it.
     pub fn copy(&mut self, now: Duration, name: Name, node: Option<Durable>) {
         match node {
-            Some(durable) => drop(self.nodes.insert(name, Node::restored(now, durable))),
-            None => drop(self.nodes.remove(&name)),
+            Some(durable) => self.nodes.insert(name, Node::restored(now, durable)),
+            None => self.nodes.remove(&name),
         }
     }
 
@@ -225,21 +228,15 @@ impl Inventory {
             Input::Hello(session, hello) => self.hello(now, session, hello, out),
             Input::Gone(session) => self.gone(session, out),
             Input::Inventory(session, inventory) => {
-                if let Some((name, node)) = self.heard(session, now, out) {
-                    node.durable.inventory = Some(inventory);
-                    node.look_again();
+                if let Some(name) = self.heard(session, now, out, |node| node.has(inventory)) {
                     out.push(Output::Save(name));
                 }
             }
             Input::Usage(session, usage) => {
-                if let Some((_, node)) = self.heard(session, now, out) {
-                    node.usage = Some(usage);
-                }
+                self.heard(session, now, out, |node| node.usage = Some(usage));
             }
             Input::Lease(session, lease) => {
-                if let Some((_, node)) = self.heard(session, now, out) {
-                    node.lease(now, &lease);
-                }
+                self.heard(session, now, out, |node| node.lease(now, &lease));
             }
             Input::Allocations(session, allocations) => self.allocations(now, session, allocations, out),
         }
@@ -261,10 +258,10 @@ impl Inventory {
             self.close(older, CloseReason::Replaced(name.clone()), out);
         }
         self.sessions.insert(session, name.clone());
-        match self.nodes.get_mut(&name) {
+        match self.nodes.get(&name) {
             Some(node) => {
                 out.push(Output::Note(name.clone(), change(&node.durable.hello, &hello)));
-                node.connect(session, hello, now);
+                self.nodes.change(&name, |node| node.connect(session, hello, now));
             }
             None => {
                 out.push(Output::Note(name.clone(), Note::New));
@@ -290,9 +287,7 @@ impl Inventory {
 
     fn gone(&mut self, session: SessionId, out: &mut Vec<Output>) {
         if let Some(name) = self.sessions.remove(&session) {
-            if let Some(node) = self.nodes.get_mut(&name) {
-                node.disconnect();
-            }
+            self.nodes.change(&name, Node::disconnect);
             // When it was last heard is worth keeping, once.
             out.push(Output::Save(name.clone()));
             out.push(Output::Note(name, Note::Disconnected));
@@ -310,29 +305,33 @@ impl Inventory {
             let reason = CloseReason::TooManyAllocations(allocations.allocations.len());
             return self.close(session, reason, out);
         }
-        let Some((name, node)) = self.heard(session, now, out) else { return };
-        if allocations.complete {
-            node.durable.allocations = Some(allocations);
-            node.asked = false;
-            node.look_again();
-            out.push(Output::Save(name));
-        } else if node.durable.allocations.as_ref().is_none_or(|kept| kept.digest != allocations.digest)
-            && !node.asked
-        {
-            node.asked = true;
-            out.push(Output::AskAllocations(session));
+        let complete = allocations.complete;
+        let mut ask = false;
+        let heard = self.heard(session, now, out, |node| ask = node.promises(allocations));
+        match heard {
+            Some(name) if complete => out.push(Output::Save(name)),
+            Some(_) if ask => out.push(Output::AskAllocations(session)),
+            _ => {}
         }
     }
 
-    /// The node of a session, which was heard just now. A session that never said Hello, or was ended, is closed.
-    fn heard(&mut self, session: SessionId, now: Moment, out: &mut Vec<Output>) -> Option<(Name, &mut Node)> {
+    /// The node of a session was heard just now. A session that never said Hello, or was ended, is closed.
+    fn heard(
+        &mut self,
+        session: SessionId,
+        now: Moment,
+        out: &mut Vec<Output>,
+        said: impl FnOnce(&mut Node),
+    ) -> Option<Name> {
         let Some(name) = self.sessions.get(&session).cloned() else {
             out.push(Output::Close(session, CloseReason::NoHello));
             return None;
         };
-        let node = self.nodes.get_mut(&name)?;
-        node.durable.last_seen = now.wall;
-        Some((name, node))
+        self.nodes.change(&name, |node| {
+            node.durable.last_seen = now.wall;
+            said(node);
+        })?;
+        Some(name)
     }
 
     fn close(&mut self, session: SessionId, reason: CloseReason, out: &mut Vec<Output>) {
@@ -455,35 +454,32 @@ impl Inventory {
     pub fn holder(&self, resource: &str, key: &str) -> Option<&Name> {
         let by_another = |node: &Node| node.view.resources.get(resource).is_some_and(|found| found != key);
         let holds = |node: &Node| node.fence_due().is_none() && by_another(node);
-        self.nodes.iter().find(|(_, node)| holds(node)).map(|(name, _)| name)
+        self.nodes.promisers(resource).find(|name| self.nodes.get(name).is_some_and(holds))
     }
 
     /// It was asked for that much, and its list does not have it yet.
     pub fn expect(&mut self, name: &Name, key: &str, need: Need) {
-        if let Some(node) = self.nodes.get_mut(name) {
-            node.expect(key, need);
-        }
+        self.nodes.change(name, |node| node.expect(key, need));
     }
 
     /// It will not have it.
     pub fn expect_no_more(&mut self, name: &Name, key: &str) {
-        if let Some(node) = self.nodes.get_mut(name) {
-            node.expect_no_more(key);
-        }
+        self.nodes.change(name, |node| node.expect_no_more(key));
     }
 
     /// Records that it is dead: what it promised is free from now on. Answers the generation below which all is over.
     pub fn fence(&mut self, now: Moment, name: &Name, proof: &str) -> Result<u64, FenceError> {
-        let node = self.nodes.get_mut(name).ok_or_else(|| FenceError::Unknown(name.clone()))?;
+        let unknown = || FenceError::Unknown(name.clone());
+        let node = self.nodes.get(name).ok_or_else(unknown)?;
         if node.session.is_some() || node.freshness(now.since_start) == NodeFreshness::Fresh {
             return Err(FenceError::Alive(name.clone()));
         }
-        Ok(node.fence(now, proof))
+        self.nodes.change(name, |node| node.fence(now, proof)).ok_or_else(unknown)
     }
 
     /// It has ended what it had. Whether that is news.
     pub fn fence_applied(&mut self, name: &Name) -> bool {
-        self.nodes.get_mut(name).is_some_and(Node::fence_applied)
+        self.nodes.change(name, Node::fence_applied).unwrap_or_default()
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use serio_api::v1::{Hello, Lease, NodeFence, NodeFreshness, NodeRecord, Usage};
+use serio_api::v1::{
+    Allocations, Hello, Inventory as NodeInventory, Lease, NodeFence, NodeFreshness, NodeRecord, Usage,
+};
 use serio_types::Name;
 
 use super::{CloseReason, Durable, LEASE_MAX, Moment, Note, SUSPECT, SessionId, TEXT_CHARS_MAX};
@@ -27,7 +29,7 @@ pub(super) struct Node {
     /// Of this session.
     lease_sequence: u64,
     /// The list was asked for in this session and has not come yet.
-    pub(super) asked: bool,
+    asked: bool,
 }
 
 impl Node {
@@ -70,8 +72,26 @@ impl Node {
         self.pending_sum = Need::default();
     }
 
+    /// It said what it has.
+    pub(super) fn has(&mut self, inventory: NodeInventory) {
+        self.durable.inventory = Some(inventory);
+        self.look_again();
+    }
+
+    /// It said what it has promised, or the digest of that: whether the list is to be asked for.
+    pub(super) fn promises(&mut self, allocations: Allocations) -> bool {
+        if allocations.complete {
+            self.durable.allocations = Some(allocations);
+            self.asked = false;
+            self.look_again();
+            return false;
+        }
+        let known = self.durable.allocations.as_ref().is_some_and(|kept| kept.digest == allocations.digest);
+        !known && !std::mem::replace(&mut self.asked, true)
+    }
+
     /// After a change of what it said.
-    pub(super) fn look_again(&mut self) {
+    fn look_again(&mut self) {
         let durable = &self.durable;
         let promises = durable.allocations.as_ref().map(|a| a.allocations.as_slice()).unwrap_or_default();
         let view = NodeView::of(&durable.hello, durable.inventory.as_ref(), promises);

@@ -54,17 +54,14 @@ impl Core {
             return Ok(Begin::Done(Box::new(placement.clone())));
         }
         let resource = &request.resource;
-        if self.placing.contains_key(id)
-            || (!resource.is_empty() && self.placing.values().any(|other| other == resource))
-        {
+        if self.placing.contains_key(id) || self.placing.values().any(|other| other == resource) {
             return Err(OrderError::UnderWay(id.clone()));
         }
         if self.book.len().saturating_add(self.placing.len()) >= PLACEMENTS_MAX {
             return Err(OrderError::TooMany("placements"));
         }
-        if !resource.is_empty()
-            && let Some(node) =
-                self.book.holder(resource).or_else(|| self.inventory.holder(resource, id.as_str()))
+        if let Some(node) =
+            self.book.holder(resource).or_else(|| self.inventory.holder(resource, id.as_str()))
         {
             return Err(OrderError::Held { resource: resource.clone(), node: node.clone() });
         }

@@ -26,8 +26,10 @@ use uuid::Uuid;
 use crate::{
     audit::{Caller, Trail},
     capacity::{Reporter, ReporterSettings},
+    clock::{Clock, Reading},
     config::Config,
     copies::{self, CopySettings},
+    error::chain,
     grpc::{self, Context, NodeInfo, certificates::Certificates, server},
     health::{Health, HealthSettings},
     keys::Keys,
@@ -37,7 +39,7 @@ use crate::{
     shares::Shares,
     state::{
         Executor, Handles, State,
-        model::{Model, now},
+        model::Model,
         owner::{self, Client, INPUTS_MAX, Watches},
         recover::Found,
     },
@@ -119,14 +121,19 @@ fn capacity(config: &Config) -> anyhow::Result<Quota> {
     })
 }
 
-fn open_store(path: &Path) -> Result<(Store, Model), StoreError> {
+fn open_store(path: &Path) -> Result<(Store, Model, Clock), StoreError> {
     let (mut store, mut contents) = Store::open(path)?;
     if contents.node.is_none() {
         let uid = Uuid::new_v4();
         store.commit(&[Change::Node(uid)])?;
         contents.node = Some(uid);
     }
-    Ok((store, Model::new(contents)))
+    let (clock, kept) = Clock::go_on(contents.clock.as_ref(), &Reading::now());
+    if let Err(error) = store.commit(&[Change::Clock(kept)]) {
+        // A full disk keeps no node from starting; the next start goes on from an earlier one.
+        tracing::warn!("the steady clock was not written: {}", chain(&error));
+    }
+    Ok((store, Model::new(contents), clock))
 }
 
 /// The parts that work without sockets.
@@ -136,6 +143,7 @@ struct Core {
     handles: Handles,
     supervisor: Supervisor,
     node_uid: Uuid,
+    clock: Clock,
     keys: Keys,
     audit: Trail,
     /// Vdcs whose key is to be destroyed, if it is still there.
@@ -143,7 +151,7 @@ struct Core {
 }
 
 fn start_core(config: &Config) -> anyhow::Result<Core> {
-    let (store, model) = open_store(&config.state_dir.join(copies::DATABASE))?;
+    let (store, model, clock) = open_store(&config.state_dir.join(copies::DATABASE))?;
     let node_uid = model.node;
     let keys = Keys::new(&config.state_dir, &config.keys.source, &config.keys.previous)
         .context("the section [keys] of the configuration cannot be used")?;
@@ -168,14 +176,14 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         tracing::warn!(%volume, "its files are in state_dir, but the database does not know it: they are left alone");
     }
     let mut state = State::new(store, model, capacity(config)?);
-    let effects = state.recover(now(), &found);
+    let effects = state.recover(clock.now(), &found);
     let (inputs, receiver) = mpsc::channel(INPUTS_MAX);
     let handles = Handles::default();
     let executor =
         Executor::new(supervisor.clone(), handles.clone(), config.state_dir.clone(), inputs.clone());
-    let watches = owner::spawn(state, effects, receiver, move |effect| executor.begin(effect))?;
+    let watches = owner::spawn(state, (clock, effects), receiver, move |effect| executor.begin(effect))?;
     let client = Client::new(inputs, &watches);
-    Ok(Core { watches, client, handles, supervisor, node_uid, keys, audit, erased })
+    Ok(Core { watches, client, handles, supervisor, node_uid, clock, keys, audit, erased })
 }
 
 /// Destroys the keys of vdcs whose erasure was interrupted.
@@ -207,6 +215,7 @@ fn reporter(config: &Config, core: &Core, node_name: &str) -> Reporter {
         lease_interval: Duration::from_millis(config.capacity.lease_interval_ms),
         reserve_memory: config.capacity.reserve_memory.bytes(),
         overcommit_vcpu: config.capacity.overcommit_vcpu,
+        first_generation: u64::try_from(core.clock.now().steady.0 / 1000).unwrap_or_default(),
     };
     Reporter::new(settings, core.watches.snapshot.clone())
         .with_state(core.client.clone(), Some(core.audit.clone()))
@@ -402,6 +411,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
         site: config.site.clone(),
         failure_domain: config.failure_domain.clone(),
         start_time,
+        started: Instant::now(),
         state_dir: config.state_dir.clone(),
         direct_io: config.volumes.direct_io,
         nbd,

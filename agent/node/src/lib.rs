@@ -15,6 +15,7 @@
 
 pub mod audit;
 pub mod capacity;
+pub mod clock;
 pub mod config;
 pub mod copies;
 pub mod daemon;

@@ -28,6 +28,16 @@ pub fn kernel_clock() -> Option<Clock> {
     (state >= 0).then_some(Clock { is_synced, error_us: timex.maxerror })
 }
 
+/// Milliseconds since the host's boot, sleep included (CLOCK_BOOTTIME, clock_gettime(2)): a clock that nobody sets.
+#[must_use]
+pub fn since_boot_ms() -> i64 {
+    // SAFETY: a timespec is plain numbers, for each of which zero is a value.
+    let mut now: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live timespec that nobody else has, and the kernel only writes there.
+    let _always_there = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
+    now.tv_sec.saturating_mul(1000).saturating_add(now.tv_nsec / 1_000_000)
+}
+
 /// Starts a program in a session of its own (a signal to seriod's terminal or group does not reach it), with one
 /// descriptor more than the standard three, under the same number as here.
 ///

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::{
     EVENTS_MAX, REQUEST_KEPT_MS,
     record::{
-        EventRecord, ExportRecord, ImageRecord, OperationRecord, OrdersRecord, RequestRecord,
+        ClockRecord, EventRecord, ExportRecord, ImageRecord, OperationRecord, OrdersRecord, RequestRecord,
         ReservationRecord, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
@@ -68,6 +68,8 @@ pub enum Change {
     Reservation(Box<ReservationRecord>),
     /// What is in force for the whole node.
     Orders(OrdersRecord),
+    /// The steady clock at the start of seriod.
+    Clock(ClockRecord),
     /// A VM was ended by the fence of that generation.
     Fenced(Uuid, u64),
     /// A row that goes.
@@ -103,6 +105,12 @@ impl Change {
             Self::Event(r) => event(tx, r),
             Self::Request(r) => request(tx, r),
             Self::Reservation(r) => reservation(tx, r),
+            Self::Clock(r) => tx
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO clock (id, boot_id, boot_ms, steady_ms) VALUES (1, ?1, ?2, ?3)",
+                )?
+                .execute(params![r.boot_id, r.boot_ms, r.steady.0])
+                .map(drop),
             Self::Orders(r) => tx
                 .prepare_cached(
                     "INSERT OR REPLACE INTO orders (id, drain_reason, fence_generation) VALUES (1, ?1, ?2)",

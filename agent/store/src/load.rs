@@ -9,8 +9,9 @@ use uuid::Uuid;
 use crate::{
     error::LoadError,
     record::{
-        End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, OrdersRecord, RequestRecord,
-        ReservationRecord, SavedVm, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
+        ClockRecord, End, EventRecord, ExportRecord, ImageRecord, Millis, OperationRecord, OrdersRecord,
+        RequestRecord, ReservationRecord, SavedVm, SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord,
+        VolumeRecord,
     },
 };
 
@@ -39,6 +40,8 @@ pub struct Contents {
     pub reservations: Vec<ReservationRecord>,
     /// What is in force for the whole node.
     pub orders: OrdersRecord,
+    /// The steady clock at the last start of seriod.
+    pub clock: Option<ClockRecord>,
     /// VMs that were ended by a fence, with its generation.
     pub fenced: Vec<(Uuid, u64)>,
     /// The newest event's number; 0 if there is none.
@@ -114,6 +117,7 @@ pub(crate) fn load(connection: &Connection) -> Result<Contents, LoadError> {
         operations: all(connection, "operations", "uid", operation)?,
         reservations: all(connection, "reservations", "token", reservation)?,
         orders: all(connection, "orders", "id", orders)?.pop().unwrap_or_default(),
+        clock: all(connection, "clock", "id", clock)?.pop(),
         fenced: all(connection, "fenced", "vm", |f| Ok((f.parse("vm")?, f.unsigned("generation")?)))?,
         last_event: connection
             .query_row("SELECT coalesce(max(number), 0) FROM events", [], |row| row.get::<_, i64>(0))
@@ -136,6 +140,14 @@ fn reservation(f: &Fields<'_>) -> Result<ReservationRecord, LoadError> {
         numa_node: f.get("numa_node")?,
         fence_generation: f.unsigned("fence_generation")?,
         vm: f.parse_optional("vm")?,
+    })
+}
+
+fn clock(f: &Fields<'_>) -> Result<ClockRecord, LoadError> {
+    Ok(ClockRecord {
+        boot_id: f.get("boot_id")?,
+        boot_ms: f.get("boot_ms")?,
+        steady: Millis(f.get("steady_ms")?),
     })
 }
 

@@ -369,7 +369,7 @@ pub struct ExportRecord {
     pub state: Made,
     /// When it was made.
     pub create_time: Millis,
-    /// When it ends by itself.
+    /// When it ends by itself, by the steady clock.
     pub expire_time: Millis,
 }
 
@@ -427,6 +427,17 @@ pub struct OrdersRecord {
     pub fence_generation: u64,
 }
 
+/// What the steady clock showed at the last start of seriod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClockRecord {
+    /// Of the host.
+    pub boot_id: String,
+    /// Milliseconds since that boot.
+    pub boot_ms: i64,
+    /// What it showed then.
+    pub steady: Millis,
+}
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventRecord {
@@ -453,6 +464,6 @@ pub struct RequestRecord {
     pub digest: String,
     /// What it made or changed.
     pub resource: String,
-    /// When.
+    /// When, by the steady clock.
     pub time: Millis,
 }

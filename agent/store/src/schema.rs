@@ -7,7 +7,7 @@ use rusqlite::Connection;
 use crate::{StoreError, WayBack, copies};
 
 /// In order; the schema's version (`PRAGMA user_version`) is how many of them were run.
-const MIGRATIONS: [&str; 7] = [
+const MIGRATIONS: [&str; 8] = [
     include_str!("migrations/0001_first.sql"),
     include_str!("migrations/0002_operations.sql"),
     include_str!("migrations/0003_encryption.sql"),
@@ -15,6 +15,7 @@ const MIGRATIONS: [&str; 7] = [
     include_str!("migrations/0005_orders.sql"),
     include_str!("migrations/0006_vdc_limits.sql"),
     include_str!("migrations/0007_vm_snapshots.sql"),
+    include_str!("migrations/0008_clock.sql"),
 ];
 
 /// How long a lock of another program (a backup, `sqlite3`) is waited for.

@@ -249,11 +249,14 @@ fn what_was_ordered_comes_back_and_goes_with_its_vm() {
     let kept = [reservation("a", None), reservation("b", None)];
     let mut changes: Vec<Change> = kept.iter().cloned().map(|r| Change::Reservation(Box::new(r))).collect();
     changes.push(Change::Reservation(Box::new(reservation("b", Some(vm)))));
+    let clock = |boot_ms| ClockRecord { boot_id: "a boot".to_owned(), boot_ms, steady: Millis(7) };
     changes.extend([Change::Orders(orders.clone()), Change::Fenced(vm, 4)]);
+    changes.extend([Change::Clock(clock(1)), Change::Clock(clock(2))]);
     store.commit(&changes).unwrap();
     let contents = Store::open(&path).unwrap().1;
     assert_eq!(contents.reservations, [reservation("a", None), reservation("b", Some(vm))]);
     assert_eq!((contents.orders, contents.fenced), (orders, vec![(vm, 4)]));
+    assert_eq!(contents.clock, Some(clock(2)));
     let gone = [Change::Delete(Key::Vm(vm)), Change::Delete(Key::Reservation("a".to_owned()))];
     store.commit(&gone).unwrap();
     let contents = Store::open(&path).unwrap().1;

@@ -56,6 +56,7 @@ pub(super) fn settings(dir: &Path, url: Option<String>) -> ReporterSettings {
         lease_interval: Duration::from_millis(10),
         reserve_memory: 3 << 20,
         overcommit_vcpu: 1.5,
+        first_generation: 1000,
     }
 }
 

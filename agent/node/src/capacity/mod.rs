@@ -93,6 +93,8 @@ pub struct ReporterSettings {
     pub reserve_memory: u64,
     /// Vcpus promised for one logical processor.
     pub overcommit_vcpu: f64,
+    /// The inventory's generation begins there: above all that an earlier seriod has given out.
+    pub first_generation: u64,
 }
 
 /// Everything for NodeService.GetCapacity.
@@ -228,8 +230,7 @@ impl Reporter {
     }
 
     fn with_host(settings: ReporterSettings, snapshot: watch::Receiver<Snapshot>, host: Host) -> Self {
-        let start =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let start = settings.first_generation;
         let link = SchedulerLink {
             url: settings.scheduler_urls.first().cloned().unwrap_or_default(),
             ..SchedulerLink::default()

@@ -103,6 +103,8 @@ pub struct NodeInfo {
     pub failure_domain: String,
     /// Of this process.
     pub start_time: SystemTime,
+    /// The same, by a clock that nobody sets.
+    pub started: Instant,
     /// The state directory: images are written below it.
     pub state_dir: PathBuf,
     /// Which disks go past the page cache.
@@ -128,8 +130,7 @@ impl Context {
     /// A change, once it can be: soon after a start what it is about may still be looked at.
     async fn apply(&self, mutation: Mutation, request: Option<Request>) -> Result<Answer, Error> {
         self.health.admit(&mutation)?;
-        let started = self.node.start_time.elapsed().unwrap_or(SETTLING);
-        let settling = started < SETTLING;
+        let settling = self.node.started.elapsed() < SETTLING;
         let patience = Instant::now() + BUSY_WAIT;
         loop {
             let answer = self.state.ask(Command::Mutate(mutation.clone(), request.clone())).await;

@@ -19,11 +19,9 @@ use super::{
     machine, operation, page, unexpected,
 };
 use crate::{
+    clock,
     error::Error,
-    state::{
-        command::{Answer, Mutation, Query, VdcSnapshotView, VmView},
-        model,
-    },
+    state::command::{Answer, Mutation, Query, VdcSnapshotView, VmView},
 };
 
 /// How long a guest may take after the power button, unless said.
@@ -36,7 +34,7 @@ pub(super) struct VmApi(pub(super) Context);
 
 fn one(answer: Answer) -> Result<Response<Vm>, Error> {
     match answer {
-        Answer::Vm(view) => Ok(Response::new(convert::vm(&view, model::now()))),
+        Answer::Vm(view) => Ok(Response::new(convert::vm(&view, clock::wall()))),
         other => Err(unexpected(&other)),
     }
 }
@@ -79,7 +77,7 @@ impl VmService for VmApi {
 
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Result<Response<Vm>, Status> {
         let view = self.find(&request.get_ref().name).await?;
-        let mut vm = convert::vm(&view, model::now());
+        let mut vm = convert::vm(&view, clock::wall());
         if let Some((handle, status)) = self.0.handles.vm(view.record.uid).zip(vm.status.as_mut()) {
             status.vsock_path =
                 handle.vsock_path().map(|path| path.display().to_string()).unwrap_or_default();
@@ -106,7 +104,7 @@ impl VmService for VmApi {
                 views.retain(|v| states.is_empty() || states.contains(&convert::vm_state(v.state).into()));
                 let key = |v: &VmView| v.name.to_string();
                 let (views, next_page_token) = page::cut(views, page_size, &page_token, key)?;
-                let now = model::now();
+                let now = clock::wall();
                 let vms = views.iter().map(|v| convert::vm(v, now)).collect();
                 Ok(Response::new(ListVmsResponse { vms, next_page_token }))
             }

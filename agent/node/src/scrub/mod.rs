@@ -19,11 +19,11 @@ use uuid::Uuid;
 pub use scrubber::{Every, ScrubSettings};
 
 use crate::{
+    clock::wall,
     error::Error,
     state::{
         Handles,
         command::{Answer, Command, Request, VolumeView},
-        model::now,
         owner::Client,
     },
     supervise::{CheckAsk, CheckRecord, JobError, Supervisor},
@@ -113,7 +113,7 @@ impl Checks {
 
     /// Keeps what was found, and raises an event when that is news.
     async fn keep(&self, target: &str, ask: CheckAsk, report: VolumeReport) {
-        let time = now().0;
+        let time = wall().0;
         let mut record = self.supervisor.scrub_record(ask.volume);
         let before = record.scrub.as_ref().or(record.check.as_ref()).and_then(CheckRecord::complaint);
         if ask.add_sums {

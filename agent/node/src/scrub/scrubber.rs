@@ -11,10 +11,8 @@ use uuid::Uuid;
 
 use super::Checks;
 use crate::{
-    state::{
-        command::{Answer, Command, Query, SnapshotView, VolumeView},
-        model::now,
-    },
+    clock::wall,
+    state::command::{Answer, Command, Query, SnapshotView, VolumeView},
     supervise::{CheckAsk, ScrubRecord},
 };
 
@@ -90,12 +88,13 @@ fn due(
 ) -> Option<Due> {
     let every_ms = i64::try_from(every.as_millis()).unwrap_or(i64::MAX);
     let last = record.scrub.as_ref().map_or(created, |scrub| scrub.time_ms);
-    // A clock that was set back must not make it wait for years.
-    let since = now.saturating_sub(last.min(now));
-    if every_ms > 0 && since >= every_ms {
+    // What was done in the future was done by a clock that was wrong: nobody knows when, and nobody waits until then.
+    let of_the_future = |time: i64| time > now;
+    if every_ms > 0 && (of_the_future(last) || now.saturating_sub(last) >= every_ms) {
         return Some(Due::Scrub);
     }
-    newest_snapshot.is_some_and(|time| time > record.summed_ms).then_some(Due::Sums)
+    let added_to = |time: i64| time > record.summed_ms || of_the_future(record.summed_ms);
+    newest_snapshot.is_some_and(added_to).then_some(Due::Sums)
 }
 
 impl Checks {
@@ -136,7 +135,7 @@ impl Checks {
         };
         let (supervisor, uid) = (self.supervisor.clone(), view.record.uid);
         let record = tokio::task::spawn_blocking(move || supervisor.scrub_record(uid)).await.ok()?;
-        due(&record, view.record.create_time.0, newest, now().0, settings.every)
+        due(&record, view.record.create_time.0, newest, wall().0, settings.every)
     }
 
     /// Whether it could be done.
@@ -150,7 +149,7 @@ impl Checks {
             return added.is_ok();
         }
         let ask = CheckAsk { volume: view.record.uid, data: true, add_sums: true, bytes_per_s, resume: true };
-        let before = now().0;
+        let before = wall().0;
         match self.prepare(view, ask, None).await {
             Ok((_, Some(work))) => work.await,
             Ok((_, None)) | Err(_) => return false,
@@ -194,6 +193,8 @@ mod tests {
         assert_eq!(due(&scrubbed, 0, Some(5), 11 * ms - 1, day), None);
         assert_eq!(due(&scrubbed, 0, Some(10 * ms + 1), 11 * ms - 1, day), Some(Due::Sums));
         assert_eq!(due(&scrubbed, 0, Some(5), 11 * ms, day), Some(Due::Scrub));
-        assert_eq!(due(&scrubbed, 0, Some(5), 0, day), None, "the clock was set back");
+        assert_eq!(due(&scrubbed, 0, Some(5), 0, day), Some(Due::Scrub), "the clock was set back");
+        assert_eq!(due(&scrubbed, 0, Some(5), 0, Duration::ZERO), Some(Due::Sums), "the clock was set back");
+        assert_eq!(due(&scrubbed, 0, None, 0, Duration::ZERO), None, "there is nothing to be summed up");
     }
 }

@@ -45,7 +45,7 @@ impl State {
             writable,
             state: Made::Creating,
             create_time: self.now,
-            expire_time: Millis(self.now.0.saturating_add(ttl_ms)),
+            expire_time: Millis(self.steady.0.saturating_add(ttl_ms)),
         };
         let mut changes = vec![Change::Export(record)];
         changes.extend(self.remember(&op, format!("exports/{id}")));
@@ -120,7 +120,7 @@ impl State {
     }
 
     pub(super) fn watch_expiry(&mut self, export: &ExportRecord) {
-        let left = u64::try_from(export.expire_time.0.saturating_sub(self.now.0)).unwrap_or(0);
+        let left = u64::try_from(export.expire_time.0.saturating_sub(self.steady.0)).unwrap_or(0);
         let timer = Timer::ExportExpired { id: export.id.clone() };
         self.out.push(Effect::Timer { after: Duration::from_millis(left), timer });
     }

@@ -73,9 +73,10 @@ pub use executor::{Executor, Handles};
 use merges::Work;
 use model::Model;
 use phase::{Op, Phase, VolumeOp};
+use run::Streak;
 use vm_orders::{Order, Pending};
 
-use crate::error::Error;
+use crate::{clock::Moment, error::Error};
 
 /// The state of a node.
 pub struct State {
@@ -85,8 +86,8 @@ pub struct State {
     capacity: Quota,
     /// Of each VM that has a row.
     phases: BTreeMap<Uuid, Phase>,
-    /// How often in a row a VM ended by failure soon after its start.
-    failures: BTreeMap<Uuid, u32>,
+    /// Of each VM that has run or failed since the start of seriod.
+    streaks: BTreeMap<Uuid, Streak>,
     /// Volumes with an operation.
     volume_ops: BTreeMap<Uuid, VolumeOp>,
     /// Running VMs being reset, paused or resumed.
@@ -114,11 +115,12 @@ pub struct State {
     taking: Option<String>,
     /// Fences that wait for the end of VMs.
     fencings: Vec<orders::Fencing>,
-    /// By a clock that never goes back.
-    clock_ms: u64,
     /// When a timer for the end of reservations is set.
     wake_at: Option<u64>,
+    /// For people.
     now: Millis,
+    /// By it everything ends that ends after a while.
+    steady: Millis,
     out: Vec<Effect>,
 }
 
@@ -135,7 +137,7 @@ impl State {
             model,
             capacity,
             phases: BTreeMap::new(),
-            failures: BTreeMap::new(),
+            streaks: BTreeMap::new(),
             volume_ops: BTreeMap::new(),
             vm_orders: BTreeMap::new(),
             export_ops: BTreeMap::new(),
@@ -150,9 +152,9 @@ impl State {
             ledger,
             taking: None,
             fencings: Vec::new(),
-            clock_ms: 0,
             wake_at: None,
             now: Millis::default(),
+            steady: Millis::default(),
             out: Vec::new(),
         }
     }
@@ -164,8 +166,8 @@ impl State {
     }
 
     /// Takes one input; returns what is to be done now.
-    pub fn step(&mut self, now: Millis, input: Input) -> Vec<Effect> {
-        self.now = now;
+    pub fn step(&mut self, now: Moment, input: Input) -> Vec<Effect> {
+        self.set_clock(now);
         match input {
             Input::Command(command, reply) => self.command(command, reply),
             Input::VolumeCreated { volume, result } => self.volume_created(volume, result),
@@ -366,7 +368,7 @@ impl State {
 
     /// The row that remembers a request, if the client gave an id.
     fn remember(&self, op: &Op, resource: String) -> Option<Change> {
-        op.request.as_ref().map(|request| Change::Request(request.record(resource, self.now)))
+        op.request.as_ref().map(|request| Change::Request(request.record(resource, self.steady)))
     }
 
     /// The change that forgets a request whose work was undone, so that it may be tried again.
@@ -409,6 +411,8 @@ use check;
 mod agree_test;
 #[cfg(test)]
 mod bootdisk_test;
+#[cfg(test)]
+mod clock_test;
 #[cfg(test)]
 mod crash_test;
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serio_store::{
     Change, Contents, Key,
     record::{
-        ExportRecord, ImageRecord, Made, Millis, OperationRecord, OrdersRecord, ReservationRecord,
-        SnapshotRecord, VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
+        ExportRecord, ImageRecord, Made, OperationRecord, OrdersRecord, ReservationRecord, SnapshotRecord,
+        VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
     },
 };
 use serio_types::{BootFrom, LimitedDevice, Name, NicSpec, Quota, VdcName, resource};
@@ -82,7 +82,7 @@ impl Model {
             Change::Event(r) => self.last_event = r.number,
             Change::Fenced(vm, generation) => drop(self.fenced.insert(vm, generation)),
             // The ledger's.
-            Change::Reservation(_) | Change::Orders(_) | Change::Request(_) => {}
+            Change::Reservation(_) | Change::Orders(_) | Change::Request(_) | Change::Clock(_) => {}
             Change::Delete(key) => self.delete(&key),
         }
     }
@@ -308,11 +308,4 @@ impl Model {
     pub fn head_export(&self, volume: Uuid) -> Option<&ExportRecord> {
         self.exports.values().find(|r| r.volume == volume && r.snapshot.is_none())
     }
-}
-
-/// Milliseconds since 1970.
-#[must_use]
-pub fn now() -> Millis {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }

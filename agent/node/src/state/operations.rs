@@ -93,7 +93,7 @@ impl State {
         }
         let record = self.new_operation(kind, target, subject);
         let mut changes = self.prune_operations();
-        changes.extend(request.map(|r| Change::Request(r.record(resource(record.uid), self.now))));
+        changes.extend(request.map(|r| Change::Request(r.record(resource(record.uid), self.steady))));
         changes.push(Change::Operation(record.clone()));
         self.commit(changes)?;
         self.operations_changed();

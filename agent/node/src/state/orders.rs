@@ -26,7 +26,7 @@ use super::{
     effect::{Effect, Timer},
     phase::{After, Op, Phase},
 };
-use crate::error::Error;
+use crate::{clock::Moment, error::Error};
 
 /// What is ordered.
 #[derive(Debug, Clone)]
@@ -147,10 +147,16 @@ impl State {
         &self.ledger
     }
 
-    /// The time by a clock that never goes back, milliseconds: by it uncommitted reservations end.
-    pub fn set_clock(&mut self, monotonic_ms: u64) {
-        self.clock_ms = monotonic_ms;
-        self.ledger.expire(monotonic_ms);
+    /// What time it is; what ends by then is over.
+    pub(super) fn set_clock(&mut self, now: Moment) {
+        self.now = now.wall;
+        self.steady = self.steady.max(now.steady);
+        self.ledger.expire(self.clock_ms());
+    }
+
+    /// The steady clock, as the ledger has it.
+    fn clock_ms(&self) -> u64 {
+        u64::try_from(self.steady.0).unwrap_or_default()
     }
 
     /// What the reporter has read of the host.
@@ -228,7 +234,7 @@ impl State {
             return Ok(None);
         };
         let mut ledger = self.ledger.clone();
-        ledger.take(self.clock_ms, token, &vm.to_string(), (&resource::vm(name), ask))?;
+        ledger.take(self.clock_ms(), token, &vm.to_string(), (&resource::vm(name), ask))?;
         // The node has promised it already; the vdc has not.
         serio_vdc::admit(&[quota], ask)?;
         Ok(ledger.promise(token).and_then(row))
@@ -262,7 +268,7 @@ impl State {
     fn reserve(&mut self, ask: Ask) -> Result<Ordered, Error> {
         self.parsable(&ask)?;
         let outside = self.outside();
-        let now = self.clock_ms;
+        let now = self.clock_ms();
         let promise = Box::new(self.ledger.reserve(now, &outside, ask)?.clone());
         let generation = self.ledger.capacity().generation;
         Ok(Ordered::Reserved { left_ms: promise.left(now), promise, generation })
@@ -280,13 +286,13 @@ impl State {
 
     fn commit_promise(&mut self, token: &str) -> Result<Ordered, Error> {
         let mut ledger = self.ledger.clone();
-        let change = row(ledger.commit(self.clock_ms, token)?);
+        let change = row(ledger.commit(self.clock_ms(), token)?);
         self.commit(change.into_iter().collect())?;
         Ok(Ordered::Done)
     }
 
     fn release(&mut self, token: &str) -> Result<Ordered, Error> {
-        self.ledger.clone().release(self.clock_ms, token)?;
+        self.ledger.clone().release(self.clock_ms(), token)?;
         let pending = self.ledger.promise(token).is_some_and(|p| matches!(p.stage, Stage::Pending { .. }));
         if pending {
             self.ledger.remove(token);
@@ -417,7 +423,7 @@ impl State {
         let Some(next) = self.ledger.next_expiry() else { return };
         if self.wake_at.is_none_or(|at| next < at) {
             self.wake_at = Some(next);
-            let after = Duration::from_millis(next.saturating_sub(self.clock_ms).max(1));
+            let after = Duration::from_millis(next.saturating_sub(self.clock_ms()).max(1));
             self.out.push(Effect::Timer { after, timer: Timer::ReservationsEnd });
         }
     }

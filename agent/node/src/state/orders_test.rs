@@ -19,12 +19,15 @@ use super::{
     State,
     command::{Answer, Command, ImportedFiles, Mutation, Order, Ordered, Query, Reply, VmState},
     effect::{Effect, Input},
-    model::{Model, now},
+    model::Model,
     owner::{self, Client},
     recover::Found,
     sim_test::{Sim, Waiting, capacity, spec},
 };
-use crate::error::Error;
+use crate::{
+    clock::{Clock, Reading},
+    error::Error,
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -119,7 +122,7 @@ fn an_uncommitted_reservation_ends_by_the_clock() {
     order(&mut sim, ask("web", 6, 0)).unwrap();
     assert_eq!(sim.timers.len(), 1, "the state is woken");
     assert_eq!(sim.state().snapshot().allocations.len(), 1);
-    sim.state.as_mut().unwrap().set_clock(1000);
+    sim.later(1000);
     sim.settle();
     assert_eq!(sim.state().snapshot().allocations.len(), 0);
     assert!(matches!(
@@ -215,7 +218,8 @@ fn a_vm_that_is_just_starting_is_fenced_too() {
 pub(crate) fn start(path: &Path) -> (Client, owner::Watches) {
     let (store, contents) = Store::open(path).unwrap();
     let mut state = State::new(store, Model::new(contents), capacity());
-    let effects = state.recover(now(), &Found::default());
+    let (clock, _) = Clock::go_on(None, &Reading::now());
+    let effects = state.recover(clock.now(), &Found::default());
     let (inputs, receiver) = mpsc::channel(16);
     let (begun, effects_of) = std::sync::mpsc::channel::<Effect>();
     let back = inputs.downgrade();
@@ -231,7 +235,7 @@ pub(crate) fn start(path: &Path) -> (Client, owner::Watches) {
             let _ = inputs.blocking_send(input);
         }
     });
-    let watches = owner::spawn(state, effects, receiver, move |effect| {
+    let watches = owner::spawn(state, (clock, effects), receiver, move |effect| {
         let _ = begun.send(effect);
     })
     .unwrap();

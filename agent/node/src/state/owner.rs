@@ -7,7 +7,7 @@
 //!
 //! A thread of its own, because a commit waits for the disk: the runtime's workers never do.
 
-use std::{io, thread, time::Instant};
+use std::{io, thread};
 
 use serio_api::v1::{Allocation, AllocationClass, AllocationState};
 use serio_store::record::Made;
@@ -21,10 +21,9 @@ use super::{
     command::{Answer, Command, VmState},
     effect::{Effect, Input},
     holdings::Holdings,
-    model,
     orders::HostLimits,
 };
-use crate::{capacity::Snapshot, error::Error};
+use crate::{capacity::Snapshot, clock::Clock, error::Error};
 
 /// Inputs that may wait; more callers wait for their turn.
 pub const INPUTS_MAX: usize = 256;
@@ -94,13 +93,13 @@ impl Client {
     }
 }
 
-/// Starts the owner; `first` are the effects of the recovery. It ends when all senders of `inputs` are gone.
+/// Starts the owner; `first` are the effects of the recovery, by the clock. It ends when all senders of `inputs` are gone.
 ///
 /// # Errors
 /// The thread cannot be made.
 pub fn spawn(
     mut state: State,
-    first: Vec<Effect>,
+    (clock, first): (Clock, Vec<Effect>),
     mut inputs: mpsc::Receiver<Input>,
     begin: impl Fn(Effect) + Send + 'static,
 ) -> io::Result<Watches> {
@@ -111,10 +110,8 @@ pub fn spawn(
     let (recovered, watch_recovered) = watch::channel(state.recovered());
     thread::Builder::new().name("state".to_owned()).spawn(move || {
         first.into_iter().for_each(&begin);
-        let start = Instant::now();
         while let Some(input) = inputs.blocking_recv() {
-            state.set_clock(u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX));
-            state.step(model::now(), input).into_iter().for_each(&begin);
+            state.step(clock.now(), input).into_iter().for_each(&begin);
             let newest = state.model().last_event;
             last_event.send_if_modified(|known| std::mem::replace(known, newest) != newest);
             let version = state.operations_version();

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, btree_map::Entry};
 
 use serio_store::{
     Change, Key,
-    record::{End, EndWord, Made, Millis, Run},
+    record::{End, EndWord, Made, Run},
 };
 use serio_types::{Desired, Name, resource};
 use uuid::Uuid;
@@ -14,7 +14,10 @@ use super::{
     effect::{Adopted, Effect, Timer},
     phase::{After, Op, Phase, VolumeOp},
 };
-use crate::supervise::{EndKind, EndRecord};
+use crate::{
+    clock::Moment,
+    supervise::{EndKind, EndRecord},
+};
 
 /// The time a guest gets whose power button an earlier seriod pressed.
 const STOP_AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
@@ -33,8 +36,8 @@ pub struct Found {
 
 impl State {
     /// Compares rows with the host; returns what is to be done. Call it once, first.
-    pub fn recover(&mut self, now: Millis, found: &Found) -> Vec<Effect> {
-        self.now = now;
+    pub fn recover(&mut self, now: Moment, found: &Found) -> Vec<Effect> {
+        self.set_clock(now);
         let with_files: BTreeSet<Uuid> = found.vms.iter().copied().collect();
         let rows: Vec<(Uuid, Run)> = self.model.vms.values().map(|r| (r.uid, r.run)).collect();
         for (uid, run) in rows {
@@ -202,6 +205,7 @@ impl State {
                 vm.start_time = vm.start_time.or(Some(self.now));
                 self.record(vec![Change::Vm(Box::new(vm)), event]);
                 self.phases.insert(uid, Phase::Running { pid });
+                self.run_begins(uid);
                 self.settle_pause(uid, (pid, paused), run);
                 self.set_balloon(uid, false);
                 self.set_limits(uid, false);

@@ -2,7 +2,7 @@
 
 use serio_store::{
     Change, Key,
-    record::{End, EndWord, Made, Run, VmRecord},
+    record::{End, EndWord, Made, Millis, Run, VmRecord},
 };
 use serio_types::{Desired, RestartPolicy};
 use uuid::Uuid;
@@ -28,6 +28,15 @@ const PAUSE_MS_MAX: u64 = 5 * 60 * 1000;
 /// The pause after so many failures in a row.
 fn pause_ms(failures: u32) -> u64 {
     PAUSE_MS.checked_shl(failures.min(16)).unwrap_or(PAUSE_MS_MAX).min(PAUSE_MS_MAX)
+}
+
+/// How a VM has run of late.
+#[derive(Debug, Default)]
+pub(super) struct Streak {
+    /// How often in a row it ended by failure soon after its start.
+    failures: u32,
+    /// When its guest began to run, by the steady clock.
+    since: Option<Millis>,
 }
 
 fn word(kind: EndKind) -> EndWord {
@@ -115,6 +124,7 @@ impl State {
         let event = self.event(self.model.vm_resource(uid), kind, message);
         self.record(vec![Change::Vm(Box::new(vm)), event]);
         self.phases.insert(uid, Phase::Running { pid });
+        self.run_begins(uid);
         self.end_fenced(uid);
         self.set_balloon(uid, false);
         self.look_at_volumes(uid);
@@ -205,6 +215,17 @@ impl State {
         self.record(vec![Change::Vm(Box::new(vm)), event]);
     }
 
+    /// From now on it counts how long it runs: what ran before the start of seriod counts from there.
+    pub(super) fn run_begins(&mut self, uid: Uuid) {
+        self.streaks.entry(uid).or_default().since = Some(self.steady);
+    }
+
+    /// How long it has run, as far as this seriod has seen.
+    fn ran_ms(&self, uid: Uuid) -> Option<i64> {
+        let since = self.streaks.get(&uid)?.since?;
+        Some(self.steady.0.saturating_sub(since.0))
+    }
+
     /// The end that was asked for.
     pub(super) fn record_stop(&mut self, uid: Uuid, end: End) {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
@@ -221,7 +242,7 @@ impl State {
     pub(super) fn record_end(&mut self, uid: Uuid, end: End) -> After {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return After::Rest(Op::default()) };
         let failure = !matches!(end.kind, EndWord::PowerOff | EndWord::Reset | EndWord::Stopped);
-        let steady = vm.start_time.is_some_and(|start| end.time.0 - start.0 >= STEADY_MS);
+        let was_steady = self.ran_ms(uid).is_some_and(|ran_ms| ran_ms >= STEADY_MS);
         let again = match vm.spec.restart_policy {
             _ if self.model.fenced.contains_key(&uid) => false,
             RestartPolicy::Never => false,
@@ -231,9 +252,10 @@ impl State {
         let resource = self.model.vm_resource(uid);
         let what = format!("{}: {}", end.kind, end.reason);
         let (event, after) = if again {
-            let failures = self.failures.entry(uid).or_default();
-            *failures = if steady { 0 } else { failures.saturating_add(1) };
-            let pause_ms = pause_ms(failures.saturating_sub(1));
+            let streak = self.streaks.entry(uid).or_default();
+            streak.failures = if was_steady { 0 } else { streak.failures.saturating_add(1) };
+            streak.since = None;
+            let pause_ms = pause_ms(streak.failures.saturating_sub(1));
             vm.run = Run::Starting;
             vm.restarts = vm.restarts.saturating_add(1);
             let message = format!("it ended ({what}) and will be started again in {} s", pause_ms / 1000);
@@ -380,7 +402,7 @@ impl State {
         self.record(changes);
         self.forget_empty_groups();
         self.drop_vm_snapshots(uid);
-        self.failures.remove(&uid);
+        self.streaks.remove(&uid);
         op.finish(undone.map_or(Ok(Answer::Nothing), Err));
     }
 }

@@ -1,8 +1,8 @@
 //! A whole node for tests of the state: the state over a store in a file, the host, and what is under way between them.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
-use serio_store::Store;
+use serio_store::{Change, Store, record::Millis};
 use serio_types::{Name, Quota, VdcLimits, VmSpec};
 use tokio::sync::oneshot;
 
@@ -10,11 +10,14 @@ use super::{
     State,
     command::{Answer, Command, ImportedFiles, Mutation, Query, Request, VmView},
     effect::{Effect, Input, Timer},
-    model::{Model, now},
+    model::Model,
     recover::Found,
     world_test::World,
 };
-use crate::error::Error;
+use crate::{
+    clock::{Clock, Moment, Reading},
+    error::Error,
+};
 
 /// A state over a store in a file, the host, and what is under way between them.
 pub(super) struct Sim {
@@ -27,6 +30,11 @@ pub(super) struct Sim {
     pub(super) ready: Vec<Input>,
     /// Timers that run.
     pub(super) timers: Vec<Timer>,
+    /// All timers that were ever asked for, and how long they were to take.
+    pub(super) asked: Vec<(Timer, Duration)>,
+    /// What the host shows.
+    pub(super) host: Reading,
+    clock: Clock,
 }
 
 /// What a client waits for.
@@ -40,21 +48,34 @@ impl Sim {
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir_in(if PathBuf::from("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" })
             .unwrap();
-        let mut sim =
-            Self { dir, state: None, world: World::default(), todo: vec![], ready: vec![], timers: vec![] };
+        let host = Reading { boot_id: "boot".to_owned(), boot_ms: 60_000, wall: Millis(1_900_000_000_000) };
+        let mut sim = Self {
+            dir,
+            state: None,
+            world: World::default(),
+            todo: vec![],
+            ready: vec![],
+            timers: vec![],
+            asked: vec![],
+            clock: Clock::go_on(None, &host).0,
+            host,
+        };
         sim.start();
         sim
     }
 
     /// A new seriod over the same store and host.
     pub(super) fn start(&mut self) {
-        let (store, contents) = Store::open(&self.dir.path().join("state.db")).unwrap();
+        let (mut store, contents) = Store::open(&self.dir.path().join("state.db")).unwrap();
+        let (clock, kept) = Clock::go_on(contents.clock.as_ref(), &self.host);
+        store.commit(&[Change::Clock(kept)]).unwrap();
+        self.clock = clock;
         let mut state = State::new(store, Model::new(contents), capacity());
         let found = Found {
             vms: self.world.run_files.iter().copied().collect(),
             exports: self.world.exports.keys().map(Name::to_string).collect(),
         };
-        self.todo = state.recover(now(), &found);
+        self.todo = state.recover(self.now(), &found);
         self.state = Some(state);
         self.sort_timers();
     }
@@ -65,9 +86,27 @@ impl Sim {
         self.todo = todo;
         let timers: Vec<Effect> = timers;
         self.timers.extend(timers.into_iter().filter_map(|e| match e {
-            Effect::Timer { timer, .. } => Some(timer),
+            Effect::Timer { timer, after } => {
+                self.asked.push((timer.clone(), after));
+                Some(timer)
+            }
             _ => None,
         }));
+    }
+
+    fn now(&self) -> Moment {
+        self.clock.at(self.host.boot_ms, self.host.wall)
+    }
+
+    /// Time goes by.
+    pub(super) fn later(&mut self, ms: i64) {
+        self.host.boot_ms += ms;
+        self.host.wall.0 += ms;
+    }
+
+    /// Somebody sets the clock.
+    pub(super) fn set_wall_by(&mut self, ms: i64) {
+        self.host.wall.0 += ms;
     }
 
     pub(super) fn state(&self) -> &State {
@@ -76,7 +115,8 @@ impl Sim {
 
     /// Delivers an input.
     pub(super) fn input(&mut self, input: Input) {
-        let effects = self.state.as_mut().unwrap().step(now(), input);
+        let now = self.now();
+        let effects = self.state.as_mut().unwrap().step(now, input);
         self.todo.extend(effects);
         self.sort_timers();
     }

@@ -123,7 +123,11 @@ impl State {
 
     pub(super) fn export_view(&self, record: &ExportRecord) -> ExportView {
         let volume = self.model.volumes.get(&record.volume).map(|v| self.model.volume_name(v));
-        ExportView { volume: volume.expect("foreign keys keep an export's volume"), record: record.clone() }
+        let mut record = record.clone();
+        // As the wall clock will show it then; in whole seconds, so that it is the same each time.
+        let ahead_s = self.now.0.saturating_sub(self.steady.0) / 1000;
+        record.expire_time.0 = record.expire_time.0.saturating_add(ahead_s.saturating_mul(1000));
+        ExportView { volume: volume.expect("foreign keys keep an export's volume"), record }
     }
 
     /// The answer of an operation on a VM.

@@ -46,7 +46,7 @@ impl State {
         changes.extend(volumes.into_iter().map(|v| Change::Volume(VolumeRecord { unsure: true, ..v })));
         changes.extend(self.remember(&op, resource::vm(name)));
         check!(op, self.commit(changes));
-        self.failures.remove(&uid);
+        self.streaks.remove(&uid);
         self.launch(uid, Cause::Start(op));
         Ok(())
     }

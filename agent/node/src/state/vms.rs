@@ -253,7 +253,7 @@ impl State {
         let mut changes = vec![Change::Vm(Box::new(record))];
         changes.extend(self.remember(&op, resource::vm(name)));
         check!(op, self.commit(changes));
-        self.failures.remove(&uid);
+        self.streaks.remove(&uid);
         self.launch(uid, Cause::Start(op));
         Ok(())
     }

@@ -225,7 +225,7 @@ impl Supervisor {
         if !(ask.resume && ask.data) {
             return None;
         }
-        let now = crate::state::model::now().0;
+        let now = crate::clock::wall().0;
         let kept = self.scrub_record(ask.volume).under_way;
         // What was right long ago may have rotted since, and a clock may have been set back.
         let recent = kept.filter(|at| (0..RESUME_MAX_MS).contains(&now.saturating_sub(at.began_ms)));

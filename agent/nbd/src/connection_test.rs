@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread::JoinHandle,
@@ -19,7 +19,7 @@ use crate::{
     handshake::{GREETING_BYTES, OptionHeader},
     places::Places,
     serve::{Host, serve},
-    server::{Limits, Stop},
+    server::{Event, Limits, Server, Stop},
     wire::opt,
 };
 
@@ -129,12 +129,17 @@ fn client(limits: Limits, budget: &Arc<Budget>) -> Client {
         };
         let _ = tell.send(serve(&near, &host, &place));
     });
+    greet(&mut far);
+    Client { stream: far, shared, ended, thread }
+}
+
+/// Up to where it has its export.
+fn greet(far: &mut UnixStream) {
     far.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
     far.read_exact(&mut [0; GREETING_BYTES]).expect("greeting");
     far.write_all(&[0, 0, 0, 3]).expect("flags");
     far.write_all(&OptionHeader::encode(opt::EXPORT_NAME, b"")).expect("option");
     far.read_exact(&mut [0; 10]).expect("export");
-    Client { stream: far, shared, ended, thread }
 }
 
 impl Client {
@@ -260,4 +265,43 @@ fn memory_is_waited_for_and_nothing_is_refused() {
     clients[0].ask(cmd::READ, 8 << 20);
     clients[0].stream.read_exact(&mut [0; 16]).expect("head");
     clients[0].stream.read_exact(&mut vec![0; 8 << 20]).expect("data");
+}
+
+/// One of two connections says goodbye, and the other breaks off just when the first has left its place.
+#[test]
+fn once_ends_whoever_leaves_last() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let socket = dir.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("listen");
+    let stop = Stop::new().expect("stop");
+    let server = Server::new(vec![Slow(Arc::default())], Limits { once: true, ..Limits::default() });
+    let (tell, clients) = mpsc::channel();
+    let (go_on, waits) = mpsc::channel();
+    let (waits, both) = (Mutex::new(waits), AtomicBool::new(false));
+    let log = move |event: Event<'_>| {
+        let Event::Clients(n) = event else { return };
+        both.fetch_or(n == 2, Ordering::SeqCst);
+        tell.send(n).expect("the test listens");
+        if n == 1 && both.load(Ordering::SeqCst) {
+            waits.lock().expect("only one").recv().expect("the test lets it go on");
+        }
+    };
+    let (done, ended) = mpsc::channel();
+    let thread = std::thread::spawn(move || done.send(server.run(&listener, &stop, &log).is_ok()));
+    let expect = |n: usize| assert_eq!(clients.recv_timeout(Duration::from_secs(60)), Ok(n));
+    let mut connected = [1, 2].map(|n| {
+        let mut client = UnixStream::connect(&socket).expect("connect");
+        greet(&mut client);
+        expect(n);
+        Some(client)
+    });
+    let goodbye = Request { flags: 0, command: cmd::DISC, cookie: 1, offset: 0, len: 0 };
+    let mut first = connected[0].take().expect("connected");
+    first.write_all(goodbye.encode(Mode::Simple).bytes()).expect("goodbye");
+    expect(1);
+    drop(connected);
+    expect(0);
+    go_on.send(()).expect("the first is still on its way");
+    assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(true), "it does not end");
+    thread.join().expect("server").expect("told");
 }

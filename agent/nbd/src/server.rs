@@ -167,6 +167,8 @@ impl<B: Backend> Server<B> {
                 let client = move || {
                     let result = serve(&stream, host, &place);
                     let displaced = place.was_dropped().then_some(ConnectionError::Displaced);
+                    // Before its place is free: whoever leaves last must know of it.
+                    served.fetch_or(matches!(result, Ok(End::Goodbye)), Ordering::SeqCst);
                     drop((stream, place));
                     let left = places.clients();
                     log(Event::Clients(left));
@@ -175,11 +177,8 @@ impl<B: Backend> Server<B> {
                         (None, Err(error)) if !is_farewell(error) => log(Event::Dropped(error)),
                         (None, _) => {}
                     }
-                    if self.limits.once {
-                        served.fetch_or(matches!(result, Ok(End::Goodbye)), Ordering::SeqCst);
-                        if left == 0 && served.load(Ordering::SeqCst) {
-                            stop.stop();
-                        }
+                    if self.limits.once && left == 0 && served.load(Ordering::SeqCst) {
+                        stop.stop();
                     }
                 };
                 let thread = std::thread::Builder::new().name("nbd-client".into()).stack_size(STACK_BYTES);

@@ -53,7 +53,11 @@ pub(super) async fn relay(
     let (tell, ended) = oneshot::channel();
     let work = move || {
         // Nobody listens when the future was dropped.
-        let _ = tell.send(Relay::new(&ends, session, &active).run());
+        let mut relay = Relay::new(&ends, session, &active);
+        let ended = relay.run();
+        // What the client has said whole, its goodbye perhaps, is passed on though its socket has failed.
+        let _ = relay.pass();
+        let _ = tell.send(ended);
     };
     let thread = std::thread::Builder::new().name("nbd-relay".to_owned()).stack_size(STACK_BYTES);
     // A thread begins with the weight of the one that makes it.
@@ -109,7 +113,7 @@ impl<'a> Relay<'a> {
         Relay { ends, session, active, client: Side::Open, export: Side::Open, piece, plain, passed: 0 }
     }
 
-    fn run(mut self) -> io::Result<()> {
+    fn run(&mut self) -> io::Result<()> {
         // What came together with the end of the handshake.
         self.take_plain()?;
         loop {

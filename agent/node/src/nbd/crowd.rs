@@ -3,7 +3,10 @@
 //! second, however many come; a handshake takes a few turns longer.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +19,11 @@ const TURN: Duration = Duration::from_millis(10);
 
 /// See the head of this file.
 #[derive(Debug, Default)]
-pub(super) struct Crowd(Mutex<Windows>);
+pub(super) struct Crowd {
+    windows: Mutex<Windows>,
+    /// Turns that were waited for.
+    turns: AtomicU64,
+}
 
 #[derive(Debug, Default)]
 struct Windows {
@@ -42,7 +49,7 @@ impl Windows {
 impl Crowd {
     fn windows<T>(&self, look: impl FnOnce(&mut Windows) -> T) -> T {
         // Three numbers, replaced together.
-        look(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        look(&mut self.windows.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A client was accepted.
@@ -63,8 +70,15 @@ impl Crowd {
     /// Before the thread waits: gathers what comes, in a crowd.
     pub(super) fn gather(&self) {
         if self.is_there(Instant::now()) {
+            self.turns.fetch_add(1, Ordering::Relaxed);
             thread::sleep(TURN);
         }
+    }
+
+    /// How often it has gathered.
+    #[cfg(test)]
+    pub(super) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
     }
 }
 

@@ -79,11 +79,14 @@ const NICE: i32 = 7;
 
 /// Serves until the future is dropped; the connections end with it.
 pub async fn serve(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup) {
+    serve_crowd(listener, tls, lookup, Arc::default()).await;
+}
+
+async fn serve_crowd(listener: TcpListener, tls: Arc<ServerConfig>, lookup: Lookup, crowd: Arc<Crowd>) {
     let (over, ends) = oneshot::channel::<()>();
     let listener = listener.into_std();
     let (told, tells) = oneshot::channel();
     let runtime_of_all = Handle::current();
-    let crowd = Arc::new(Crowd::default());
     let spawned = std::thread::Builder::new().name("nbd-front".to_owned()).spawn(move || {
         let served = (|| {
             // This thread's, not the process's. It costs time only where it is refused.

@@ -259,3 +259,36 @@ fn bad_certificates_are_named() {
     fs::write(dir.path().join("ca-cert.pem"), "").unwrap();
     assert!(tls_config(dir.path()).unwrap_err().to_string().contains("ca-cert.pem"));
 }
+
+/// Without the two places where `serve` tells the crowd, greetings would wake their thread for each packet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crowd_is_greeted_in_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates_in(dir.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let crowd: Arc<Crowd> = Arc::default();
+    let lookup: Lookup = Arc::new(|_, _| Admission::Unknown);
+    let tls = tls_config(dir.path()).unwrap();
+    let front = tokio::spawn(serve_crowd(listener, tls, lookup, Arc::clone(&crowd)));
+    let greeted = async |stream: &mut TcpStream| {
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting).await.is_ok_and(|_| greeting.starts_with(b"NBDMAGIC"))
+    };
+    let mut one = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    assert!(greeted(&mut one).await);
+    assert_eq!(crowd.turns(), 0, "one client is no crowd");
+    let started = Instant::now();
+    while crowd.turns() == 0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "nothing was ever gathered");
+        let mut burst = Vec::new();
+        for _ in 0..60 {
+            burst.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+        }
+        for stream in &mut burst {
+            // Those in whose place others came are dropped.
+            greeted(stream).await;
+        }
+    }
+    front.abort();
+}

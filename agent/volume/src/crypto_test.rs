@@ -247,3 +247,83 @@ fn guest_memory_is_not_changed_by_a_write() {
     memory.read_slice(&mut after[..9], GuestAddress(90_040)).expect("read");
     assert_eq!(after[..9], [0; 9], "nothing beyond what was asked");
 }
+
+#[test]
+fn whole_sectors_are_read_into_any_guest_memory_and_nowhere_else() {
+    let temp = TempDir::new().expect("tempdir");
+    let (dir, volume) = encrypted(&temp, 1 << 20);
+    let len = 3 * (32 << 10) + 512;
+    write(&volume, 512, pattern(len));
+    dir.snapshot(&volume, "a").expect("snapshot");
+    // A part of it lies in another layer, under another key, and a part of it was never written.
+    write(&volume, 64 << 10, pattern(8192));
+    let expected = read(&volume, 0, 1 << 20);
+    assert_eq!(expected[512..528], *PATTERN);
+    let memory =
+        std::sync::Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
+    memory.write_slice(&vec![0xee; 1 << 20], GuestAddress(0)).expect("write");
+    // Segments that end within sectors and within groups of them.
+    let lens = [1, 511, 33_000, 7, 90_001, 32 << 10, 40_000];
+    let places = lens.iter().scan(5_u64, |at, len| {
+        let place = *at;
+        *at += *len as u64 + 3;
+        Some((GuestAddress(place), *len))
+    });
+    let places: Vec<_> = places.collect();
+    let buffers = Buffers::guest(&memory, places.iter().copied()).expect("inside");
+    let sectors = buffers.len() / 512 * 512;
+    assert!(buffers.len() - sectors < 512 && sectors > 128 << 10);
+    for len in [buffers.len(), sectors] {
+        let cut = places.iter().copied().scan(len as usize, |left, (place, len)| {
+            let take = len.min(*left);
+            *left -= take;
+            Some((place, take))
+        });
+        let buffers = Buffers::guest(&memory, cut).expect("inside");
+        assert_eq!(buffers.len(), len);
+        volume.queue(1).expect("queue").run(Op::Read { offset: 512, buffers }).0.expect("read");
+        let mut at = 512;
+        for (place, len) in &places {
+            let mut got = vec![0; *len];
+            memory.read_slice(&mut got, *place).expect("read");
+            assert!(got == expected[at..at + len], "{len} bytes at {place:?}");
+            at += len;
+            let mut between = [0; 3];
+            memory.read_slice(&mut between, GuestAddress(place.0 + *len as u64)).expect("read");
+            assert_eq!(between, [0xee; 3], "behind {place:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_decrypted_is_given_back_before_the_rest_is() {
+    // In memory all is answered at once, so what comes when is no chance.
+    let Ok(temp) = TempDir::new_in("/dev/shm") else {
+        return println!("skipped: there is no /dev/shm");
+    };
+    let (_dir, volume) = encrypted(&temp, 8 << 20);
+    write(&volume, 0, pattern(8 << 20));
+    let mut queue = volume.queue(16).expect("queue");
+    if queue.uses_io_uring() {
+        return println!("skipped: /dev/shm is not in memory");
+    }
+    let len = 128 << 10;
+    for i in 0..16 {
+        let op = Op::Read { offset: i * len, buffers: Buffers::owned(len as usize) };
+        queue.submit(i, op).expect("room");
+    }
+    queue.kick();
+    let (mut turns, mut most) = (0, 0);
+    while queue.in_use() > 0 {
+        queue.wait();
+        let mut now = 0;
+        queue.reap(|_, result, buffers| {
+            result.expect("read");
+            assert_eq!(buffers.as_slice().expect("owned")[..16], *PATTERN);
+            now += 1;
+        });
+        turns += 1;
+        most = most.max(now);
+    }
+    assert!(turns > 8 && most <= 2, "{turns} turns, {most} at once");
+}

@@ -1,16 +1,21 @@
-//! Primitives that go through memory of the driver's own: those on encrypted files, and those past the page cache whose
-//! memory or place is not made for that.
+//! Primitives on encrypted files, and those past the page cache whose memory or place is not made for that.
 //!
 //! ```text
-//! write: buffers ──copy──► piece ──(encrypt)──► kernel
-//! read:  kernel ──► piece ──(decrypt)──copy──► buffers          a piece is 128 KiB at most, see pool.rs
+//! write:          buffers ──copy, encrypt──► piece ──► kernel        a piece is 128 KiB at most, see pool.rs
+//! read:           kernel ──► buffers ──copy──► scratch ──decrypt, copy──► buffers
+//! read in part:   kernel ──► piece ──(decrypt)──copy──► buffers
 //! ```
 //!
-//! A guest's memory is never encrypted in place: the guest could look at what the disk gets, or change it in between. A
-//! read may begin and end anywhere, and is widened to whole units; a write has whole units already (`plan.rs` completes
+//! What is written is never encrypted in the guest's memory: the guest could look at what the disk gets, or change it in
+//! between. A read of whole units lands where it was asked for, and is decrypted from there and back again, a group at a time, so that its
+//! bytes come into the processor once: until it is answered the guest may see what its own disk has, and change it, which changes what it
+//! reads. Another read is widened to whole units in a piece; a write has whole units already (`plan.rs` completes
 //! them). What the kernel does in part is carried on here, since half a unit can be neither decrypted nor named by an
 //! offset. The caller sees a primitive of whole files' bytes that either succeeds or fails; of one that is longer than a piece it sees
 //! the count of the first piece, and asks for the rest.
+//!
+//! **The disk works meanwhile.** Writes are submitted as soon as [`EARLY_BYTES`] are encrypted. Answers that are not decrypted yet wait
+//! in the driver while the caller takes those that are and submits what follows them ([`TURN_BYTES`]).
 //!
 //! When the pool is used up a primitive waits its turn here, counted as under way.
 
@@ -24,17 +29,22 @@ use super::{
 };
 use crate::crypto::{SectorCipher, UNIT_BYTES};
 
-/// A write of so many bytes is worth a system call of its own: encrypting takes about ten times as long.
+/// Writes of so many bytes are worth a system call of their own: encrypting takes about ten times as long.
 const EARLY_BYTES: u64 = 64 << 10;
+/// After so many bytes that were decrypted what is done is given back first.
+const TURN_BYTES: usize = 64 << 10;
+/// Bytes that are copied and go through the cipher together: they stay in the processor's nearest caches.
+const GROUP_BYTES: usize = 32 << 10;
 
-/// A primitive that the kernel has, with its piece.
+/// A primitive that the kernel has.
 struct Transit {
     slot: u32,
     token: u32,
     /// What was asked, cut to what the piece holds.
     io: Io,
-    piece: Buffers,
-    /// Where the piece's bytes lie in the file.
+    /// Where its bytes are, if not in the slot's buffers.
+    piece: Option<Buffers>,
+    /// Where its bytes lie in the file.
     offset: u64,
     len: usize,
     done: usize,
@@ -48,6 +58,12 @@ pub(super) struct Crypt {
     pool: Pool,
     transits: Vec<Transit>,
     waiting: VecDeque<(u32, u32, Io)>,
+    /// What a group is decrypted in.
+    scratch: Vec<u8>,
+    /// Bytes that were encrypted since the last submission.
+    pub(super) unsent: u64,
+    /// Bytes that were decrypted in this turn.
+    pub(super) decrypted: usize,
     /// Something was issued while answers were looked at.
     pub(super) restarted: bool,
 }
@@ -72,15 +88,43 @@ impl Crypt {
             Io::SyncData { .. } | Io::Allocate { .. } => false,
         }
     }
+
+    /// Whether so much was decrypted that others come first.
+    pub(super) fn has_had_its_turn(&self) -> bool {
+        self.decrypted >= TURN_BYTES
+    }
+}
+
+/// Bytes `[at, at + len)` of a span.
+fn part_of(span: &Span, at: usize, len: usize) -> Span {
+    let mut part = *span;
+    part.advance(at as u64);
+    part.truncate(len as u64);
+    part
 }
 
 impl Driver {
-    /// Like [`Driver::issue`], of a primitive that needs a piece; it was counted.
-    pub(super) fn issue_by_piece(&mut self, slot: u32, token: u32, io: &Io) {
+    /// Like [`Driver::issue`], of a primitive that is for this file; it was counted. `crooked`: not into the slot's buffers.
+    pub(super) fn issue_by_piece(&mut self, (slot, token): (u32, u32), io: &Io, crooked: bool) {
+        if !crooked && self.start_in_place(slot, token, io) {
+            return;
+        }
         // Who waits already comes first.
         if !self.crypt.waiting.is_empty() || !self.start_piece(slot, token, io) {
             self.crypt.waiting.push_back((slot, token, *io));
         }
+    }
+
+    /// A read of whole units of an encrypted file goes to the slot's buffers; false: it is not one.
+    fn start_in_place(&mut self, slot: u32, token: u32, io: &Io) -> bool {
+        let Io::Read { offset, span, .. } = *io else { return false };
+        if !offset.is_multiple_of(UNIT_BYTES) || !span.len().is_multiple_of(UNIT_BYTES) {
+            return false;
+        }
+        let len = span.len() as usize;
+        self.crypt.transits.push(Transit { slot, token, io: *io, piece: None, offset, len, done: 0 });
+        self.carry(self.crypt.transits.len() - 1);
+        true
     }
 
     /// False when the pool has no piece for it now.
@@ -105,19 +149,15 @@ impl Driver {
                 Io::Write { file, offset, span }
             }
         };
-        self.crypt.transits.push(Transit {
-            slot,
-            token,
-            io,
-            piece,
-            offset: start,
-            len: len as usize,
-            done: 0,
-        });
+        let (piece, len) = (Some(piece), len as usize);
+        self.crypt.transits.push(Transit { slot, token, io, piece, offset: start, len, done: 0 });
         self.carry(self.crypt.transits.len() - 1);
-        if matches!(io, Io::Write { .. }) && len >= EARLY_BYTES {
-            // The disk takes it while the next one is encrypted.
-            self.submit();
+        if matches!(io, Io::Write { .. }) {
+            self.crypt.unsent += len as u64;
+            if self.crypt.unsent >= EARLY_BYTES {
+                // The disk takes it while the next one is encrypted.
+                self.submit();
+            }
         }
         true
     }
@@ -129,12 +169,23 @@ impl Driver {
         }
         let bytes = piece.as_mut_slice().and_then(|bytes| bytes.get_mut(..span.len() as usize));
         let bytes = bytes.expect("a piece is owned memory that was taken for this length");
+        for (i, group) in bytes.chunks_mut(GROUP_BYTES).enumerate() {
+            let at = i * GROUP_BYTES;
+            self.copy_out(slot, &part_of(span, at, group.len()), group);
+            if let Some(cipher) = self.crypt.cipher(file) {
+                cipher.encrypt(offset + at as u64, group);
+            }
+        }
+    }
+
+    /// Copies the memory of a span, of whole blocks if it has some, which must be there.
+    fn copy_out(&self, slot: u32, span: &Span, to: &mut [u8]) {
         let mut at = 0;
         for segment in segments(&self.cargo[slot as usize], &self.zeros, span) {
-            let target = &mut bytes[at..at + segment.iov_len];
+            let target = &mut to[at..at + segment.iov_len];
             // SAFETY: the segment lies in memory that the slot's cargo (or the driver's zeros) keeps alive and to which no
-            // reference exists; the piece is the driver's own, so they do not overlap. A guest that changes its memory
-            // meanwhile only decides which of its bytes are written.
+            // reference exists; the target is the driver's own, so they do not overlap. A guest that changes its memory
+            // meanwhile only decides which of its bytes are copied.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     segment.iov_base.cast::<u8>(),
@@ -144,26 +195,14 @@ impl Driver {
             }
             at += segment.iov_len;
         }
-        if let Some(cipher) = self.crypt.cipher(file) {
-            cipher.encrypt(offset, bytes);
-        }
     }
 
-    /// Decrypts what a read has brought if that is due, and copies what was asked for into its span.
-    fn empty_piece(&mut self, transit: &mut Transit) {
-        let Io::Read { file, offset, span } = transit.io else { return };
-        let bytes = transit.piece.as_mut_slice().and_then(|bytes| bytes.get_mut(..transit.len));
-        let bytes = bytes.expect("a piece is owned memory that was taken for this length");
-        if let Some(cipher) = self.crypt.cipher(file) {
-            cipher.decrypt(transit.offset, bytes);
-        }
-        if span.head.len + span.tail.len > 0 {
-            self.bounce(transit.slot);
-        }
-        let mut at = (offset - transit.offset) as usize;
-        for segment in segments(&self.cargo[transit.slot as usize], &self.zeros, &span) {
-            let source = &bytes[at..at + segment.iov_len];
-            // SAFETY: as in `fill_piece`, the other way round. The zeros are never in the span of a read.
+    /// The other way round.
+    fn copy_in(&mut self, slot: u32, span: &Span, from: &[u8]) {
+        let mut at = 0;
+        for segment in segments(&self.cargo[slot as usize], &self.zeros, span) {
+            let source = &from[at..at + segment.iov_len];
+            // SAFETY: as in `copy_out`. The zeros are never in the span of a read.
             unsafe {
                 std::ptr::copy_nonoverlapping(source.as_ptr(), segment.iov_base.cast::<u8>(), source.len());
             }
@@ -171,19 +210,65 @@ impl Driver {
         }
     }
 
+    /// Decrypts what a read has brought if that is due, and has it where it was asked for.
+    fn take_in(&mut self, transit: &mut Transit) {
+        let Io::Read { file, offset, span } = transit.io else { return };
+        if span.head.len + span.tail.len > 0 {
+            self.bounce(transit.slot);
+        }
+        let cipher = self.crypt.cipher(file).map(Arc::clone);
+        if cipher.is_some() {
+            self.crypt.decrypted += transit.len;
+        }
+        let Some(piece) = &mut transit.piece else {
+            return self.decrypt_in_place(transit, &span, cipher.as_deref());
+        };
+        let bytes = piece.as_mut_slice().and_then(|bytes| bytes.get_mut(..transit.len));
+        let bytes = bytes.expect("a piece is owned memory that was taken for this length");
+        if let Some(cipher) = cipher {
+            cipher.decrypt(transit.offset, bytes);
+        }
+        let from = (offset - transit.offset) as usize;
+        self.copy_in(transit.slot, &span, &bytes[from..from + span.len() as usize]);
+    }
+
+    /// Group by group: out of the slot's buffers, which may be a guest's and so are never looked at in place, and back again.
+    fn decrypt_in_place(&mut self, transit: &Transit, span: &Span, cipher: Option<&SectorCipher>) {
+        let Some(cipher) = cipher else { return };
+        let mut scratch = std::mem::take(&mut self.crypt.scratch);
+        scratch.resize(GROUP_BYTES, 0);
+        for at in (0..transit.len).step_by(GROUP_BYTES) {
+            let group = &mut scratch[..GROUP_BYTES.min(transit.len - at)];
+            let part = part_of(span, at, group.len());
+            self.copy_out(transit.slot, &part, group);
+            cipher.decrypt(transit.offset + at as u64, group);
+            self.copy_in(transit.slot, &part, group);
+        }
+        self.crypt.scratch = scratch;
+    }
+
     /// Hands what is left of a transit to the kernel.
     fn carry(&mut self, index: usize) {
         self.make_room();
-        let transit = &mut self.crypt.transits[index];
+        let transit = &self.crypt.transits[index];
         let (slot, token, mut io) = (transit.slot, transit.token, transit.io);
         if let Io::Read { offset, .. } | Io::Write { offset, .. } = &mut io {
             *offset = transit.offset + transit.done as u64;
         }
-        let left = (transit.len - transit.done) as u64;
-        let first = self.arena.len();
-        self.arena.extend(transit.piece.parts(transit.done as u64, left));
-        let count = self.arena.len() - first;
+        let left = transit.len - transit.done;
         // The piece stays in the transit, and that with the driver, until the kernel has answered.
+        let (first, count) = match (&transit.piece, &transit.io) {
+            (None, Io::Read { span, .. }) => {
+                let rest = part_of(span, transit.done, left);
+                self.gather(slot, &rest)
+            }
+            (piece, _) => {
+                let first = self.arena.len();
+                let piece = piece.iter().flat_map(|piece| piece.parts(transit.done as u64, left as u64));
+                self.arena.extend(piece);
+                (first, self.arena.len() - first)
+            }
+        };
         self.push(slot, token, &io, first, count);
     }
 
@@ -204,12 +289,13 @@ impl Driver {
         let mut transit = self.crypt.transits.swap_remove(index);
         let mut result = answer.result;
         if transit.done == transit.len {
-            self.empty_piece(&mut transit);
+            self.take_in(&mut transit);
             if let Io::Read { span, .. } | Io::Write { span, .. } = transit.io {
                 result = span.len() as i32;
             }
         }
-        self.crypt.pool.give(transit.piece);
+        let Some(piece) = transit.piece else { return Some(Answer { result, ..answer }) };
+        self.crypt.pool.give(piece);
         while let Some((slot, token, io)) = self.crypt.waiting.pop_front() {
             if !self.start_piece(slot, token, &io) {
                 self.crypt.waiting.push_front((slot, token, io));

@@ -18,6 +18,7 @@ mod pool;
 mod ring;
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
@@ -169,6 +170,8 @@ pub(crate) struct Driver {
     arena: Vec<iovec>,
     zeros: Buffers,
     crypt: Crypt,
+    /// Answers that were not looked at yet.
+    answered: VecDeque<Answer>,
     event: Arc<EventFd>,
     in_flight: u32,
 }
@@ -195,6 +198,7 @@ impl Driver {
             arena: Vec::with_capacity(4 * SEGMENTS_MAX),
             zeros: Buffers::owned(ZEROS_BYTES),
             crypt: Crypt::default(),
+            answered: VecDeque::new(),
             event,
             in_flight: 0,
         };
@@ -251,8 +255,9 @@ impl Driver {
     pub(crate) fn issue(&mut self, slot: u32, token: u32, io: &Io) {
         self.in_flight += 1;
         self.cargo[slot as usize].in_flight += 1;
-        if self.crypt.concerns(io) || self.is_crooked(slot, io) {
-            return self.issue_by_piece(slot, token, io);
+        let crooked = self.is_crooked(slot, io);
+        if crooked || self.crypt.concerns(io) {
+            return self.issue_by_piece((slot, token), io, crooked);
         }
         self.make_room();
         let (first, count) = match io {
@@ -315,6 +320,7 @@ impl Driver {
 
     /// Starts what was issued: one system call.
     pub(crate) fn submit(&mut self) {
+        self.crypt.unsent = 0;
         match &mut self.engine {
             Engine::Ring(ring) => {
                 if ring.submit() {
@@ -329,29 +335,33 @@ impl Driver {
         }
     }
 
-    /// Appends what has finished.
+    /// Appends what has finished, up to a turn's worth of decrypting.
     pub(crate) fn poll(&mut self, answers: &mut Vec<Answer>) {
+        self.crypt.decrypted = 0;
         loop {
-            let before = answers.len();
             match &mut self.engine {
-                Engine::Ring(ring) => ring.poll(answers),
-                Engine::Inline(done) => answers.append(done),
+                Engine::Ring(ring) => ring.poll(&mut self.answered),
+                Engine::Inline(done) => self.answered.extend(done.drain(..)),
             }
-            let mut kept = before;
-            for index in before..answers.len() {
-                let Some(answer) = self.settle(answers[index]) else { continue };
+            while !self.crypt.has_had_its_turn()
+                && let Some(answer) = self.answered.pop_front()
+            {
+                let Some(answer) = self.settle(answer) else { continue };
                 self.cargo[answer.slot as usize].in_flight -= 1;
                 self.in_flight -= 1;
-                answers[kept] = answer;
-                kept += 1;
+                answers.push(answer);
             }
-            answers.truncate(kept);
             if !std::mem::take(&mut self.crypt.restarted) {
                 break;
             }
             // Nobody else knows that something was issued here.
             self.submit();
         }
+    }
+
+    /// Whether [`Driver::poll`] has left answers for the next time.
+    pub(crate) fn is_behind(&self) -> bool {
+        !self.answered.is_empty()
     }
 
     /// Waits until nothing is in flight; what was answered meanwhile is forgotten. Only before the end.
@@ -361,6 +371,9 @@ impl Driver {
             self.poll(&mut answers);
             if self.in_flight == 0 {
                 break;
+            }
+            if self.is_behind() {
+                continue;
             }
             // Inline calls have ended when they return, so there is nothing to wait for.
             let Engine::Ring(ring) = &mut self.engine else { break };

@@ -127,7 +127,7 @@ impl Ring {
         }
     }
 
-    pub(super) fn poll(&mut self, answers: &mut Vec<Answer>) {
+    pub(super) fn poll(&mut self, answers: &mut impl Extend<Answer>) {
         answers.extend(self.ring.completion().map(|entry| Answer {
             slot: (entry.user_data() >> 32) as u32,
             token: entry.user_data() as u32,

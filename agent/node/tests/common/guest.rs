@@ -74,7 +74,7 @@ pub fn rounds(seriod: &Seriod, uid: &str) -> u64 {
 
 /// Waits until a guest has counted beyond that.
 pub async fn counts_beyond(seriod: &Seriod, uid: &str, before: u64) -> u64 {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         match rounds(seriod, uid) {
             now if now > before => return now,

@@ -19,7 +19,7 @@ use super::{
 /// What seriod may have in memory at any moment.
 pub const MEMORY_KIB_MAX: u64 = 64 << 10;
 /// How long an answer about its health may take, on a busy machine.
-pub const HEALTH_WITHIN: Duration = Duration::from_secs(5);
+pub const HEALTH_WITHIN: Duration = Duration::from_secs(20);
 
 pub struct Rig {
     pub seriod: Seriod,

@@ -1,7 +1,7 @@
 //! CPU baselines: named sets of features, so that a VM sees the same processor on unlike hosts.
 //!
 //! ```text
-//!   host          all that this host and its KVM have
+//!   host          all that this host and its KVM have, but no virtualization inside
 //!   x86-64-v2     the psABI's level 2 (about 2009): SSE4.2, SSSE3, POPCNT, CMPXCHG16B, LAHF
 //!   x86-64-v3     level 3 (about 2015): also AVX2, BMI, FMA, F16C, LZCNT, MOVBE, XSAVE
 //! ```
@@ -10,6 +10,9 @@
 //! cannot run the VM. Three kinds of bits stay whatever the baseline, because they are the hypervisor's or the host's own:
 //! what KVM emulates (x2APIC, TSC deadline, hypervisor), how leaves of the topology are found, and the bits that tell of
 //! mitigations against speculation: hiding those would leave guests open. Vendor, family and model stay the host's.
+//!
+//! No VM gets VMX or SVM, whatever KVM offers: a guest that runs guests has state in KVM that no snapshot of ours holds, and
+//! reaches the part of KVM with the longest list of escapes.
 //!
 //! Pure: leaves in, leaves out.
 
@@ -148,6 +151,11 @@ const KEPT: &[(u32, Reg, u32)] = &[
     (0x8000_0008, Ebx, 1 << 12 | 0x1f << 14 | 7 << 24),
 ];
 
+/// Intel SDM vol. 2A, CPUID leaf 1.
+const LEAF1_ECX_VMX: u32 = 1 << 5;
+/// AMD APM vol. 3 §E.4: Fn8000_0001 ECX, and the leaf of SVM's features.
+const AMD_SVM: u32 = 1 << 2;
+const AMD_SVM_LEAF: u32 = 0x8000_000a;
 /// Bytes of the XSAVE area with x87, SSE and AVX (Intel SDM vol. 1 §13.4).
 const XSAVE_BYTES_V3: u32 = 832;
 /// x87, SSE, AVX.
@@ -163,7 +171,7 @@ pub(crate) fn apply(
     baseline: Baseline,
 ) -> Result<Vec<kvm_cpuid_entry2>, MissingFeatures> {
     if baseline == Baseline::Host {
-        return Ok(supported.to_vec());
+        return Ok(supported.iter().filter_map(|entry| without_nesting(*entry)).collect());
     }
     let has = |leaf: u32, reg: Reg, bit: u32| {
         let found = supported.iter().find(|entry| entry.function == leaf && entry.index == 0);
@@ -175,6 +183,17 @@ pub(crate) fn apply(
         return Err(MissingFeatures { baseline, missing });
     }
     Ok(supported.iter().filter_map(|entry| filter(*entry, baseline)).collect())
+}
+
+/// One leaf without virtualization inside; `None`: it is about nothing else.
+fn without_nesting(mut entry: kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
+    match entry.function {
+        0x1 => entry.ecx &= !LEAF1_ECX_VMX,
+        0x8000_0001 => entry.ecx &= !AMD_SVM,
+        AMD_SVM_LEAF => return None,
+        _ => {}
+    }
+    Some(entry)
 }
 
 /// The bits of a register that a baseline shows.
@@ -283,6 +302,19 @@ mod tests {
             assert_eq!(leaf(leaves, 1, 0).ecx & (1 << 30 | 1 << 25 | 1 << 5 | 1 << 3), 0);
             assert_eq!(leaf(leaves, 0x8000_0001, 0).edx & (1 << 26), 0);
         }
+    }
+
+    #[test]
+    fn no_guest_is_offered_virtualization() {
+        for (baseline, _) in Baseline::ALL {
+            let leaves = apply(&everything(), baseline).expect("all is there");
+            assert_eq!(leaf(&leaves, 1, 0).ecx & 1 << 5, 0, "VMX of {baseline}");
+            assert_eq!(leaf(&leaves, 0x8000_0001, 0).ecx & 1 << 2, 0, "SVM of {baseline}");
+            assert_eq!(leaf(&leaves, 0x8000_000a, 0), kvm_cpuid_entry2::default(), "{baseline}");
+        }
+        // And nothing else is missing.
+        let host = apply(&everything(), Baseline::Host).expect("all is there");
+        assert_eq!((host.len(), leaf(&host, 7, 0).ebx), (everything().len() - 1, u32::MAX));
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::{
 const CLIENTS: u64 = 50;
 const NODES: usize = 20;
 /// Of each node: little enough that clients wait for each other.
-const VCPUS: u64 = 16;
+const VCPUS: u64 = 18;
 /// Of all nodes together, to the end.
 const KEPT: u64 = 120;
 

@@ -26,8 +26,8 @@ use crate::{
     processes::connect,
 };
 
-/// A call is repeated for that long.
-const PATIENCE: Duration = Duration::from_secs(40);
+/// A call is repeated for that long: where clients wait for each other, one that wants much may wait for minutes.
+const PATIENCE: Duration = Duration::from_secs(240);
 /// Uncommitted, a placement lives that long: a region's next leader is there by then, mostly.
 const TTL_MS: u32 = 4_000;
 

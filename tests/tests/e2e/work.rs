@@ -56,11 +56,11 @@ fn two_guests_work_and_one_powers_off() {
             host.serio(&[&words[..], &["--user-data", user_data], more].concat()).ok();
         };
         guest(&server, "address=192.168.7.10/24", &serves, &[]);
-        host.serio(&["vm", "console", &server, "--until", "server-is-up", "--timeout", "900s"]).ok();
+        host.serio(&["vm", "console", &server, "--until", "server-is-up", "--timeout", "3600s"]).ok();
         host.serio(&["volume", "create", &data, "--size", "128MiB"]).ok();
         guest(&client, "address=192.168.7.11/24", &works, &["--volume", &data]);
         let said = host
-            .serio(&["vm", "console", &client, "--until", "work-ended=[0-9]+", "--timeout", "1200s"])
+            .serio(&["vm", "console", &client, "--until", "work-ended=[0-9]+", "--timeout", "3600s"])
             .ok();
         assert!(said.contains("work-ended=0"), "{}", host.serio(&["vm", "log", &client]).ok());
         eventually(300, "it has powered off", || host.state(&client) == "STOPPED");

@@ -47,14 +47,14 @@ fn a_guest_boots_from_its_disk_and_reboots_into_the_kernel_that_it_installed() {
             shown["status"]["kernel"]["path"].as_str().unwrap_or_default().to_owned()
         };
         assert!(path(&first).starts_with("/boot/vmlinuz-6"), "{first}");
-        host.serio(&["vm", "console", &vm, "--until", "installed-another-kernel", "--timeout", "900s"]).ok();
+        host.serio(&["vm", "console", &vm, "--until", "installed-another-kernel", "--timeout", "3600s"]).ok();
         // The console goes with the process; the log stays.
         let started = std::time::Instant::now();
         while path(&host.json(&["vm", "show", &vm])) != "/boot/vmlinuz-99" {
             assert!(started.elapsed().as_secs() < 300, "{}", host.json(&["vm", "show", &vm]));
             std::thread::yield_now();
         }
-        host.serio(&["vm", "console", &vm, "--until", "login:", "--timeout", "900s"]).ok();
+        host.serio(&["vm", "console", &vm, "--until", "login:", "--timeout", "3600s"]).ok();
         let log = host.serio(&["vm", "log", &vm]).ok();
         assert!(log.contains("serio.second=1"), "another command line was booted");
         let second = host.json(&["vm", "show", &vm]);

@@ -106,6 +106,14 @@ impl Executor {
 
     /// Begins an effect; does not wait for it.
     pub fn begin(&self, effect: Effect) {
+        // Now, not when the work comes to it: once the state says that an export has ended, no new client is let in.
+        if let Effect::EndExport { id } = &effect
+            && let Some(handle) = self.handles.with(|r| r.exports.remove(id))
+        {
+            // Its watcher reports the end.
+            self.runtime.spawn(async move { handle.stop().await });
+            return;
+        }
         let this = self.clone();
         self.runtime.spawn(async move { this.perform(effect).await });
     }
@@ -373,14 +381,11 @@ impl Executor {
                     self.send(Input::ExportAdopted { id, runs: false }).await;
                 }
             },
-            Effect::EndExport { id } => match self.handles.export(&id) {
-                // Its watcher reports the end.
-                Some(handle) => handle.stop().await,
-                None => {
-                    self.supervisor.clean_export(id.as_str()).await;
-                    self.send(Input::ExportEnded { id }).await;
-                }
-            },
+            // One that runs was told to end in `begin`.
+            Effect::EndExport { id } => {
+                self.supervisor.clean_export(id.as_str()).await;
+                self.send(Input::ExportEnded { id }).await;
+            }
             _ => {}
         }
     }

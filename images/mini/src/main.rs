@@ -20,6 +20,7 @@ mod cpu;
 mod grow;
 mod mem;
 mod modes;
+mod net;
 mod pair;
 mod pci;
 mod port;

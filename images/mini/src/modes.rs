@@ -6,7 +6,7 @@ use crate::boot::Boot;
 use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
-use crate::{apic, bench, blk, cases, clock, cpu, grow, pair, println, serial, writer};
+use crate::{apic, bench, blk, cases, clock, cpu, grow, mem, net, pair, println, serial, virtio, writer};
 
 /// Does what the command line asks for, then powers off.
 pub fn run(boot: Boot) -> ! {
@@ -32,9 +32,13 @@ pub fn run(boot: Boot) -> ! {
         }
         _ => {}
     }
+    if let Some(ms) = boot.number("mini.wait_ms") {
+        virtio::set_patience(ms);
+    }
     apic::init();
     let acpi = acpi::find(&boot);
-    let bus = acpi.as_ref().and_then(Bus::enumerate);
+    let ecam = boot.number("mini.ecam");
+    let bus = acpi.as_ref().and_then(|acpi| Bus::enumerate(acpi, ecam));
     let mut machine = Machine { boot, acpi, bus };
     match test.as_str() {
         "poweroff" => {}
@@ -43,6 +47,8 @@ pub fn run(boot: Boot) -> ! {
         "pair" => pair::run(&mut machine),
         "grow" => grow::run(&mut machine),
         "echo" => echo(),
+        "memory" => memory(&machine),
+        "cable" => cable(&machine),
         "reset" => reset_once(&mut machine),
         _ => match machine.boot.option("mini.bench").map(alloc::string::String::from) {
             Some(choice) => bench::run(&mut machine, &choice),
@@ -89,6 +95,47 @@ pub fn sleep_until(end_ns: u64) {
         let seen = cpu::interrupt_count(apic::vector::TIMER);
         apic::timer_after_ns(5_000_000);
         cpu::wait_for_interrupt(apic::vector::TIMER, seen);
+    }
+}
+
+/// Takes all its memory, a MiB each 20 ms (`mini.pace_ms`), and says so.
+fn memory(machine: &Machine) {
+    const MIB: u64 = 1 << 20;
+    let pace_ns = machine.boot.number("mini.pace_ms").unwrap_or(20) * 1_000_000;
+    let mut taken = 0u64;
+    for range in machine.boot.ram() {
+        let start = range.start.max(mem::heap_end()).next_multiple_of(MIB);
+        for at in (start..(range.start + range.len).min(4 << 30)).step_by(MIB as usize) {
+            if at + MIB > range.start + range.len {
+                break;
+            }
+            (0..MIB).step_by(4096).for_each(|page| cpu::write64(at + page, !at));
+            taken += 1;
+            println!("memory: {taken} MiB");
+            sleep_until(clock::now_ns() + pace_ns);
+        }
+    }
+    println!("memory: all");
+    cpu::stop()
+}
+
+/// Uses the first network card for ever, and says when its link changes.
+fn cable(machine: &Machine) {
+    let function = machine.bus.as_ref().and_then(|bus| bus.virtio(1).first().copied());
+    let nic =
+        function.ok_or_else(|| "there is none".into()).and_then(|function| net::Nic::open(function, 64));
+    let nic = match nic {
+        Ok(nic) => nic,
+        Err(reason) => return println!("cable: {reason}"),
+    };
+    let mut shown = None;
+    loop {
+        let up = nic.link_is_up();
+        if shown != Some(up) {
+            println!("cable: {}", if up { "up" } else { "down" });
+            shown = Some(up);
+        }
+        sleep_until(clock::now_ns() + 20_000_000);
     }
 }
 

@@ -161,8 +161,9 @@ pub struct Bus {
 
 impl Bus {
     /// Enumerates bus 0 and places BARs that nobody placed.
-    pub fn enumerate(acpi: &Acpi) -> Option<Self> {
-        let (ecam, last_bus) = acpi.ecam()?;
+    /// `ecam`: where it is on a machine that has no table for it.
+    pub fn enumerate(acpi: &Acpi, ecam: Option<u64>) -> Option<Self> {
+        let (ecam, last_bus) = acpi.ecam().or(ecam.map(|ecam| (ecam, 0)))?;
         mem::map(ecam, 1 << 20);
         let mut functions = Vec::new();
         for device in 0..32u8 {

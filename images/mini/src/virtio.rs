@@ -7,6 +7,7 @@ use crate::pci::{COMMAND_MASTER, COMMAND_MEMORY, Function};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Device status bits (§2.1).
 pub mod status {
@@ -63,6 +64,14 @@ pub mod common {
 pub const VERSION_1: u64 = 1 << 32;
 /// No MSI-X entry.
 pub const NO_VECTOR: u16 = 0xffff;
+
+/// How long a request may take, milliseconds.
+static PATIENCE_MS: AtomicU64 = AtomicU64::new(5000);
+
+/// Sets how long a request may take (`mini.wait_ms`).
+pub fn set_patience(ms: u64) {
+    PATIENCE_MS.store(ms, Ordering::Relaxed);
+}
 
 /// Errors are sentences: a case prints them as its reason.
 pub type Result<T> = core::result::Result<T, String>;
@@ -302,6 +311,17 @@ impl Queue {
         core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
         cpu::write16(self.doorbell, self.index);
     }
+    /// Rings the doorbell unless the device says that it looks anyway (§2.7.10.1).
+    pub fn kick_if_wanted(&self) {
+        core::sync::atomic::fence(Ordering::SeqCst);
+        if self.used.get16(0) & 1 == 0 {
+            cpu::write16(self.doorbell, self.index);
+        }
+    }
+    /// Whether there is a completion to be taken.
+    pub fn has_used(&self) -> bool {
+        self.used.get16(2) != self.last_used
+    }
     /// Takes one completion: (head, bytes written by the device).
     pub fn take(&mut self) -> Option<(u16, u32)> {
         if self.used.get16(2) == self.last_used {
@@ -338,7 +358,7 @@ impl Queue {
     pub fn request(&mut self, segments: &[Segment]) -> Result<u32> {
         let head = self.add(segments).ok_or("the queue is full")?;
         self.kick();
-        let (done, len) = self.wait(5000)?;
+        let (done, len) = self.wait(PATIENCE_MS.load(Ordering::Relaxed))?;
         if done == head { Ok(len) } else { Err(format!("completed {done}, asked {head}")) }
     }
 }

@@ -1,7 +1,7 @@
 //! The guest that others kill: it writes its first disk for ever, and says on the serial port what is safe there.
 //!
-//! The disk carries a counter. Round N writes a block stamped with N at one of [`PLACES`] positions in turn, then the
-//! same stamp at position 0, then flushes; only when the flush has completed does it print `writer: N`. Whoever starts
+//! The disk carries a counter. Round N writes a block stamped with N at one of [`PLACES`] positions (`mini.places`) in
+//! turn, then the same stamp at position 0, then flushes; only when the flush has completed does it print `writer: N`. Whoever starts
 //! the disk again must therefore find at least the last N that was printed: `writer: found N`. Each stamp fills its
 //! block with words that follow from it, and ends in a checksum. A block that is not what the counter says prints
 //! `writer: damaged …`, and so does position 0 when it is not what this very run wrote last: somebody else writes.
@@ -15,7 +15,7 @@ use alloc::format;
 
 const MAGIC: u64 = 0x7772_6974_6572_2121;
 const BLOCK: u64 = 4096;
-/// Positions that the rounds take in turn, behind position 0.
+/// Positions that the rounds take in turn, behind position 0, unless the command line says how many.
 const PLACES: u64 = 7;
 const PACE_NS: u64 = 20_000_000;
 
@@ -25,11 +25,6 @@ const PLACE: u64 = 16;
 const RUN: u64 = 24;
 const FILLER: u64 = 32;
 const CHECKSUM: u64 = BLOCK - 8;
-
-/// Where a round goes, besides position 0.
-fn place_of(count: u64) -> u64 {
-    1 + count % PLACES
-}
 
 /// Words that no other stamp has.
 fn filler(count: u64, run: u64, at: u64) -> u64 {
@@ -70,12 +65,18 @@ fn examine(block: Dma, place: u64) -> Result<(u64, u64)> {
 /// The disk and the last round that is on it.
 struct Writer {
     disk: Disk,
+    places: u64,
     block: Dma,
     count: u64,
     run: u64,
 }
 
 impl Writer {
+    /// Where a round goes, besides position 0.
+    fn place_of(&self, count: u64) -> u64 {
+        1 + count % self.places
+    }
+
     fn read(&mut self, place: u64) -> Result<(u64, u64)> {
         self.block.fill(0xcc);
         self.disk.read(place * BLOCK / 512, self.block)?;
@@ -86,11 +87,11 @@ impl Writer {
     fn find(&mut self) -> Result<()> {
         self.count = self.read(0)?.0;
         let next = self.count + 1;
-        for back in 0..PLACES {
+        for back in 0..self.places {
             let wanted = self.count.saturating_sub(back);
-            let place = 1 + (next + PLACES - 1 - back) % PLACES;
+            let place = 1 + (next + self.places - 1 - back) % self.places;
             let (count, _) = self.read(place)?;
-            if count != wanted && !(count == next && place == place_of(next)) {
+            if count != wanted && !(count == next && place == self.place_of(next)) {
                 return Err(format!("block {place}: round {count}, should be {wanted}"));
             }
         }
@@ -100,7 +101,7 @@ impl Writer {
     /// One more round; it is safe when this returns.
     fn round(&mut self) -> Result<()> {
         let next = self.count + 1;
-        for place in [place_of(next), 0] {
+        for place in [self.place_of(next), 0] {
             stamp(self.block, next, place, self.run);
             self.disk.write(place * BLOCK / 512, self.block)?;
         }
@@ -112,7 +113,7 @@ impl Writer {
     /// What was written last is still there.
     fn look_back(&mut self) -> Result<()> {
         let wanted = (self.count, self.run);
-        for place in [0, place_of(self.count)] {
+        for place in [0, self.place_of(self.count)] {
             let found = self.read(place)?;
             if found != wanted {
                 return Err(format!("block {place}: (round, run) {found:?}, written {wanted:?}"));
@@ -128,12 +129,13 @@ pub fn run(machine: &Machine) {
     let Some(function) = function else {
         return println!("writer: no disk");
     };
+    let places = machine.boot.number("mini.places").unwrap_or(PLACES).max(1);
     let disk = match Disk::open(function, 16) {
-        Ok(disk) if disk.sectors >= (1 + PLACES) * BLOCK / 512 => disk,
+        Ok(disk) if disk.sectors >= (1 + places) * BLOCK / 512 => disk,
         Ok(disk) => return println!("writer: {} sectors are too few", disk.sectors),
         Err(reason) => return println!("writer: {reason}"),
     };
-    let mut writer = Writer { disk, block: Dma::new(BLOCK), count: 0, run: clock::now_ns() };
+    let mut writer = Writer { disk, places, block: Dma::new(BLOCK), count: 0, run: clock::now_ns() };
     if let Err(reason) = writer.find() {
         return println!("writer: damaged {reason}");
     }

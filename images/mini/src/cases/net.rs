@@ -2,10 +2,10 @@
 //! of them back with source and destination swapped (`mini.peer=echo` says that there is one).
 
 use crate::mem::Dma;
+use crate::net::{HEADER, Nic};
 use crate::suite::{Case, Failure, Machine, Outcome};
-use crate::virtio::{NO_VECTOR, Queue, Result, Segment, Virtio};
+use crate::virtio::{Result, Segment};
 use crate::{clock, ensure, skip};
-use alloc::vec::Vec;
 
 pub const CASES: &[Case] = &[
     Case { group: "net", name: "mac", run: mac },
@@ -14,45 +14,14 @@ pub const CASES: &[Case] = &[
     Case { group: "net", name: "echo-burst", run: echo_burst },
 ];
 
-const F_MAC: u64 = 1 << 5;
-/// Length of `virtio_net_hdr` with VERSION_1.
-const HEADER: u64 = 12;
 const TYPE: [u8; 2] = [0x88, 0xb5];
 
-struct Nic {
-    device: Virtio,
-    receive: Queue,
-    transmit: Queue,
-    mac: [u8; 6],
-    /// Buffers of the receive queue by the head of their chain.
-    buffers: Vec<Option<Dma>>,
+fn open(machine: &mut Machine) -> core::result::Result<Nic, Failure> {
+    let Some(&function) = machine.bus()?.virtio(1).first() else { skip!("no virtio-net") };
+    Ok(Nic::open(function, 64)?)
 }
 
 impl Nic {
-    fn open(machine: &mut Machine) -> core::result::Result<Self, Failure> {
-        let Some(&function) = machine.bus()?.virtio(1).first() else { skip!("no virtio-net") };
-        let device = Virtio::open(function)?;
-        let features = device.negotiate(F_MAC)?;
-        let mut mac = [2, 0x5e, 0x10, 0, 0, 1];
-        if features & F_MAC != 0 {
-            mac = core::array::from_fn(|at| device.config8(at as u64));
-        }
-        let receive = device.queue(0, 64, NO_VECTOR)?;
-        let transmit = device.queue(1, 64, NO_VECTOR)?;
-        device.driver_ok();
-        let buffers = alloc::vec![None; usize::from(receive.size)];
-        let mut nic = Self { device, receive, transmit, mac, buffers };
-        for _ in 0..nic.receive.size {
-            nic.post(Dma::new(2048));
-        }
-        nic.receive.kick();
-        Ok(nic)
-    }
-    fn post(&mut self, buffer: Dma) {
-        if let Some(head) = self.receive.add(&[Segment::into(buffer)]) {
-            self.buffers[usize::from(head)] = Some(buffer);
-        }
-    }
     /// A frame of `len` bytes with a number in it.
     fn frame(&self, len: u64, number: u64) -> Dma {
         let frame = Dma::new(HEADER + len);
@@ -99,7 +68,7 @@ fn check(buffer: &Dma, len: u64) -> Option<(u64, bool)> {
 
 fn mac(machine: &mut Machine) -> Outcome {
     let wanted = machine.boot.option("mini.mac").map(alloc::string::String::from);
-    let nic = Nic::open(machine)?;
+    let nic = open(machine)?;
     let text = nic.mac.map(|byte| alloc::format!("{byte:02x}")).join(":");
     nic.device.reset()?;
     ensure!(nic.mac[0] & 1 == 0 && nic.mac != [0; 6], "{text} is no station's address");
@@ -110,7 +79,7 @@ fn mac(machine: &mut Machine) -> Outcome {
 }
 
 fn transmit(machine: &mut Machine) -> Outcome {
-    let mut nic = Nic::open(machine)?;
+    let mut nic = open(machine)?;
     for number in 0..100 {
         let frame = nic.frame(60 + number * 14, number);
         nic.send(frame)?;
@@ -122,7 +91,7 @@ fn echo(machine: &mut Machine) -> Outcome {
     if machine.boot.option("mini.peer") != Some("echo") {
         skip!("no peer that echoes");
     }
-    let mut nic = Nic::open(machine)?;
+    let mut nic = open(machine)?;
     for (number, len) in [60u64, 61, 128, 590, 1500, 1514].into_iter().enumerate() {
         let number = number as u64 + 1000;
         let frame = nic.frame(len, number);
@@ -151,7 +120,7 @@ fn echo_burst(machine: &mut Machine) -> Outcome {
     if machine.boot.option("mini.peer") != Some("echo") {
         skip!("no peer that echoes");
     }
-    let mut nic = Nic::open(machine)?;
+    let mut nic = open(machine)?;
     let count = 32u64;
     for number in 2000..2000 + count {
         let frame = nic.frame(1000, number);

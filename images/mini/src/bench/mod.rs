@@ -2,6 +2,10 @@
 //!
 //! One line each: `bench NAME VALUE UNIT`.
 
+mod disk;
+mod net;
+mod vsock;
+
 use crate::blk::{Disk, kind};
 use crate::mem::Dma;
 use crate::suite::Machine;
@@ -51,6 +55,62 @@ impl Requests {
             Some(slot) => Err(format!("request {slot}: status {}", self.slots[slot].0.get8(16))),
         }
     }
+    /// Each place of the disk once, one after the other.
+    pub fn sweep(&self, queue: &mut Queue, kind: u32, sectors: u64) -> Result<()> {
+        let each = self.data(0).len / 512;
+        for sector in (0..sectors / each * each).step_by(each as usize) {
+            self.offer(queue, 0, kind, sector)?;
+            queue.kick();
+            queue.wait(20_000)?;
+        }
+        Ok(())
+    }
+    /// Keeps all of them in flight for `ms`, one after the other on the disk or anywhere; (requests, nanoseconds).
+    pub fn measure_for(
+        &self,
+        queue: &mut Queue,
+        (kind, sectors, sequential): (u32, u64, bool),
+        ms: u64,
+    ) -> Result<(u64, u64)> {
+        let each = self.data(0).len / 512;
+        let places = sectors / each;
+        let (mut random, mut next) = (0x5e10u64, 0u64);
+        let mut sector = || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            next += 1;
+            (if sequential { next } else { random >> 20 }) % places * each
+        };
+        let mut owner = alloc::vec![0usize; usize::from(queue.size)];
+        let begun = clock::now_ns();
+        let end = begun + ms * 1_000_000;
+        for slot in 0..self.slots.len() {
+            owner[usize::from(self.offer(queue, slot, kind, sector())?)] = slot;
+        }
+        queue.kick();
+        let (mut done, mut flying) = (0, self.slots.len());
+        while flying > 0 {
+            // All that is there, then one ring for what takes its place.
+            let (mut head, _) = queue.wait(20_000)?;
+            loop {
+                done += 1;
+                flying -= 1;
+                let slot = owner[usize::from(head)];
+                if self.slots[slot].0.get8(16) != 0 {
+                    return Err(format!("status {}", self.slots[slot].0.get8(16)));
+                }
+                if clock::now_ns() < end {
+                    owner[usize::from(self.offer(queue, slot, kind, sector())?)] = slot;
+                    flying += 1;
+                }
+                match queue.take() {
+                    Some((more, _)) => head = more,
+                    None => break,
+                }
+            }
+            queue.kick_if_wanted();
+        }
+        Ok((done, clock::now_ns() - begun))
+    }
     /// Keeps all of them in flight until `total` are done; the answer is nanoseconds for each.
     fn measure(&self, queue: &mut Queue, kind: u32, sectors: u64, total: u64) -> Result<u64> {
         let each = self.data(0).len / 512;
@@ -85,9 +145,23 @@ impl Requests {
     }
 }
 
+/// How long a cell of a measurement by time takes, unless `mini.bench_ms` says so.
+const CELL_MS: u64 = 1000;
+
 /// Measures what `choice` names.
 pub fn run(machine: &mut Machine, choice: &str) {
+    let ms = machine.boot.number("mini.bench_ms").unwrap_or(CELL_MS);
+    let by_time = match choice {
+        "disk" => disk::run(machine, ms),
+        "net" => net::run(machine, ms),
+        "vsock" => vsock::run(machine, ms),
+        _ => Ok(()),
+    };
+    if let Err(reason) = by_time {
+        println!("mini: {choice}: {reason}");
+    }
     match choice {
+        "disk" | "net" | "vsock" => {}
         "blk" => blk(machine),
         "latency" => latency(machine),
         "exit" => exits(machine),

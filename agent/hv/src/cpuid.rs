@@ -129,6 +129,60 @@ mod tests {
         }
     }
 
+    /// All vcpus as a driver of the host would number them: (socket, core, thread), by leaf 0xb or 0x1f (Intel's manual, vol. 3,
+    /// "Extracting topology"), leaf 4 with leaf 1, and AMD's 0x80000008 and 0x8000001e.
+    fn places(topology: Topology) -> [(u32, u32, u32); 4] {
+        let id = topology.id;
+        let by_levels = |function| {
+            let [thread, core, end] = extended_topology(function, topology);
+            assert_eq!(
+                [thread.ecx, core.ecx, end.ecx].map(|ecx| (ecx & 0xff, ecx >> 8)),
+                [(0, 1), (1, 2), (2, 0)]
+            );
+            assert_eq!((thread.ebx, core.ebx, end.ebx), (1, topology.vcpus, 0));
+            let in_core = id & ((1 << thread.eax) - 1);
+            (id >> core.eax, (id & ((1 << core.eax) - 1)) >> thread.eax, in_core)
+        };
+        // Addressable numbers in a socket, and of them cores: rounded up to powers of two.
+        let leaf1 = adjusted(1, 0, topology);
+        let numbers = if leaf1.edx & LEAF1_EDX_HTT == 0 { 1 } else { (leaf1.ebx >> 16) & 0xff };
+        let socket_bits = numbers.next_power_of_two().trailing_zeros();
+        let cores = (adjusted(4, 0x121, topology).eax >> 26) + 1;
+        let core_bits = cores.next_power_of_two().trailing_zeros();
+        assert!(core_bits <= socket_bits || numbers == 1, "more cores than threads");
+        let thread_bits = socket_bits.saturating_sub(core_bits);
+        let by_leaf4 = (
+            id >> socket_bits,
+            (id & ((1 << socket_bits) - 1)) >> thread_bits,
+            id & ((1 << thread_bits) - 1),
+        );
+        let sizes = adjusted(0x8000_0008, 0, topology).ecx;
+        assert_eq!((sizes & 0xff) + 1, topology.vcpus);
+        let bits = (sizes >> 12) & 0xf;
+        let amd = adjusted(0x8000_001e, 0, topology);
+        assert_eq!((amd.ebx >> 8) & 0xff, 0, "one thread a core");
+        assert_eq!(amd.ecx, 0, "node 0, the only one");
+        [by_levels(0xb), by_levels(0x1f), by_leaf4, (amd.eax >> bits, amd.ebx & 0xff, 0)]
+    }
+
+    #[test]
+    fn all_leaves_tell_the_same_place_for_every_count() {
+        for vcpus in 1..=64 {
+            for id in 0..vcpus {
+                let topology = Topology { id, vcpus };
+                assert_eq!(places(topology), [(0, id, 0); 4], "{topology:?}");
+                // Whoever shares the last cache is everyone; the first two are each core's own.
+                let sharers = |function, level: u32| {
+                    ((adjusted(function, level << 5 | 1, topology).eax >> 14) & 0xfff) + 1
+                };
+                for function in [4, 0x8000_001d] {
+                    assert_eq!((sharers(function, 1), sharers(function, 2)), (1, 1));
+                    assert!(sharers(function, 3) >= vcpus);
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_single_vcpu_claims_no_siblings() {
         let topology = Topology { id: 0, vcpus: 1 };

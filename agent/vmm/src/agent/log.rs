@@ -1,7 +1,8 @@
 //! The file that keeps what the guest printed, within a bound.
 //!
 //! When the file is full its older half is dropped: the newer half moves to the front. A reader of the file therefore
-//! sees at least the last [`LOG_BYTES_MAX`] / 2 bytes, and never more than the bound.
+//! sees at least the last [`LOG_BYTES_MAX`] / 2 bytes, and never more than the bound. While the host's disk is full what comes
+//! is lost; the next line that has room says how much.
 
 use std::fs::File;
 use std::io;
@@ -14,26 +15,38 @@ pub(super) const LOG_BYTES_MAX: u64 = 1 << 20;
 pub(super) struct SerialLog {
     file: Option<File>,
     len: u64,
+    /// Bytes that found no room since the last that did.
+    lost: u64,
 }
 
 impl SerialLog {
     /// Appends to what the file holds already: the VM may have run before.
     pub(super) fn new(file: Option<File>) -> SerialLog {
         let len = file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
-        SerialLog { file, len }
+        SerialLog { file, len, lost: 0 }
     }
 
     /// Keeps `bytes`.
     pub(super) fn write(&mut self, bytes: &[u8]) {
         let Some(file) = &self.file else { return };
-        match append(file, self.len, bytes) {
-            Ok(len) => self.len = len,
+        let gap = match self.lost {
+            0 => Vec::new(),
+            lost => format!("\n[{lost} bytes are missing here: the host's disk was full]\n").into_bytes(),
+        };
+        match append(file, self.len, &[&gap, bytes].concat()) {
+            Ok(len) => (self.len, self.lost) = (len, 0),
+            Err(error) if is_full(&error) => self.lost = self.lost.saturating_add(bytes.len() as u64),
             Err(error) => {
                 super::say(format_args!("the serial log ends here, its file fails: {error}"));
                 self.file = None;
             }
         }
     }
+}
+
+/// There may be room again.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Returns the new length.

@@ -43,6 +43,32 @@ pub struct BalloonStats {
     pub age_ms: u64,
 }
 
+/// What the host keeps a device from doing, as long as it does.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Trouble {
+    /// Of what kind.
+    #[prost(enumeration = "TroubleKind", tag = "1")]
+    pub kind: i32,
+    /// As in `Disk::volume_id`, or a card's address, `52:54:00:12:34:56`.
+    #[prost(string, tag = "2")]
+    pub device: String,
+    /// For the person.
+    #[prost(string, tag = "3")]
+    pub reason: String,
+}
+
+/// What a trouble is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum TroubleKind {
+    /// Newer than the reader.
+    Unknown = 0,
+    /// A disk's requests wait for room on the host's disk.
+    DiskHeld = 1,
+    /// A card's tap is gone.
+    Unplugged = 2,
+}
+
 /// What happens to a guest that started its watchdog and does not pet it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]

@@ -351,6 +351,9 @@ pub struct VmStatus {
     /// The process's version of `serio-vmm`.
     #[prost(string, tag = "6")]
     pub version: String,
+    /// What of it does not work now, because of the host.
+    #[prost(message, repeated, tag = "7")]
+    pub troubles: Vec<Trouble>,
 }
 
 /// Why a VM ended. Kept in the file `exit` of its run directory too, since the process may end while nobody listens.

@@ -22,10 +22,12 @@ pub mod ports;
 pub mod rng;
 pub mod rtc;
 pub mod serial;
+mod trouble;
 pub mod vsock;
 mod worker;
 
 pub use notice::Notices;
+pub use trouble::Trouble;
 
 #[cfg(test)]
 mod small_test;

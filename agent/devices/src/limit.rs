@@ -183,10 +183,7 @@ pub(crate) struct Gate {
 impl Gate {
     /// A gate whose timer the poller reports as `token`.
     pub(crate) fn new(limiter: Arc<Limiter>, poller: &Poller, token: u64) -> Result<Gate, ActivateError> {
-        let io = |error: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(error.errno());
-        let timer = TimerFd::new().map_err(io).map_err(ActivateError::io("make a timer for a limit"))?;
-        poller.add_timer(&timer, token).map_err(ActivateError::io("watch a timer"))?;
-        Ok(Gate { limiter, timer, closed: false })
+        Ok(Gate { limiter, timer: poller.timer(token)?, closed: false })
     }
 
     /// Whether the next request may go now. If not, the timer is set for when it may.
@@ -212,9 +209,12 @@ impl Gate {
 }
 
 impl Poller {
-    /// Reported once each time that it expires; it is never read.
-    fn add_timer(&self, timer: &TimerFd, token: u64) -> io::Result<()> {
-        self.add_edge(timer.as_raw_fd(), token)
+    /// A timer that is reported as `token` once each time that it expires; it is never read.
+    pub(crate) fn timer(&self, token: u64) -> Result<TimerFd, ActivateError> {
+        let io = |error: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(error.errno());
+        let timer = TimerFd::new().map_err(io).map_err(ActivateError::io("make a timer"))?;
+        self.add_edge(timer.as_raw_fd(), token).map_err(ActivateError::io("watch a timer"))?;
+        Ok(timer)
     }
 }
 

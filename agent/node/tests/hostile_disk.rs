@@ -6,52 +6,21 @@ mod common;
 
 use std::{
     fs::{self, OpenOptions},
-    io::Write,
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use common::{
     Seriod,
+    disk::Disk,
     guest::{counts_beyond, furnish, rounds, spec},
     rig::Rig,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serio_api::v1::{
     CreateVdcRequest, GetVmRequest, ListVdcsRequest, Quota, VmSpec, VmState,
     vdc_service_client::VdcServiceClient, vm_service_client::VmServiceClient,
 };
 use tonic::{Code, transport::Channel};
-
-/// A small disk of its own, gone when dropped.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn mount(at: &Path, mib: u32) -> Result<Self, String> {
-        fs::create_dir_all(at).unwrap();
-        let size = format!("size={mib}m,mode=700");
-        mount(Some("serio-test"), at, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
-            .map_err(|e| format!("no file system can be mounted: {e}"))?;
-        Ok(Self(at.to_owned()))
-    }
-
-    /// Takes all that is free; the file that has it.
-    fn fill(&self) -> PathBuf {
-        let path = self.0.join("fill");
-        let mut file = fs::File::create(&path).unwrap();
-        for size in [64 << 10, 4 << 10, 1] {
-            while file.write_all(&vec![1; size]).is_ok() {}
-        }
-        path
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-    }
-}
 
 async fn create_vdc(channel: &Channel, name: &str) -> Result<(), tonic::Status> {
     let quota = Some(Quota { vcpus: 1, memory_bytes: 1 << 20, storage_bytes: 1 << 20, ..Quota::default() });

@@ -35,6 +35,9 @@ fn an_indirect_chain_reads_the_same() {
     assert!(queue.pop(&mut chain).unwrap());
     assert_eq!(chain.writable().len(), 100);
     assert_eq!(chain.writable()[99], Segment { address: GuestAddress(0x10000 + 99 * 0x100), len: 0x100 });
+    let mut again = Chain::default();
+    queue.take_again(chain.head(), &mut again).unwrap();
+    assert_eq!((again.readable(), again.writable()), (chain.readable(), chain.writable()));
 }
 
 #[test]
@@ -157,8 +160,12 @@ proptest! {
             driver.write_descriptor(driver.descriptors, index, (address, len), flags[at], next[at]);
         }
         driver.offer_head(head);
-        let mut chain = Chain::default();
-        if queue.pop(&mut chain).is_ok() {
+        let (mut chain, mut again) = (Chain::default(), Chain::default());
+        let popped = queue.pop(&mut chain);
+        let taken_again = queue.take_again(head, &mut again);
+        if popped.is_ok() {
+            prop_assert!(taken_again.is_ok(), "{:?}", taken_again);
+            prop_assert_eq!((again.head(), again.readable(), again.writable()), (chain.head(), chain.readable(), chain.writable()));
             prop_assert!(chain.readable().len() + chain.writable().len() <= SEGMENTS_MAX);
             prop_assert!(chain.readable_len() + chain.writable_len() <= u64::from(u32::MAX));
             let _ = chain.take_last_byte();

@@ -8,7 +8,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
-use serio_devices::Notices;
+use nix::sys::eventfd::EventFd;
+use serio_control::message::{self, TroubleKind};
 use serio_devices::balloon::{Balloon, BalloonHandle};
 use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
@@ -18,6 +19,7 @@ use serio_devices::net::{Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::{self, Rng};
 use serio_devices::vsock::{Outgoing, Vsock, VsockHost};
+use serio_devices::{Notices, Trouble};
 use serio_hv::Tap;
 use serio_virtio::VirtioDevice;
 use serio_volume::{Access, Volume};
@@ -114,6 +116,8 @@ pub struct Disk {
     pub limiter: Arc<Limiter>,
     /// For the host's errors.
     pub notices: Notices,
+    /// While the host's disk is full.
+    pub trouble: Trouble,
     /// What was asked of it since the launch.
     pub counts: DiskCounts,
 }
@@ -130,6 +134,7 @@ impl Disk {
             bell: CapacityBell::default(),
             limiter: Limiter::new(Limits::default()),
             notices,
+            trouble: Trouble::default(),
             counts,
         }
     }
@@ -155,6 +160,8 @@ pub struct Nic {
     pub limiters: [Arc<Limiter>; 2],
     /// For a cable that was pulled.
     pub notices: Notices,
+    /// Since it was.
+    pub trouble: Trouble,
     /// What went through since the launch.
     pub counts: Arc<NicCounts>,
 }
@@ -165,7 +172,8 @@ impl Nic {
     pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: Limits) -> Nic {
         let notices = notices(format!("nic {}", mac_text(mac)));
         let limiters = [Limiter::new(limits), Limiter::new(limits)];
-        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, counts: Arc::default() }
+        let (trouble, counts) = (Trouble::default(), Arc::default());
+        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, trouble, counts }
     }
 
     /// Its address, in words.
@@ -241,6 +249,7 @@ impl Devices {
                 .with_bell(disk.bell.clone())
                 .with_limiter(disk.limiter.clone())
                 .with_notices(disk.notices.clone())
+                .with_trouble(disk.trouble.clone())
                 .with_counts(disk.counts.clone());
             devices.push(Box::new(blk));
         }
@@ -250,6 +259,7 @@ impl Devices {
             let net = Net::new(nic.tap.clone(), config)
                 .with_limiters(receive, send)
                 .with_notices(nic.notices.clone())
+                .with_trouble(nic.trouble.clone())
                 .with_counts(nic.counts.clone());
             devices.push(Box::new(net));
         }
@@ -263,6 +273,29 @@ impl Devices {
             devices.push(Box::new(Vsock::new(vsock.clone())));
         }
         Ok(devices)
+    }
+
+    /// Has `bell` rung when a device gets into trouble or out of it. Before the first boot.
+    pub fn watch_troubles(&mut self, bell: &Arc<EventFd>) {
+        let trouble = || {
+            let bell = bell.clone();
+            Trouble::new(move || {
+                // Fails only when the counter is full, and then it has been rung.
+                let _ = bell.write(1);
+            })
+        };
+        self.disks.iter_mut().for_each(|disk| disk.trouble = trouble());
+        self.nics.iter_mut().for_each(|nic| nic.trouble = trouble());
+    }
+
+    /// What does not work now.
+    pub fn troubles(&self) -> Vec<message::Trouble> {
+        let of = |kind: TroubleKind, device: String, trouble: &Trouble| {
+            Some(message::Trouble { kind: kind.into(), device, reason: trouble.reason()? })
+        };
+        let disks = self.disks.iter().map(|disk| of(TroubleKind::DiskHeld, disk.name.clone(), &disk.trouble));
+        let nics = self.nics.iter().map(|nic| of(TroubleKind::Unplugged, nic.name(), &nic.trouble));
+        disks.chain(nics).flatten().collect()
     }
 
     /// The disk with this name.

@@ -2,7 +2,7 @@
 
 use serio_api::v1::{
     Balloon, DeviceLimits, GuestMemory, IoLimits, PauseVmRequest, RestartPolicy, ResumeVmRequest,
-    UpdateVmRequest, Vm, VmSpec, WatchdogAction, vm_service_client::VmServiceClient,
+    UpdateVmRequest, Vm, VmSpec, VmTrouble, WatchdogAction, vm_service_client::VmServiceClient,
 };
 use serio_types::{ByteSize, VdcName};
 
@@ -190,6 +190,13 @@ pub(super) fn balloon_line(memory: Option<&GuestMemory>, spec: &VmSpec) -> Strin
         _ if asked > 0 => format!("{} at its next start", output::size(asked)),
         _ => String::new(),
     }
+}
+
+/// "ardesio/web-root: held: the host's disk is full …".
+pub(super) fn troubles(troubles: &[VmTrouble]) -> String {
+    let lines =
+        troubles.iter().map(|trouble| format!("{}: {}", names::short(&trouble.device), trouble.reason));
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// "180MiB of 245MiB available, 20MiB caches".

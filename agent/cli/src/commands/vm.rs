@@ -299,6 +299,7 @@ fn show(vm: &Vm, output: Output) -> Result<(), Failure> {
                     .replace('_', "-"),
             ),
             ("restarts", status.restarts.to_string()),
+            ("troubles", machine::troubles(&status.troubles)),
             ("last end", end.unwrap_or_default()),
         ],
     )

@@ -10,6 +10,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+#[path = "held_test.rs"]
+mod held_test;
+
 const DISK_SECTORS: u64 = 64;
 const DISK_BYTES: usize = 64 * 512;
 /// Where the tests put headers, data and status in guest memory.
@@ -37,6 +40,15 @@ impl Disk {
     pub(super) fn with(access: Access, features: u64, change: impl FnOnce(Blk) -> Blk) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&pattern()).unwrap();
+        Self::of(file, access, features, change)
+    }
+
+    fn of(
+        file: tempfile::NamedTempFile,
+        access: Access,
+        features: u64,
+        change: impl FnOnce(Blk) -> Blk,
+    ) -> Self {
         let volume = Volume::open_raw(file.reopen().unwrap(), access).unwrap();
         let mut blk = change(Blk::new(volume, &BlkConfig { serial: "disk-0".to_owned(), queues: 1 }));
         let memory = memory(4 << 20);

@@ -8,13 +8,16 @@
 //!   is answered), as §5.2.6.2 wants it.
 //! - Sectors are 512 bytes for the guest; the topology says 4096, which is the volume's grain.
 //! - DISCARD and WRITE_ZEROES take one range a request (`max_…_seg` is 1).
+//! - A request that finds the host's disk full is held until there is room: see `held.rs`.
 //! - A volume may grow while it is a disk: whoever grows it rings the [`CapacityBell`], and the driver reads the capacity
 //!   again (§5.2.5, a configuration change). Requests beyond what the driver knows are fine as soon as the volume has it.
 
 mod config;
+mod held;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod hostile;
 mod request;
+mod slot;
 mod worker;
 
 #[cfg(test)]
@@ -33,10 +36,10 @@ use serio_volume::Volume;
 
 use self::config::{F_FLUSH, features, render};
 use self::worker::QueueWorker;
-use crate::Notices;
 use crate::count::DiskCounts;
 use crate::limit::{Limiter, Limits};
 use crate::worker::{Worker, finish_all, join_all};
+use crate::{Notices, Trouble};
 
 /// Descriptors of a queue: also how many requests can be under way in it.
 pub const QUEUE_SIZE: u16 = 256;
@@ -47,6 +50,10 @@ pub const SERIAL_BYTES: usize = 20;
 
 /// The layout of the saved state: the size that the driver was last told, eight bytes.
 const STATE_VERSION: u32 = 1;
+/// The same, and behind it the held requests: number of the queue and of the head, two bytes each. Written only when there
+/// are some, so that an older program takes all the others.
+const STATE_WITH_HELD: u32 = 2;
+const HELD_BYTES: usize = 4;
 
 /// How a disk appears to the guest.
 #[derive(Clone, Debug)]
@@ -88,10 +95,19 @@ pub struct Blk {
     told_bytes: Cell<u64>,
     limiter: Arc<Limiter>,
     notices: Notices,
+    trouble: Trouble,
     counts: Option<DiskCounts>,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
-    workers: Vec<Worker<ActiveQueue>>,
+    /// Taken off a ring and not answered when the device was suspended, in each queue.
+    held: Vec<(u16, Vec<u16>)>,
+    workers: Vec<Worker<QueueLeft>>,
+}
+
+/// What a queue's thread leaves: the ring, and the heads of requests that still wait for room on the host's disk.
+struct QueueLeft {
+    ring: ActiveQueue,
+    held: Vec<u16>,
 }
 
 impl Blk {
@@ -109,9 +125,11 @@ impl Blk {
             bell: CapacityBell::default(),
             limiter: Limiter::new(Limits::default()),
             notices: Notices::default(),
+            trouble: Trouble::default(),
             counts: None,
             serial,
             queue_sizes: vec![QUEUE_SIZE; queues],
+            held: Vec::new(),
             workers: Vec::new(),
         }
     }
@@ -134,6 +152,13 @@ impl Blk {
     #[must_use]
     pub fn with_notices(mut self, notices: Notices) -> Self {
         self.notices = notices;
+        self
+    }
+
+    /// The same, with somebody who sees while the host's disk is full.
+    #[must_use]
+    pub fn with_trouble(mut self, trouble: Trouble) -> Self {
+        self.trouble = trouble;
         self
     }
 
@@ -177,13 +202,16 @@ impl VirtioDevice for Blk {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let write_through = !activation.has_feature(F_FLUSH);
+        let held = std::mem::take(&mut self.held);
         for queue in activation.queues {
+            let of_queue = held.iter().find(|(index, _)| *index == queue.index);
+            let held = of_queue.map(|(_, heads)| heads.clone()).unwrap_or_default();
             let name = format!("blk-queue{}", queue.index);
             let counts = self.counts.as_ref().map(|counts| counts.queue(queue.index));
             let io = self.volume.queue(queue.queue.size()).map_err(ActivateError::io("make an I/O queue"))?;
             let started = QueueWorker::start(
                 name,
-                queue,
+                QueueLeft { ring: queue, held },
                 io,
                 worker::Rules {
                     volume: self.volume.clone(),
@@ -191,6 +219,7 @@ impl VirtioDevice for Blk {
                     write_through,
                     limiter: self.limiter.clone(),
                     notices: self.notices.clone(),
+                    trouble: self.trouble.clone(),
                     counts,
                 },
                 activation.failure.clone(),
@@ -214,21 +243,63 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         *self.bell.lock() = None;
         join_all(&mut self.workers);
+        self.held.clear();
     }
 
     fn suspend(&mut self) -> Result<Vec<ActiveQueue>, SuspendError> {
         *self.bell.lock() = None;
-        finish_all(&mut self.workers)
+        let left = finish_all(&mut self.workers)?;
+        self.held.extend(left.iter().map(|left| (left.ring.index, left.held.clone())));
+        self.held.retain(|(_, heads)| !heads.is_empty());
+        Ok(left.into_iter().map(|left| left.ring).collect())
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::new(STATE_VERSION, self.told_bytes.get().to_le_bytes())
+        let mut bytes = self.told_bytes.get().to_le_bytes().to_vec();
+        for (queue, heads) in &self.held {
+            for head in heads {
+                bytes.extend(queue.to_le_bytes());
+                bytes.extend(head.to_le_bytes());
+            }
+        }
+        DeviceState::new(if self.held.is_empty() { STATE_VERSION } else { STATE_WITH_HELD }, bytes)
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        if state.version == STATE_WITH_HELD {
+            return self.restore_with_held(&state.bytes);
+        }
         if let Some(bytes) = state.fixed(STATE_VERSION)? {
             self.told_bytes.set(u64::from_le_bytes(bytes));
         }
+        Ok(())
+    }
+}
+
+impl Blk {
+    fn restore_with_held(&mut self, bytes: &[u8]) -> Result<(), RestoreError> {
+        let malformed = |what: &str| RestoreError::Malformed { what: what.to_owned() };
+        let (told, held) = bytes.split_first_chunk().ok_or_else(|| malformed("a disk's size is cut"))?;
+        let (held, rest) = held.as_chunks::<HELD_BYTES>();
+        let queues = self.queue_sizes.len();
+        if held.is_empty() || !rest.is_empty() || held.len() > queues.saturating_mul(usize::from(QUEUE_SIZE))
+        {
+            return Err(malformed("the number of held requests cannot be"));
+        }
+        let mut by_queue: Vec<(u16, Vec<u16>)> = Vec::new();
+        for [q0, q1, h0, h1] in held {
+            let (queue, head) = (u16::from_le_bytes([*q0, *q1]), u16::from_le_bytes([*h0, *h1]));
+            match by_queue.iter_mut().find(|(index, _)| *index == queue) {
+                Some((_, heads)) if heads.contains(&head) => {
+                    return Err(malformed("a request is held twice"));
+                }
+                Some((_, heads)) => heads.push(head),
+                None if usize::from(queue) < queues => by_queue.push((queue, vec![head])),
+                None => return Err(malformed("a request is held in a queue that there is not")),
+            }
+        }
+        self.told_bytes.set(u64::from_le_bytes(*told));
+        self.held = by_queue;
         Ok(())
     }
 }

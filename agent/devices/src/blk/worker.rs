@@ -11,9 +11,10 @@
 //! - A broken ring sets DEVICE_NEEDS_RESET. The ring is not touched again; requests under way still end in peace.
 //! - Limits are asked before a request is taken off the ring. What they hold back stays there, and the thread sleeps on a
 //!   timer; requests of other disks do not wait for it.
-//! - An error of the host is VIRTIO_BLK_S_IOERR for the guest, and a notice for the operator.
+//! - A request that lacks room on the host's disk is held and tried again: see `held.rs`. Any other error of the host is
+//!   VIRTIO_BLK_S_IOERR for the guest, and a notice for the operator.
 //! - On stop nothing is answered any more: the thread waits until the kernel has let go of guest memory. Told to finish, it
-//!   takes no new requests and answers those under way.
+//!   takes no new requests and answers those under way, but for those that are held.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,17 +25,21 @@ use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError,
 use serio_volume::{Buffers, Full, IoError, IoQueue, Op, Volume};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::SERIAL_BYTES;
-use super::request::{Limits, Malformed, Request, S_IOERR, S_OK, parse};
-use crate::Notices;
+use super::held::{Held, is_full};
+use super::request::{Limits, Malformed, Parsed, Request, S_IOERR, S_OK, parse};
+use super::slot::{Slot, kind_of};
+use super::{QueueLeft, SERIAL_BYTES};
 use crate::count::{DiskOp, DiskQueueCounts, QueueHandle};
 use crate::limit::{Gate, Limiter};
 use crate::worker::{Poller, STOP, Worker};
+use crate::{Notices, Trouble};
 
 const KICK: u64 = 0;
 const COMPLETIONS: u64 = 1;
 /// The limits let requests through again.
 const LIMITS: u64 = 2;
+/// Held requests may be tried again.
+const HELD: u64 = 3;
 
 /// What holds for all requests of a disk.
 pub(super) struct Rules {
@@ -45,6 +50,8 @@ pub(super) struct Rules {
     pub(super) limiter: Arc<Limiter>,
     /// For errors of the host.
     pub(super) notices: Notices,
+    /// For a full disk of the host.
+    pub(super) trouble: Trouble,
     /// Of this queue.
     pub(super) counts: Option<QueueHandle>,
 }
@@ -55,30 +62,6 @@ impl Rules {
             act(counts);
         }
     }
-}
-
-/// What it counts as, and its bytes.
-fn kind_of(op: &Op) -> (DiskOp, u64) {
-    match op {
-        Op::Read { buffers, .. } => (DiskOp::Read, buffers.len()),
-        Op::Write { buffers, .. } => (DiskOp::Write, buffers.len()),
-        Op::Discard { len, .. } | Op::WriteZeroes { len, .. } => (DiskOp::Discard, *len),
-        _ => (DiskOp::Flush, 0),
-    }
-}
-
-/// A request that the volume works on.
-#[derive(Clone, Copy)]
-struct Slot {
-    head: u16,
-    status: GuestAddress,
-    /// Bytes that count as written into the chain, the status included.
-    written: u32,
-    op: DiskOp,
-    /// Bytes of data.
-    bytes: u64,
-    /// When it was taken off the ring; all that were taken at once have the same.
-    begun: Instant,
 }
 
 /// Why the ring is not touched any more.
@@ -104,6 +87,9 @@ pub(super) struct QueueWorker {
     rules: Rules,
     failure: DeviceFailure,
     gate: Gate,
+    held: Held,
+    /// Held requests may be tried now.
+    probe: bool,
     /// The volume's event was reported and not yet answered with a reap.
     completions: bool,
     broken: bool,
@@ -123,20 +109,23 @@ impl QueueWorker {
     /// Starts the thread.
     pub(super) fn start(
         name: String,
-        ring: ActiveQueue,
+        QueueLeft { ring, held: heads }: QueueLeft,
         io: IoQueue,
         rules: Rules,
         failure: DeviceFailure,
-    ) -> Result<Worker<ActiveQueue>, ActivateError> {
+    ) -> Result<Worker<QueueLeft>, ActivateError> {
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
         poller.add_event(&ring.kick, KICK).map_err(ActivateError::io("watch a queue"))?;
         poller
             .add_readable(io.event_fd(), COMPLETIONS)
             .map_err(ActivateError::io("watch a volume's completions"))?;
         let gate = Gate::new(rules.limiter.clone(), &poller, LIMITS)?;
+        let held = Held::new((rules.trouble.clone(), rules.notices.clone()), &poller, HELD)?;
         let size = ring.queue.size();
         let (op, begun) = (DiskOp::Read, Instant::now());
-        let nowhere = Slot { head: 0, status: GuestAddress(0), written: 0, op, bytes: 0, begun };
+        let (request, tried) = (Request::Flush, false);
+        let status = GuestAddress(0);
+        let nowhere = Slot { head: 0, status, written: 0, op, bytes: 0, begun, request, tried };
         let requests = Requests {
             memory: ring.queue.memory().clone(),
             slots: vec![nowhere; usize::from(size)],
@@ -152,13 +141,19 @@ impl QueueWorker {
             rules,
             failure,
             gate,
+            held,
+            probe: false,
             completions: false,
             broken: false,
         };
-        Worker::spawn(Kind::Blk, name, poller, move |poller| worker.run(&poller))
+        Worker::spawn(Kind::Blk, name, poller, move |poller| worker.run(&poller, &heads))
     }
 
-    fn run(mut self, poller: &Poller) -> ActiveQueue {
+    fn run(mut self, poller: &Poller, heads: &[u16]) -> QueueLeft {
+        if self.take_again(heads).is_err() {
+            self.broken = true;
+            self.failure.mark();
+        }
         // The driver may have offered requests before it kicked.
         let mut stop = false;
         while !stop {
@@ -169,10 +164,11 @@ impl QueueWorker {
             if self.broken {
                 self.discard_completions();
             }
-            let completions = &mut self.completions;
+            let (completions, probe) = (&mut self.completions, &mut self.probe);
             let waited = poller.wait(|token, _| {
                 stop |= token == STOP;
                 *completions |= token == COMPLETIONS;
+                *probe |= token == HELD;
             });
             if waited.is_err() {
                 self.failure.mark();
@@ -184,7 +180,21 @@ impl QueueWorker {
         }
         // Nothing is left to do after a clean finish.
         self.settle(poller);
-        self.ring
+        let slots = &self.requests.slots;
+        let head = |tag| slots.get(usize::from(tag)).map(|slot| slot.head);
+        QueueLeft { held: self.held.tags().filter_map(head).collect(), ring: self.ring }
+    }
+
+    /// Asks again for what was held when the device was suspended.
+    fn take_again(&mut self, heads: &[u16]) -> Result<(), Broken> {
+        let now = Instant::now();
+        for head in heads {
+            let Some(tag) = self.requests.free.last().copied() else { return Err(Broken::Request) };
+            self.ring.queue.take_again(*head, &mut self.chain)?;
+            self.serve(tag, now)?;
+        }
+        self.io.kick();
+        Ok(())
     }
 
     /// Answers what is under way. Takes nothing off the ring any more.
@@ -208,7 +218,7 @@ impl QueueWorker {
     fn turn(&mut self) -> Result<(), Broken> {
         loop {
             self.ring.queue.disable_kicks()?;
-            let taken = self.drain()?;
+            let taken = self.try_held() | self.drain()?;
             if taken {
                 self.io.kick();
             }
@@ -239,34 +249,57 @@ impl QueueWorker {
                 break;
             }
             taken = true;
-            let head = self.chain.head();
-            // Asked for each request: whoever knows that the disk has grown may use all of it.
-            let limits = Limits::of(&self.rules.volume);
-            let parsed = parse(&mut self.chain, &self.requests.memory, &limits)?;
-            self.gate.charge(match parsed.request {
-                Request::Read { .. } => self.chain.writable_len(),
-                Request::Write { .. } => self.chain.readable_len(),
-                _ => 0,
-            });
-            match self.operation(parsed.request) {
-                Prepared::Submit(op) => self.submit(tag, (head, parsed.status), op, now)?,
-                Prepared::Answer { status, written } => {
-                    if status != S_OK {
-                        self.rules.count(|counts| counts.refused());
-                    }
-                    self.requests.memory.write_obj(status, parsed.status).map_err(|_| Broken::Request)?;
-                    self.ring.queue.push_used(head, written)?;
-                    self.requests.answered = self.requests.answered.saturating_add(1);
-                }
-            }
+            self.serve(tag, now)?;
         }
         Ok(taken)
+    }
+
+    /// Submits or answers what is in the chain.
+    fn serve(&mut self, tag: u16, now: Instant) -> Result<(), Broken> {
+        let head = self.chain.head();
+        // Asked for each request: whoever knows that the disk has grown may use all of it.
+        let limits = Limits::of(&self.rules.volume);
+        let parsed = parse(&mut self.chain, &self.requests.memory, &limits)?;
+        self.gate.charge(match parsed.request {
+            Request::Read { .. } => self.chain.writable_len(),
+            Request::Write { .. } => self.chain.readable_len(),
+            _ => 0,
+        });
+        match self.operation(parsed.request) {
+            Prepared::Submit(op) => self.submit(tag, (head, parsed), op, now),
+            Prepared::Answer { status, written } => {
+                if status != S_OK {
+                    self.rules.count(|counts| counts.refused());
+                }
+                self.requests.memory.write_obj(status, parsed.status).map_err(|_| Broken::Request)?;
+                self.ring.queue.push_used(head, written)?;
+                self.requests.answered = self.requests.answered.saturating_add(1);
+                Ok(())
+            }
+        }
+    }
+
+    /// Submits held requests that may be tried. `true`: there was at least one.
+    fn try_held(&mut self) -> bool {
+        let first = if std::mem::take(&mut self.probe) { self.held.probe() } else { None };
+        let mut next = first.or_else(|| self.held.release());
+        let any = next.is_some();
+        while let Some((tag, op)) = next {
+            if let Some(slot) = self.requests.slots.get_mut(usize::from(tag)) {
+                slot.tried = true;
+            }
+            // It has its slot still, so the queue has room for it.
+            let submitted = self.io.submit(u64::from(tag), op);
+            debug_assert!(submitted.is_ok(), "as many slots as the queue is deep");
+            next = self.held.release();
+        }
+        any
     }
 
     fn submit(
         &mut self,
         tag: u16,
-        (head, status): (u16, GuestAddress),
+        (head, parsed): (u16, Parsed),
         op: Op,
         begun: Instant,
     ) -> Result<(), Broken> {
@@ -276,7 +309,8 @@ impl QueueWorker {
             _ => 1,
         };
         let slot = self.requests.slots.get_mut(usize::from(tag)).ok_or(Broken::Request)?;
-        *slot = Slot { head, status, written, op: kind, bytes, begun };
+        let Parsed { request, status } = parsed;
+        *slot = Slot { head, status, written, op: kind, bytes, begun, request, tried: false };
         match self.io.submit(u64::from(tag), op) {
             Ok(()) => {
                 self.requests.free.pop();
@@ -341,16 +375,29 @@ impl QueueWorker {
         let mut any = false;
         let mut result = Ok(());
         let (ring, requests, rules) = (&mut self.ring, &mut self.requests, &self.rules);
+        let held = &mut self.held;
         let mut now = None;
         self.io.reap(|tag, outcome, buffers| {
             any = true;
+            let Ok(tag) = u16::try_from(tag) else { return requests.keep(buffers) };
+            let slot = requests.slots.get(usize::from(tag)).copied();
+            let tried = slot.is_some_and(|slot| slot.tried);
+            let buffers = match (&outcome, slot) {
+                (Err(error), Some(slot)) if is_full(error) => match slot.redo(buffers, rules.write_through) {
+                    Ok(op) => return held.hold(tag, op, tried, error),
+                    Err(buffers) => buffers,
+                },
+                _ => buffers,
+            };
             requests.keep(buffers);
-            let Ok(tag) = u16::try_from(tag) else { return };
             requests.free.push(tag);
+            if tried {
+                held.answered();
+            }
             if let Err(error) = &outcome {
                 rules.notices.tell(error);
             }
-            if let Some(slot) = requests.slots.get(usize::from(tag)) {
+            if let Some(slot) = slot {
                 let now = *now.get_or_insert_with(Instant::now);
                 let took = now.saturating_duration_since(slot.begun);
                 rules.count(|counts| counts.done(slot.op, slot.bytes, took, outcome.is_ok()));

@@ -19,17 +19,18 @@ mod net_test;
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use serio_hv::{Tap, TapOffloads};
 use serio_virtio::{ActivateError, Activation, ActiveQueue, SuspendError, VirtioDevice};
 
 use self::worker::NetWorker;
-use crate::Notices;
 use crate::count::NicCounts;
 use crate::limit::{Limiter, Limits};
+use crate::trouble::Raised;
 use crate::worker::{Worker, finish_all, join_all};
+use crate::{Notices, Trouble};
 
 const F_CSUM: u32 = 0;
 const F_GUEST_CSUM: u32 = 1;
@@ -80,6 +81,8 @@ pub struct Net {
     counts: Arc<NicCounts>,
     /// The tap is gone. Stays so over resets.
     lost: Arc<AtomicBool>,
+    trouble: Trouble,
+    raised: Arc<OnceLock<Raised>>,
     workers: Vec<Worker<[ActiveQueue; 2]>>,
 }
 
@@ -94,6 +97,8 @@ impl Net {
             notices: Notices::default(),
             counts: Arc::default(),
             lost: Arc::default(),
+            trouble: Trouble::default(),
+            raised: Arc::default(),
             workers: Vec::new(),
         }
     }
@@ -110,6 +115,13 @@ impl Net {
     #[must_use]
     pub fn with_notices(mut self, notices: Notices) -> Self {
         self.notices = notices;
+        self
+    }
+
+    /// The same, with somebody who sees that the cable is gone.
+    #[must_use]
+    pub fn with_trouble(mut self, trouble: Trouble) -> Self {
+        self.trouble = trouble;
         self
     }
 
@@ -185,10 +197,12 @@ impl VirtioDevice for Net {
         };
         let [rx_limiter, tx_limiter] = self.limits.clone();
         let (lost, notices) = (self.lost.clone(), self.notices.clone());
+        let (trouble, raised) = (self.trouble.clone(), self.raised.clone());
+        let bell = activation.config_interrupt;
         let shared = worker::Shared {
             rx_limiter,
             tx_limiter,
-            cable: worker::Cable { lost, bell: activation.config_interrupt, notices },
+            cable: worker::Cable { lost, bell, notices, trouble, raised },
             counts: self.counts.clone(),
             failure: activation.failure,
         };

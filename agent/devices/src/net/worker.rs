@@ -15,8 +15,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use serio_hv::{GuestMemory, VNET_HEADER_BYTES, receive_packet, send_packet};
 use serio_sandbox::Kind;
@@ -26,10 +26,11 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Link;
 use super::rx::{Posts, Rules};
-use crate::Notices;
 use crate::count::NicCounts;
 use crate::limit::{Gate, Limiter};
+use crate::trouble::Raised;
 use crate::worker::{Poller, STOP, Worker};
+use crate::{Notices, Trouble};
 
 const RX_KICK: u64 = 0;
 const TX_KICK: u64 = 1;
@@ -81,6 +82,9 @@ pub(super) struct Cable {
     pub(super) lost: Arc<AtomicBool>,
     pub(super) bell: ConfigInterrupt,
     pub(super) notices: Notices,
+    pub(super) trouble: Trouble,
+    /// Lasts as long as the card's owner.
+    pub(super) raised: Arc<OnceLock<Raised>>,
 }
 
 impl Cable {
@@ -88,6 +92,8 @@ impl Cable {
     fn lose(&self, error: &io::Error) {
         if !self.lost.swap(true, Ordering::AcqRel) {
             self.bell.trigger();
+            let reason = format!("unplugged: its tap is gone ({error}); the guest sees its link as down");
+            self.raised.get_or_init(|| self.trouble.raise(reason));
             self.notices.tell(format_args!("its tap is gone ({error}); the guest sees the link as down"));
         }
     }

@@ -344,6 +344,7 @@ pub fn vm(view: &VmView, now: Millis) -> v1::Vm {
             partition: kernel.partition,
             cmdline: kernel.cmdline,
         }),
+        troubles: view.troubles.iter().map(machine::trouble).collect(),
         // Asked of the VMM by the caller.
         ..v1::VmStatus::default()
     };

@@ -12,7 +12,7 @@ use serio_types::{
 use super::convert::{self, Fields};
 use crate::{
     error::{Error, chain},
-    state::command::{LimitField, VmChange},
+    state::command::{LimitField, TroubleView, VmChange},
 };
 
 fn watchdog(fields: &mut Fields, action: i32) -> Watchdog {
@@ -33,6 +33,16 @@ fn limits(limits: Option<&v1::IoLimits>) -> IoLimits {
         operations_per_second: limits.operations_per_second,
         operations_burst: limits.operations_burst,
     })
+}
+
+/// To the wire.
+pub(super) fn trouble(view: &TroubleView) -> v1::VmTrouble {
+    v1::VmTrouble {
+        kind: view.report.kind.as_str().to_owned(),
+        device: view.device.clone(),
+        reason: view.report.reason.clone(),
+        since: Some(convert::timestamp(view.since)),
+    }
 }
 
 fn volume_name(vdc: &Name, name: &Name) -> String {

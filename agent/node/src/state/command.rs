@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 pub use super::{
     orders::{Order, Ordered},
+    troubles::TroubleView,
     update::{LimitField, VmChange},
     vdc_snapshots::Consistency,
 };
@@ -353,6 +354,8 @@ pub struct VmView {
     pub state: VmState,
     /// Its process.
     pub pid: Option<u32>,
+    /// What of it does not work now, because of the host.
+    pub troubles: Vec<TroubleView>,
 }
 
 /// A volume with what belongs to it.

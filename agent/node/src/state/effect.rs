@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error::Error,
-    supervise::{DevicePlan, EndRecord, VolumeInfo},
+    supervise::{DevicePlan, EndRecord, TroubleReport, VolumeInfo},
 };
 
 /// Something to be done, by the executor.
@@ -247,6 +247,8 @@ pub enum Input {
     Adopted { vm: Uuid, found: Adopted },
     /// A VMM's process is gone.
     Ended { vm: Uuid, pid: u32, end: EndRecord },
+    /// What of a running VM does not work now.
+    Troubled { vm: Uuid, pid: u32, troubles: Vec<TroubleReport> },
     /// A machine was reset, paused or resumed, or not.
     Ordered { vm: Uuid, order: Order, result: Result<(), Error> },
     /// No process and no run files any more.

@@ -196,7 +196,18 @@ impl Executor {
 
     /// Waits for the end of a VM.
     async fn watch(&self, vm: Uuid, handle: VmHandle) {
-        let end = handle.ended().await;
+        let (told, mut troubles) = mpsc::channel(1);
+        let following = handle.follow_troubles(&told);
+        let passing_on = async {
+            while let Some(troubles) = troubles.recv().await {
+                self.send(Input::Troubled { vm, pid: handle.pid(), troubles }).await;
+            }
+        };
+        // Neither ends before it does.
+        let end = tokio::select! {
+            end = handle.ended() => end,
+            ((), ()) = async { tokio::join!(following, passing_on) } => handle.ended().await,
+        };
         self.handles.with(|r| r.vms.remove(&vm));
         self.send(Input::Ended { vm, pid: handle.pid(), end }).await;
     }

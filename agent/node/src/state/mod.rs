@@ -46,6 +46,7 @@ pub mod recover;
 mod reshape;
 mod run;
 mod save_work;
+mod troubles;
 mod update;
 mod vdc_snapshots;
 mod vdcs;
@@ -92,6 +93,8 @@ pub struct State {
     volume_ops: BTreeMap<Uuid, VolumeOp>,
     /// Running VMs being reset, paused or resumed.
     vm_orders: BTreeMap<Uuid, Pending>,
+    /// What of running VMs does not work.
+    troubles: BTreeMap<Uuid, Vec<troubles::TroubleView>>,
     /// Exports being started or ended.
     export_ops: BTreeMap<Name, Op>,
     /// Images being removed.
@@ -140,6 +143,7 @@ impl State {
             streaks: BTreeMap::new(),
             volume_ops: BTreeMap::new(),
             vm_orders: BTreeMap::new(),
+            troubles: BTreeMap::new(),
             export_ops: BTreeMap::new(),
             image_ops: BTreeMap::new(),
             works: BTreeMap::new(),
@@ -175,6 +179,7 @@ impl State {
             Input::Launched { vm, result } => self.launched(vm, result),
             Input::Adopted { vm, found } => self.adopted(vm, found),
             Input::Ended { vm, pid, end } => self.ended(vm, pid, end),
+            Input::Troubled { vm, pid, troubles } => self.troubled(vm, pid, troubles),
             Input::Ordered { vm, order, result } => self.ordered(vm, order, result),
             Input::Cleaned { vm } => self.cleaned(vm),
             Input::VmRemoved { vm, result } => self.vm_removed(vm, result),

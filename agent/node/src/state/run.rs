@@ -176,6 +176,9 @@ impl State {
 
     pub(super) fn ended(&mut self, uid: Uuid, gone: u32, end: EndRecord) {
         let end = End { time: self.now, kind: word(end.kind), reason: end.reason };
+        if self.has_process(uid, gone) {
+            self.troubles.remove(&uid);
+        }
         match self.phases.remove(&uid) {
             Some(Phase::Running { pid }) if pid == gone && self.reboots(uid, end.kind) => {
                 self.record_reboot(uid);

@@ -96,6 +96,7 @@ impl State {
             record: record.clone(),
             state,
             pid,
+            troubles: self.troubles.get(&record.uid).cloned().unwrap_or_default(),
         }
     }
 

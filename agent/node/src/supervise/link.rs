@@ -95,6 +95,14 @@ impl Link {
         }
     }
 
+    /// Resolves when the peer tells by itself that something has changed.
+    pub(super) async fn changed(&mut self) -> Result<(), TalkError> {
+        match self.receive().await?.body {
+            Some(Body::VmChanged(_)) => Ok(()),
+            _ => Err(ChannelError::Unexpected.into()),
+        }
+    }
+
     async fn send_first(&self, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<usize, ChannelError> {
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         // cmsghdr (16 bytes on 64-bit Linux) + the descriptors, with room for alignment.

@@ -24,7 +24,7 @@ use uuid::Uuid;
 use super::{
     DevicePlan, EndKind, EndRecord, FileError, Inner, JobError, TalkError, VmReport,
     files::{self, Descriptors},
-    jobs, link, machine,
+    jobs, link, machine, oom,
     process::Exit,
     rundir::{self, RunDir},
     spawn::Watched,
@@ -57,6 +57,8 @@ struct Shared {
     watched: Watched,
     /// We asked it to end: a silent death is then no failure.
     stopping: AtomicBool,
+    /// Processes that the host had killed for want of memory when this one was new.
+    oom_kills: u64,
     /// What it booted, if it was started here from a disk.
     booted: OnceLock<BootedKernel>,
 }
@@ -72,6 +74,7 @@ impl VmHandle {
                 run,
                 watched,
                 stopping: AtomicBool::new(false),
+                oom_kills: oom::kills(),
                 booted: OnceLock::new(),
             }),
         }
@@ -265,12 +268,23 @@ impl VmHandle {
     /// Resolves when the process is gone (also of an adopted one, and also when it is gone already).
     pub async fn ended(&self) -> EndRecord {
         let exit = self.shared.watched.exit().await;
-        let record = end_record(&self.shared.run, exit);
-        if record.kind == EndKind::Died && self.shared.stopping.load(Ordering::Relaxed) {
+        let shared = &self.shared;
+        let mut record = end_record(&shared.run, exit);
+        if record.kind != EndKind::Died {
+            return record;
+        }
+        if shared.stopping.load(Ordering::Relaxed) {
             return EndRecord {
                 kind: EndKind::Stopped,
                 reason: "stopped; it did not answer and was killed".to_owned(),
             };
+        }
+        // Of one that was taken over only its parent knows the signal.
+        if matches!(exit, Exit::Signal(libc::SIGKILL) | Exit::Unknown) {
+            let group = shared.inner.cgroups.group_of(shared.uid);
+            if let Some(why) = oom::why_killed(group.as_deref(), shared.oom_kills) {
+                record.reason = with_tail(&format!("serio-vmm {why}"), &shared.run.stderr());
+            }
         }
         record
     }

@@ -6,6 +6,7 @@
     reason = "each test binary uses a part; a test may panic"
 )]
 
+pub mod disk;
 pub mod guest;
 pub mod http2;
 pub mod rig;
@@ -39,6 +40,8 @@ pub struct Seriod {
     pub metrics: Option<SocketAddr>,
     /// What all of them have said.
     pub log: Arc<Mutex<String>>,
+    /// In a network namespace of its own, from the next start on.
+    pub own_network: bool,
     /// For the next start.
     pub more_env: Vec<(&'static str, &'static str)>,
 }
@@ -53,7 +56,8 @@ impl Seriod {
              volumed_path = \"{path}/serio-volumed\"\n{more}"
         );
         fs::write(dir.path().join("seriod.toml"), config).unwrap();
-        Self { dir, child: None, tcp: None, metrics: None, log: Arc::default(), more_env: Vec::new() }
+        let (child, tcp, metrics) = (None, None, None);
+        Self { dir, child, tcp, metrics, log: Arc::default(), own_network: false, more_env: Vec::new() }
     }
 
     /// Puts the real VMM and volumed there; `Err` says what is missing.
@@ -73,7 +77,11 @@ impl Seriod {
     }
 
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_seriod"));
+        let seriod = env!("CARGO_BIN_EXE_seriod");
+        let mut command = Command::new(if self.own_network { "unshare" } else { seriod });
+        if self.own_network {
+            command.args(["-n", seriod]);
+        }
         command.arg("--config").arg(self.dir.path().join("seriod.toml"));
         command.envs(self.more_env.iter().copied());
         command

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
+use nix::sys::eventfd::EventFd;
 use prost::Message;
 use serio_control::message::{
     Code, EndKind, EndRecord, Failed, Launch, OnReset, OnWatchdog, RestoreFrom, VdcKey,
@@ -35,6 +36,8 @@ pub(super) struct Launched {
     pub(super) devices: Arc<Devices>,
     pub(super) output: Arc<Output>,
     pub(super) end: Arc<EndSlot>,
+    /// Readable when a device has got into trouble, or out of it.
+    pub(super) troubles: Arc<EventFd>,
     pub(super) on_reset: OnReset,
     pub(super) exit: File,
     /// The console's listener and the log, until the main thread takes them.
@@ -134,7 +137,10 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     let log = File::from(passed.take("log_fd", launch.log_fd)?);
     let console = UnixListener::from(passed.take("console_fd", launch.console_fd)?);
     console.set_nonblocking(true)?;
-    let devices = Arc::new(open_devices(launch, &mut passed)?);
+    let mut devices = open_devices(launch, &mut passed)?;
+    let troubles = Arc::new(super::state::bell()?);
+    devices.watch_troubles(&troubles);
+    let devices = Arc::new(devices);
     let mut saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
     // What was passed and not named is closed before the guest runs.
     drop(passed);
@@ -168,6 +174,7 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
         devices,
         output,
         end,
+        troubles,
         on_reset,
         exit,
         console: Some(console),

@@ -163,6 +163,7 @@ struct Ready {
     signal: bool,
     output: bool,
     end: bool,
+    troubles: bool,
     console: Vec<bool>,
 }
 
@@ -187,6 +188,10 @@ impl Agent {
                     vm.console.spread(&vm.launched.output.take());
                 }
                 vm.console.attend(&ready.console, &vm.launched.handle());
+                if ready.troubles {
+                    let _ = vm.launched.troubles.read();
+                    self.state.changed();
+                }
             }
             if ready.end {
                 self.ended();
@@ -213,6 +218,7 @@ impl Agent {
                 let room = vm.launched.handle().input_room() > 0;
                 fds.push(readable(vm.launched.output.as_fd()));
                 fds.push(readable(vm.launched.end.as_fd()));
+                fds.push(readable(vm.launched.troubles.as_fd()));
                 fds.extend(vm.console.interests(room));
                 if !room && vm.console.has_clients() {
                     timeout = PollTimeout::from(INPUT_RETRY_MS);
@@ -230,8 +236,9 @@ impl Agent {
         }
         let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
         let mut next = || ready.next().unwrap_or(false);
-        let (wake, listener, signal, output, end) = (next(), next(), next(), next(), next());
-        Ok(Ready { wake, listener, signal, output, end, console: ready.collect() })
+        let (wake, listener, signal, output) = (next(), next(), next(), next());
+        let (end, troubles) = (next(), next());
+        Ok(Ready { wake, listener, signal, output, end, troubles, console: ready.collect() })
     }
 
     /// Takes over what a `Launch` has started.

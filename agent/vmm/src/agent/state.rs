@@ -186,6 +186,10 @@ impl State {
             Phase::Running { .. } => (VmState::Running, None),
             Phase::Over(record) => (VmState::Ended, Some(record.clone())),
         };
+        let troubles = match &inner.phase {
+            Phase::Running { devices, .. } => devices.troubles(),
+            _ => Vec::new(),
+        };
         VmStatus {
             vm_id: inner.vm_id.clone(),
             state: state.into(),
@@ -195,6 +199,7 @@ impl State {
                 .since
                 .map_or(0, |since| u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            troubles,
         }
     }
 }

@@ -42,6 +42,7 @@ mod operations;
 pub mod orders;
 pub mod owner;
 mod phase;
+mod plan;
 pub mod recover;
 mod reshape;
 mod run;

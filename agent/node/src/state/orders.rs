@@ -25,6 +25,7 @@ use super::{
     command::{Answer, Reply},
     effect::{Effect, Timer},
     phase::{After, Op, Phase},
+    plan::{self, Fenced, Standing},
 };
 use crate::{clock::Moment, error::Error};
 
@@ -384,23 +385,37 @@ impl State {
         }
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         vm.desired = Desired::Stopped;
-        match self.phases.get_mut(&uid) {
-            Some(Phase::Running { pid }) => {
-                let pid = *pid;
-                vm.run = Run::Killing;
-                self.record(vec![Change::Vm(Box::new(vm))]);
-                self.stopping(uid, pid, None, After::Rest(Op::default()));
-            }
-            Some(Phase::Stopping { force: pulled @ false, .. }) => {
-                *pulled = true;
-                vm.run = Run::Killing;
-                self.record(vec![Change::Vm(Box::new(vm))]);
-                self.out.push(Effect::Stop { vm: uid });
-            }
-            Some(Phase::Pausing { .. }) => {
+        let standing = match self.phases.get(&uid) {
+            Some(Phase::Running { .. }) => Standing::Runs,
+            Some(Phase::Stopping { force: false, .. }) => Standing::Stops,
+            Some(Phase::Pausing { .. }) => Standing::Pauses,
+            _ => Standing::Other,
+        };
+        match plan::fenced(standing) {
+            Fenced::Nothing => {}
+            Fenced::Rest => {
                 vm.run = Run::Failed;
                 self.record(vec![Change::Vm(Box::new(vm))]);
                 self.phases.insert(uid, Phase::Off);
+            }
+            Fenced::Kill => {
+                vm.run = Run::Killing;
+                self.record(vec![Change::Vm(Box::new(vm))]);
+                self.kill(uid);
+            }
+        }
+    }
+
+    /// Pulls the plug of what runs, or was asked to power off.
+    fn kill(&mut self, uid: Uuid) {
+        match self.phases.get_mut(&uid) {
+            Some(Phase::Running { pid }) => {
+                let pid = *pid;
+                self.stopping(uid, pid, None, After::Rest(Op::default()));
+            }
+            Some(Phase::Stopping { force, .. }) => {
+                *force = true;
+                self.out.push(Effect::Stop { vm: uid });
             }
             _ => {}
         }

@@ -13,6 +13,9 @@ use super::{
     State,
     effect::{Adopted, Effect, Timer},
     phase::{After, Op, Phase, VolumeOp},
+    plan::{self, AtStart, Gone},
+    run::word,
+    vm_orders::Order,
 };
 use crate::{
     clock::Moment,
@@ -76,15 +79,15 @@ impl State {
     }
 
     fn recover_vm(&mut self, uid: Uuid, run: Run, has_files: bool) {
-        match run {
-            Run::Creating | Run::Deleting => self.finish_delete(uid, run, false, has_files),
-            Run::DeletingKeepRoot => self.finish_delete(uid, run, true, has_files),
-            Run::Off | Run::Failed if has_files => {
+        match plan::at_start(run, has_files) {
+            AtStart::Undo => self.finish_delete(uid, run, false, has_files),
+            AtStart::Delete { keep_root } => self.finish_delete(uid, run, keep_root, has_files),
+            AtStart::Clean => {
                 self.phases.insert(uid, Phase::Cleaning { after: After::Rest(Op::default()) });
                 self.out.push(Effect::Clean { vm: uid });
             }
-            Run::Off | Run::Failed => drop(self.phases.insert(uid, Phase::Off)),
-            Run::Starting | Run::Running | Run::Paused | Run::Stopping | Run::Killing => {
+            AtStart::Nothing => drop(self.phases.insert(uid, Phase::Off)),
+            AtStart::Look => {
                 self.phases.insert(uid, Phase::Adopting { silent: 0 });
                 self.out.push(Effect::Adopt { vm: uid });
             }
@@ -175,7 +178,7 @@ impl State {
                 self.out.push(Effect::Timer { after, timer: Timer::AdoptAgain { vm: uid } });
             }
             Adopted::Runs { pid, paused } => self.found_running(uid, (pid, paused), run),
-            Adopted::Gone(end) => self.found_gone(uid, run, end),
+            Adopted::Gone(end) => self.found_gone(uid, end),
         }
     }
 
@@ -190,63 +193,50 @@ impl State {
         let event =
             self.event(self.model.vm_resource(uid), "adopted", format!("it ran on, as process {pid}"));
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
-        match run {
-            Run::Stopping => {
+        let Some(wish) = self.wish(uid) else { return };
+        let decided = plan::found(wish, paused);
+        match decided {
+            plan::Found::PowerButton => {
                 self.record(vec![event]);
                 self.stopping(uid, pid, Some(STOP_AGAIN), After::Rest(Op::default()));
             }
-            Run::Killing => {
-                self.record(vec![event]);
+            plan::Found::Kill => {
+                vm.desired = Desired::Stopped;
+                vm.run = Run::Killing;
+                self.record(vec![Change::Vm(Box::new(vm)), event]);
                 self.stopping(uid, pid, None, After::Rest(Op::default()));
             }
-            _ => {
+            plan::Found::TakeOver | plan::Found::Pause | plan::Found::Resume => {
                 vm.run = if run == Run::Paused { Run::Paused } else { Run::Running };
                 vm.desired = Desired::Running;
                 vm.start_time = vm.start_time.or(Some(self.now));
                 self.record(vec![Change::Vm(Box::new(vm)), event]);
                 self.phases.insert(uid, Phase::Running { pid });
                 self.run_begins(uid);
-                self.settle_pause(uid, (pid, paused), run);
+                match decided {
+                    plan::Found::Pause => self.give_order(uid, pid, Order::Pause, Op::default()),
+                    plan::Found::Resume => self.give_order(uid, pid, Order::Resume, Op::default()),
+                    _ => {}
+                }
                 self.set_balloon(uid, false);
                 self.set_limits(uid, false);
             }
         }
-        self.end_fenced(uid);
     }
 
-    fn found_gone(&mut self, uid: Uuid, run: Run, end: Option<EndRecord>) {
-        let spoke = end.filter(|end| end.kind != EndKind::Died);
-        let after = match (run, spoke) {
-            // It never ran, or died on the way: its start still stands.
-            (Run::Starting, None) => After::Launch,
-            (Run::Starting, Some(end)) if end.kind == EndKind::LaunchFailed => After::Launch,
-            (Run::Starting | Run::Running | Run::Paused, Some(end))
-                if end.kind == EndKind::Reset && self.reboots(uid, EndWord::Reset) =>
-            {
-                self.record_reboot(uid);
-                After::Launch
-            }
-            (Run::Stopping | Run::Killing, end) => {
-                let end = self.end_of(end, "it ended while seriod was away");
-                self.record_stop(uid, end);
-                After::Rest(Op::default())
-            }
-            (_, end) => {
-                let end = self.end_of(
-                    end,
-                    "its process was gone when seriod started: it was killed, or the host went down",
-                );
-                self.record_end(uid, end)
-            }
+    fn found_gone(&mut self, uid: Uuid, end: Option<EndRecord>) {
+        let Some(wish) = self.wish(uid) else { return };
+        let decided = plan::not_found(wish, end.as_ref().map(|end| word(end.kind)));
+        let without = match decided {
+            Gone::Stopped => "it ended while seriod was away",
+            _ => "its process was gone when seriod started: it was killed, or the host went down",
         };
+        let spoke = end.filter(|end| end.kind != EndKind::Died);
+        let (kind, reason) =
+            spoke.map_or((EndWord::Died, without.to_owned()), |end| (word(end.kind), end.reason));
+        let end = End { time: self.now, kind, reason };
+        let after = self.record_gone(uid, decided, end);
         self.phases.insert(uid, Phase::Cleaning { after });
         self.out.push(Effect::Clean { vm: uid });
-    }
-
-    fn end_of(&self, end: Option<EndRecord>, without: &str) -> End {
-        let (kind, reason) = end.map_or((EndWord::Died, without.to_owned()), |end| {
-            (end.kind.as_str().parse().unwrap_or(EndWord::Died), end.reason)
-        });
-        End { time: self.now, kind, reason }
     }
 }

@@ -4,7 +4,7 @@ use serio_store::{
     Change, Key,
     record::{End, EndWord, Made, Millis, Run, VmRecord},
 };
-use serio_types::{Desired, RestartPolicy};
+use serio_types::Desired;
 use uuid::Uuid;
 
 use super::{
@@ -12,23 +12,12 @@ use super::{
     command::Answer,
     effect::{Effect, Launch, LaunchNic, Started, Timer},
     phase::{After, Cause, Op, Phase},
+    plan::{self, Gone, Wish},
 };
 use crate::{
     error::Error,
     supervise::{EndKind, EndRecord},
 };
-
-/// A run that lasted so long was a success: the next failure is the first in a row again.
-const STEADY_MS: i64 = 10 * 60 * 1000;
-/// The pause before the first restart; it doubles with each failure in a row.
-const PAUSE_MS: u64 = 1000;
-/// The longest pause.
-const PAUSE_MS_MAX: u64 = 5 * 60 * 1000;
-
-/// The pause after so many failures in a row.
-fn pause_ms(failures: u32) -> u64 {
-    PAUSE_MS.checked_shl(failures.min(16)).unwrap_or(PAUSE_MS_MAX).min(PAUSE_MS_MAX)
-}
 
 /// How a VM has run of late.
 #[derive(Debug, Default)]
@@ -39,7 +28,7 @@ pub(super) struct Streak {
     since: Option<Millis>,
 }
 
-fn word(kind: EndKind) -> EndWord {
+pub(super) fn word(kind: EndKind) -> EndWord {
     match kind {
         EndKind::PowerOff => EndWord::PowerOff,
         EndKind::Reset => EndWord::Reset,
@@ -55,10 +44,10 @@ impl State {
     /// Hands the VM to the supervisor. Its row says `starting` already.
     pub(super) fn launch(&mut self, uid: Uuid, cause: Cause) {
         let Some(vm) = self.model.vms.get(&uid) else { return };
-        match self.plan(vm) {
-            Ok(plan) => {
+        match self.launch_of(vm) {
+            Ok(launch) => {
                 self.phases.insert(uid, Phase::Launching { cause });
-                self.out.push(Effect::Launch(Box::new(plan)));
+                self.out.push(Effect::Launch(Box::new(launch)));
             }
             Err(error) => {
                 self.phases.insert(uid, Phase::Launching { cause });
@@ -67,7 +56,7 @@ impl State {
         }
     }
 
-    fn plan(&self, vm: &VmRecord) -> Result<Launch, Error> {
+    fn launch_of(&self, vm: &VmRecord) -> Result<Launch, Error> {
         self.volumes_startable(vm)?;
         self.not_fenced(vm.uid)?;
         let image = self.model.image(&vm.spec.image)?;
@@ -157,7 +146,8 @@ impl State {
             }
             Cause::Again => {
                 self.phases.insert(uid, Phase::Off);
-                let after = self.record_end(uid, end);
+                let Some(wish) = self.wish(uid) else { return };
+                let after = self.record_gone(uid, plan::ended(wish, end.kind, None), end);
                 self.rest(uid, after);
             }
         }
@@ -174,18 +164,28 @@ impl State {
         self.phases.insert(uid, Phase::Deleting { op, undone: Some(error) });
     }
 
+    /// What is wished of a VM, for [`plan`]; none when it has no row.
+    pub(super) fn wish(&self, uid: Uuid) -> Option<Wish> {
+        let vm = self.model.vms.get(&uid)?;
+        Some(Wish {
+            run: vm.run,
+            policy: vm.spec.restart_policy,
+            boots_from_disk: self.model.boots_from_disk(vm),
+            is_fenced: self.model.fenced.contains_key(&uid),
+            failures: self.streaks.get(&uid).map_or(0, |streak| streak.failures),
+        })
+    }
+
     pub(super) fn ended(&mut self, uid: Uuid, gone: u32, end: EndRecord) {
         let end = End { time: self.now, kind: word(end.kind), reason: end.reason };
         if self.has_process(uid, gone) {
             self.troubles.remove(&uid);
         }
         match self.phases.remove(&uid) {
-            Some(Phase::Running { pid }) if pid == gone && self.reboots(uid, end.kind) => {
-                self.record_reboot(uid);
-                self.clean(uid, After::Launch);
-            }
             Some(Phase::Running { pid }) if pid == gone => {
-                let after = self.record_end(uid, end);
+                let Some(wish) = self.wish(uid) else { return };
+                let decided = plan::ended(wish, end.kind, self.ran_ms(uid));
+                let after = self.record_gone(uid, decided, end);
                 self.clean(uid, after);
             }
             Some(Phase::Stopping { pid, after, .. }) if pid == gone => {
@@ -198,18 +198,36 @@ impl State {
         }
     }
 
+    /// Its process is gone, and what follows is decided: that is written.
+    pub(super) fn record_gone(&mut self, uid: Uuid, decided: Gone, end: End) -> After {
+        match decided {
+            Gone::Stopped => {
+                self.record_stop(uid, end);
+                After::Rest(Op::default())
+            }
+            Gone::Start => After::Launch,
+            Gone::Reboot => {
+                self.record_reboot(uid);
+                After::Launch
+            }
+            Gone::StartAfter { pause_ms, failures } => {
+                self.record_failure(uid, end, (pause_ms, failures));
+                After::Again { pause_ms }
+            }
+            Gone::Rest { failed } => {
+                self.record_rest(uid, end, failed);
+                After::Rest(Op::default())
+            }
+        }
+    }
+
     fn clean(&mut self, uid: Uuid, after: After) {
         self.phases.insert(uid, Phase::Cleaning { after });
         self.out.push(Effect::Clean { vm: uid });
     }
 
-    /// Whether that end is a reset of a VM that boots from its disk: its next boot is another process's.
-    pub(super) fn reboots(&self, uid: Uuid, kind: EndWord) -> bool {
-        kind == EndWord::Reset && self.model.vms.get(&uid).is_some_and(|vm| self.model.boots_from_disk(vm))
-    }
-
     /// Its guest reset: it is started again at once, which is neither a failure nor a restart by its policy.
-    pub(super) fn record_reboot(&mut self, uid: Uuid) {
+    fn record_reboot(&mut self, uid: Uuid) {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         vm.run = Run::Starting;
         vm.start_time = None;
@@ -230,7 +248,7 @@ impl State {
     }
 
     /// The end that was asked for.
-    pub(super) fn record_stop(&mut self, uid: Uuid, end: End) {
+    fn record_stop(&mut self, uid: Uuid, end: End) {
         let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
         let message = format!("it ended as it should ({}: {})", end.kind, end.reason);
         let event = self.event(self.model.vm_resource(uid), "stopped", message);
@@ -241,40 +259,34 @@ impl State {
         self.record(vec![Change::Vm(Box::new(vm)), event]);
     }
 
-    /// An end that nobody asked for: the policy says what follows.
-    pub(super) fn record_end(&mut self, uid: Uuid, end: End) -> After {
-        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return After::Rest(Op::default()) };
-        let failure = !matches!(end.kind, EndWord::PowerOff | EndWord::Reset | EndWord::Stopped);
-        let was_steady = self.ran_ms(uid).is_some_and(|ran_ms| ran_ms >= STEADY_MS);
-        let again = match vm.spec.restart_policy {
-            _ if self.model.fenced.contains_key(&uid) => false,
-            RestartPolicy::Never => false,
-            RestartPolicy::OnFailure => failure,
-            RestartPolicy::Always => true,
-        };
-        let resource = self.model.vm_resource(uid);
+    /// It ended by itself, and is started again after a pause.
+    fn record_failure(&mut self, uid: Uuid, end: End, (pause_ms, failures): (u64, u32)) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        self.streaks.insert(uid, Streak { failures, since: None });
         let what = format!("{}: {}", end.kind, end.reason);
-        let (event, after) = if again {
-            let streak = self.streaks.entry(uid).or_default();
-            streak.failures = if was_steady { 0 } else { streak.failures.saturating_add(1) };
-            streak.since = None;
-            let pause_ms = pause_ms(streak.failures.saturating_sub(1));
-            vm.run = Run::Starting;
-            vm.restarts = vm.restarts.saturating_add(1);
-            let message = format!("it ended ({what}) and will be started again in {} s", pause_ms / 1000);
-            (self.event(resource, "failed", message), After::Again { pause_ms })
-        } else {
-            vm.desired = Desired::Stopped;
-            vm.restore = None;
-            vm.run = if failure { Run::Failed } else { Run::Off };
-            let kind = if failure { "failed" } else { "stopped" };
-            (self.event(resource, kind, format!("it ended by itself ({what})")), After::Rest(Op::default()))
-        };
+        let message = format!("it ended ({what}) and will be started again in {} s", pause_ms / 1000);
+        let event = self.event(self.model.vm_resource(uid), "failed", message);
+        vm.run = Run::Starting;
+        vm.restarts = vm.restarts.saturating_add(1);
         vm.start_time = None;
         vm.last_end = Some(end);
         self.record(vec![Change::Vm(Box::new(vm)), event]);
         self.look_at_volumes(uid);
-        after
+    }
+
+    /// It ended by itself, and rests.
+    fn record_rest(&mut self, uid: Uuid, end: End, failed: bool) {
+        let Some(mut vm) = self.model.vms.get(&uid).cloned() else { return };
+        let message = format!("it ended by itself ({}: {})", end.kind, end.reason);
+        let kind = if failed { "failed" } else { "stopped" };
+        let event = self.event(self.model.vm_resource(uid), kind, message);
+        vm.desired = Desired::Stopped;
+        vm.restore = None;
+        vm.run = if failed { Run::Failed } else { Run::Off };
+        vm.start_time = None;
+        vm.last_end = Some(end);
+        self.record(vec![Change::Vm(Box::new(vm)), event]);
+        self.look_at_volumes(uid);
     }
 
     pub(super) fn cleaned(&mut self, uid: Uuid) {
@@ -407,17 +419,5 @@ impl State {
         self.drop_vm_snapshots(uid);
         self.streaks.remove(&uid);
         op.finish(undone.map_or(Ok(Answer::Nothing), Err));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_to_a_limit() {
-        assert_eq!((0..10).map(pause_ms).collect::<Vec<_>>()[..4], [1000, 2000, 4000, 8000]);
-        assert_eq!(pause_ms(9), PAUSE_MS_MAX);
-        assert_eq!(pause_ms(u32::MAX), PAUSE_MS_MAX);
     }
 }

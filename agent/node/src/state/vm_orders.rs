@@ -4,7 +4,7 @@
 //!   row `running` ── Pause ──▶ row `paused` (first), then the VMM   ── Resume ──▶ the VMM, then row `running`
 //! ```
 //! While a VM may be standing still its row says `paused`: a seriod that dies between the two finds a row that it can make
-//! true ([`State::settle_pause`]), and one that is told `running` never stands still.
+//! true ([`super::plan::found`]), and one that is told `running` never stands still.
 //!
 //! Invariant: one order a VM at a time. An order knows the process that it was for: its word about one that has ended
 //! since changes nothing.
@@ -110,7 +110,7 @@ impl State {
         Ok(())
     }
 
-    fn give_order(&mut self, uid: Uuid, pid: u32, order: Order, op: Op) {
+    pub(super) fn give_order(&mut self, uid: Uuid, pid: u32, order: Order, op: Op) {
         self.vm_orders.insert(uid, Pending { order, pid, op });
         self.out.push(Effect::Order { vm: uid, pid, order });
     }
@@ -169,15 +169,6 @@ impl State {
     pub(super) fn release_orders(&mut self, uid: Uuid) {
         if self.vm_orders.get(&uid).is_some_and(|pending| pending.order == Order::Save) {
             self.vm_orders.remove(&uid);
-        }
-    }
-
-    /// After a takeover: makes true what the row says.
-    pub(super) fn settle_pause(&mut self, uid: Uuid, (pid, paused): (u32, bool), run: Run) {
-        match (run == Run::Paused, paused) {
-            (true, false) => self.give_order(uid, pid, Order::Pause, Op::default()),
-            (false, true) => self.give_order(uid, pid, Order::Resume, Op::default()),
-            (true, true) | (false, false) => {}
         }
     }
 }

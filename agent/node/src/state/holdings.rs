@@ -3,7 +3,9 @@
 //! Owns: the picture. Never: decisions. Sent whenever it has changed, as a whole, so that a reader that misses one is right
 //! with the next.
 
-use serio_store::record::Made;
+use std::collections::BTreeMap;
+
+use serio_store::record::{Made, VdcRecord};
 use serio_types::{Name, Quota, VdcLimits};
 use uuid::Uuid;
 
@@ -55,36 +57,33 @@ impl State {
     #[must_use]
     pub fn holdings(&self) -> Holdings {
         let model = self.model();
-        let vms_of = |vdc: Uuid| {
-            let of = model.vms.values().filter(move |vm| vm.vdc == vdc);
-            of.map(|vm| {
-                let view = self.vm_view(vm);
-                VmHolding {
-                    uid: vm.uid,
-                    name: vm.name.clone(),
-                    vcpus: vm.spec.vcpus.get(),
-                    memory_bytes: vm.spec.memory.bytes(),
-                    nics: vm.spec.nics.len(),
-                    pid: view.pid.filter(|_| !matches!(view.state, VmState::Stopped | VmState::Failed)),
-                }
-            })
+        let holding = |vdc: &VdcRecord| VdcHolding {
+            uid: vdc.uid,
+            name: vdc.name.clone(),
+            quota: vdc.quota,
+            limits: vdc.limits,
+            storage_bytes: 0,
+            vms: Vec::new(),
         };
-        let storage_of = |vdc: Uuid| {
-            let of = model.volumes.values().filter(|v| v.vdc == vdc && v.state == Made::Ready);
-            of.map(|v| v.size_bytes).fold(0, u64::saturating_add)
-        };
-        let mut vdcs: Vec<VdcHolding> = model
-            .vdcs
-            .values()
-            .map(|vdc| VdcHolding {
-                uid: vdc.uid,
-                name: vdc.name.clone(),
-                quota: vdc.quota,
-                limits: vdc.limits,
-                storage_bytes: storage_of(vdc.uid),
-                vms: vms_of(vdc.uid).collect(),
-            })
-            .collect();
+        let mut vdcs: BTreeMap<Uuid, VdcHolding> =
+            model.vdcs.values().map(|vdc| (vdc.uid, holding(vdc))).collect();
+        for vm in model.vms.values() {
+            let (state, pid) = self.standing(vm);
+            let Some(vdc) = vdcs.get_mut(&vm.vdc) else { continue };
+            vdc.vms.push(VmHolding {
+                uid: vm.uid,
+                name: vm.name.clone(),
+                vcpus: vm.spec.vcpus.get(),
+                memory_bytes: vm.spec.memory.bytes(),
+                nics: vm.spec.nics.len(),
+                pid: pid.filter(|_| !matches!(state, VmState::Stopped | VmState::Failed)),
+            });
+        }
+        for volume in model.volumes.values().filter(|volume| volume.state == Made::Ready) {
+            let Some(vdc) = vdcs.get_mut(&volume.vdc) else { continue };
+            vdc.storage_bytes = vdc.storage_bytes.saturating_add(volume.size_bytes);
+        }
+        let mut vdcs: Vec<VdcHolding> = vdcs.into_values().collect();
         vdcs.sort_by(|a, b| a.name.cmp(&b.name));
         Holdings { vdcs }
     }

@@ -121,6 +121,8 @@ pub struct State {
     fencings: Vec<orders::Fencing>,
     /// When a timer for the end of reservations is set.
     wake_at: Option<u64>,
+    /// Something may be otherwise than when [`State::take_changed`] was last asked.
+    changed: bool,
     /// For people.
     now: Millis,
     /// By it everything ends that ends after a while.
@@ -158,6 +160,7 @@ impl State {
             taking: None,
             fencings: Vec::new(),
             wake_at: None,
+            changed: true,
             now: Millis::default(),
             steady: Millis::default(),
             out: Vec::new(),
@@ -173,6 +176,7 @@ impl State {
     /// Takes one input; returns what is to be done now.
     pub fn step(&mut self, now: Moment, input: Input) -> Vec<Effect> {
         self.set_clock(now);
+        self.changed |= !matches!(input, Input::Command(Command::Query(_), _));
         match input {
             Input::Command(command, reply) => self.command(command, reply),
             Input::VolumeCreated { volume, result } => self.volume_created(volume, result),
@@ -208,6 +212,11 @@ impl State {
         self.pump_fences();
         self.wake_for_expiry();
         std::mem::take(&mut self.out)
+    }
+
+    /// Whether anything but questions came since this was last asked, so that the pictures of it may be old.
+    pub(super) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
     fn command(&mut self, command: Command, reply: Reply) {

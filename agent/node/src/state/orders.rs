@@ -152,7 +152,7 @@ impl State {
     pub(super) fn set_clock(&mut self, now: Moment) {
         self.now = now.wall;
         self.steady = self.steady.max(now.steady);
-        self.ledger.expire(self.clock_ms());
+        self.changed |= !self.ledger.expire(self.clock_ms()).is_empty();
     }
 
     /// The steady clock, as the ledger has it.

@@ -72,9 +72,9 @@ impl State {
         }
     }
 
-    pub(super) fn vm_view(&self, record: &VmRecord) -> VmView {
-        let phase = self.phases.get(&record.uid).unwrap_or(&Phase::Off);
-        let (state, pid) = match phase {
+    /// What a VM does, and the process that runs it.
+    pub(super) fn standing(&self, record: &VmRecord) -> (VmState, Option<u32>) {
+        match self.phases.get(&record.uid).unwrap_or(&Phase::Off) {
             Phase::Off if record.run == Run::Failed => (VmState::Failed, None),
             Phase::Off => (VmState::Stopped, None),
             Phase::Creating { .. }
@@ -89,7 +89,11 @@ impl State {
             Phase::Adopting { .. } if record.run == Run::Running => (VmState::Running, None),
             Phase::Adopting { .. } if record.run == Run::Starting => (VmState::Starting, None),
             Phase::Adopting { .. } => (VmState::Stopping, None),
-        };
+        }
+    }
+
+    pub(super) fn vm_view(&self, record: &VmRecord) -> VmView {
+        let (state, pid) = self.standing(record);
         VmView {
             name: self.model.vm_name(record),
             root_volume: self.model.volumes.get(&record.root_volume).map(|v| self.model.volume_name(v)),

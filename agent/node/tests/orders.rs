@@ -48,7 +48,10 @@ async fn a_drain_and_a_fence_hold_over_a_death() {
     let mut node = NodeServiceClient::new(channel.clone());
     let nameless = node.drain_node(DrainNodeRequest::default()).await.unwrap_err();
     assert_eq!(nameless.code(), Code::InvalidArgument, "{nameless}");
-    let drained = node.drain_node(DrainNodeRequest { reason: "new disks".to_owned() }).await.unwrap();
+    let drained = node
+        .drain_node(DrainNodeRequest { reason: "new disks".to_owned(), ..Default::default() })
+        .await
+        .unwrap();
     assert!(drained.into_inner().blocking.is_empty());
     node.fence_node(FenceNodeRequest { generation: 5, ..Default::default() }).await.unwrap();
 
@@ -66,7 +69,7 @@ async fn a_drain_and_a_fence_hold_over_a_death() {
     let older = node.fence_node(FenceNodeRequest { generation: 4, ..Default::default() }).await.unwrap_err();
     assert_eq!(older.code(), Code::FailedPrecondition, "{older}");
 
-    node.undrain_node(UndrainNodeRequest {}).await.unwrap();
+    node.undrain_node(UndrainNodeRequest::default()).await.unwrap();
     assert_eq!(node.get_node(GetNodeRequest {}).await.unwrap().into_inner().drain_reason, "");
     let unknown = VmServiceClient::new(channel).create_vm(vm("no-such-token")).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
@@ -82,4 +85,42 @@ async fn a_drain_and_a_fence_hold_over_a_death() {
     for what in ["DrainNode nodes/t", "FenceNode nodes/t", "UndrainNode nodes/t"] {
         assert!(said.iter().any(|line| line == what), "{what}: {said:?}");
     }
+}
+
+/// A client that heard no answer asks again, perhaps late: what was ordered meanwhile stands, over a death of seriod too.
+#[tokio::test]
+async fn an_order_that_is_repeated_is_carried_out_once() {
+    let mut seriod = Seriod::new("");
+    seriod.start();
+    let mut node = NodeServiceClient::new(seriod.connect().await.unwrap());
+    let id = |number: u8| format!("00000000-0000-4000-8000-0000000000{number:02}");
+    let drain = |reason: &str| DrainNodeRequest { reason: reason.to_owned(), request_id: id(1) };
+    node.drain_node(drain("new disks")).await.unwrap();
+    let undrain = UndrainNodeRequest { request_id: id(2) };
+    node.undrain_node(undrain.clone()).await.unwrap();
+    let fence = FenceNodeRequest { generation: 5, request_id: id(3), ..Default::default() };
+    node.fence_node(fence.clone()).await.unwrap();
+    node.fence_node(FenceNodeRequest { generation: 6, ..Default::default() }).await.unwrap();
+
+    seriod.kill();
+    seriod.start();
+    let mut node = NodeServiceClient::new(seriod.connect().await.unwrap());
+    node.drain_node(drain("new disks")).await.unwrap();
+    assert_eq!(
+        node.get_node(GetNodeRequest {}).await.unwrap().into_inner().drain_reason,
+        "",
+        "drained again"
+    );
+    let other = node.drain_node(drain("new processors")).await.unwrap_err();
+    assert_eq!(other.code(), Code::InvalidArgument, "{other}");
+    assert!(other.message().contains("was used for another request"), "{other}");
+    // Below the fence that is in force: as a new one it would be refused.
+    node.fence_node(fence).await.unwrap();
+    node.drain_node(DrainNodeRequest { reason: "again".to_owned(), request_id: id(4) }).await.unwrap();
+    node.undrain_node(undrain).await.unwrap();
+    assert_eq!(
+        node.get_node(GetNodeRequest {}).await.unwrap().into_inner().drain_reason,
+        "again",
+        "undrained again"
+    );
 }

@@ -143,6 +143,9 @@ pub struct VmArgs {
     /// A volume that no VM has as the root, instead of a new one: a clone, an imported disk
     #[arg(long, value_name = "VDC/NAME", value_parser = in_vdc, conflicts_with = "disk_size")]
     pub root_volume: Option<VdcName>,
+    /// The token of a reservation that was made for it on this node: the VM takes its place
+    #[arg(long, value_name = "TOKEN")]
+    pub reservation: Option<String>,
     /// One more volume, VDC/NAME; may be repeated
     #[arg(long = "volume", value_name = "VDC/NAME", value_parser = in_vdc)]
     pub volumes: Vec<VdcName>,

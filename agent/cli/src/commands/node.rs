@@ -6,6 +6,7 @@ use serio_api::v1::{
     node_service_client::NodeServiceClient, scheduler_service_client::SchedulerServiceClient,
 };
 
+use super::request_id;
 use crate::{args::NodeVerb, client::Client, error::Failure, names, output, output::Output};
 
 pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Result<(), Failure> {
@@ -40,26 +41,18 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
                 row,
             )
         }
-        NodeVerb::Drain { reason } => {
-            let answer = client
-                .call("drain the node", DrainNodeRequest { reason }, |channel, request| async move {
-                    NodeServiceClient::new(channel).drain_node(request).await
-                })
-                .await?;
-            let text = match answer.blocking.as_slice() {
-                [] => "the node takes nothing new, and nothing runs on it".to_owned(),
-                blocking => {
-                    format!("the node takes nothing new; still on it: {}", blocking.join(", "))
-                }
-            };
-            output.done(&answer, &text)
-        }
+        NodeVerb::Drain { reason } => drain(client, reason, output).await,
         NodeVerb::Undrain => {
-            let answer = client
-                .call("end the drain of the node", UndrainNodeRequest {}, |channel, request| async move {
-                    NodeServiceClient::new(channel).undrain_node(request).await
-                })
-                .await?;
+            let answer =
+                client
+                    .call(
+                        "end the drain of the node",
+                        UndrainNodeRequest { request_id: request_id() },
+                        |channel, request| async move {
+                            NodeServiceClient::new(channel).undrain_node(request).await
+                        },
+                    )
+                    .await?;
             output.done(&answer, "the node takes new VMs and starts again")
         }
         NodeVerb::Fence { name, proof } => fence(client, &name, proof, output).await,
@@ -73,6 +66,23 @@ pub(super) async fn run(client: &Client, verb: NodeVerb, output: Output) -> Resu
             output.done(&answer, &format!("the scheduler has forgotten node {name}"))
         }
     }
+}
+
+async fn drain(client: &Client, reason: String, output: Output) -> Result<(), Failure> {
+    let answer = client
+        .call(
+            "drain the node",
+            DrainNodeRequest { reason, request_id: request_id() },
+            |channel, request| async move { NodeServiceClient::new(channel).drain_node(request).await },
+        )
+        .await?;
+    let text = match answer.blocking.as_slice() {
+        [] => "the node takes nothing new, and nothing runs on it".to_owned(),
+        blocking => {
+            format!("the node takes nothing new; still on it: {}", blocking.join(", "))
+        }
+    };
+    output.done(&answer, &text)
 }
 
 async fn fence(

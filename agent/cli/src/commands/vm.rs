@@ -123,7 +123,7 @@ async fn create(client: &Client, args: VmArgs, start: bool, output: Output) -> R
         parent: names::vdc(&name.vdc),
         vm_id: name.name.to_string(),
         root_volume: args.root_volume.as_ref().map(names::volume).unwrap_or_default(),
-        reservation: String::new(),
+        reservation: args.reservation.clone().unwrap_or_default(),
         spec: Some(spec(args)?),
         start,
     };

@@ -92,7 +92,7 @@ impl Carrier {
             }
             _ => None,
         };
-        let answer = state.ask(Command::Order(order)).await;
+        let answer = state.ask(Command::Order(order, None)).await;
         if let Some((trail, asked)) = asked {
             trail.ended(asked, audit::result(&answer)).await;
         }

@@ -13,13 +13,14 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use super::{
-    Context, audit, convert,
+    Context, audit,
+    convert::{self, request_of},
     follow::{Follower, follow},
     unexpected, usage,
 };
 use crate::{
     error::Error,
-    state::command::{Answer, Command, Order, Ordered, Query, VmState},
+    state::command::{Answer, Command, Order, Ordered, Query, Request as OrderId, VmState},
 };
 
 /// Events that are read at once, and lines that wait for their client: few, for many may watch.
@@ -53,9 +54,10 @@ fn kvm() -> String {
 
 impl NodeApi {
     /// Carries out an order, in the audit log.
-    async fn order(&self, on: String, order: Order) -> Result<Ordered, Error> {
-        let state = self.0.state.clone();
-        let done = self.0.audited(on, None, async move { state.ask(Command::Order(order)).await }).await?;
+    async fn order(&self, on: String, order: Order, request: Option<OrderId>) -> Result<Ordered, Error> {
+        let (state, id) = (self.0.state.clone(), request.as_ref().map(|request| request.id));
+        let work = async move { state.ask(Command::Order(order, request)).await };
+        let done = self.0.audited(on, id, work).await?;
         match done {
             Answer::Ordered(ordered) => Ok(ordered),
             other => Err(unexpected(&other)),
@@ -195,8 +197,9 @@ impl NodeService for NodeApi {
         &self,
         request: Request<DrainNodeRequest>,
     ) -> Result<Response<DrainNodeResponse>, Status> {
-        let order = Order::Drain(request.into_inner().reason);
-        match self.order(self.resource(), order).await? {
+        let message = request.into_inner();
+        let id = request_of!("DrainNode", &message)?;
+        match self.order(self.resource(), Order::Drain(message.reason), id).await? {
             Ordered::Blocking(blocking) => Ok(Response::new(DrainNodeResponse { blocking })),
             other => Err(unexpected(&Answer::Ordered(other)).into()),
         }
@@ -204,9 +207,10 @@ impl NodeService for NodeApi {
 
     async fn undrain_node(
         &self,
-        _: Request<UndrainNodeRequest>,
+        request: Request<UndrainNodeRequest>,
     ) -> Result<Response<UndrainNodeResponse>, Status> {
-        self.order(self.resource(), Order::Undrain).await?;
+        let id = request_of!("UndrainNode", &request.into_inner())?;
+        self.order(self.resource(), Order::Undrain, id).await?;
         Ok(Response::new(UndrainNodeResponse {}))
     }
 
@@ -214,12 +218,14 @@ impl NodeService for NodeApi {
         &self,
         request: Request<FenceNodeRequest>,
     ) -> Result<Response<FenceNodeResponse>, Status> {
-        let FenceNodeRequest { allocation_id, generation } = request.into_inner();
+        let message = request.into_inner();
+        let request = request_of!("FenceNode", &message)?;
+        let FenceNodeRequest { allocation_id, generation, .. } = message;
         let (on, id) = match allocation_id.as_str() {
             "" => (self.resource(), None),
             id => (format!("allocations/{id}"), Some(id.to_owned())),
         };
-        match self.order(on, Order::Fence { id, generation }).await? {
+        match self.order(on, Order::Fence { id, generation }, request).await? {
             Ordered::Ended(ended) => Ok(Response::new(FenceNodeResponse { ended })),
             other => Err(unexpected(&Answer::Ordered(other)).into()),
         }

@@ -245,7 +245,7 @@ pub enum Command {
     /// Asks an operation to end → [`Answer::Operation`].
     CancelOperation(Uuid),
     /// Of a scheduler or an operator → [`Answer::Ordered`].
-    Order(Order),
+    Order(Order, Option<Request>),
 }
 
 /// What an import brought.

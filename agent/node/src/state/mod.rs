@@ -39,6 +39,7 @@ mod images;
 mod merges;
 pub mod model;
 mod operations;
+mod ordered;
 pub mod orders;
 pub mod owner;
 mod phase;
@@ -234,7 +235,7 @@ impl State {
                 let note = self.event(resource, kind, message);
                 answer(reply, self.commit(vec![note]).map(|_| Answer::Nothing));
             }
-            Command::Order(order) => self.order(order, reply),
+            Command::Order(order, request) => self.order(order, request.as_ref(), reply),
             Command::CancelOperation(uid) => answer(reply, self.cancel_operation(uid)),
             Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {

@@ -85,9 +85,12 @@ pub struct HostLimits {
 /// Somebody who waits for a fence.
 #[derive(Debug)]
 pub(super) struct Fencing {
-    vms: BTreeSet<Uuid>,
-    ended: Vec<String>,
-    reply: Reply,
+    /// Whose end is waited for.
+    pub(super) vms: BTreeSet<Uuid>,
+    /// The answer then.
+    pub(super) ended: Vec<String>,
+    /// To whom.
+    pub(super) reply: Reply,
 }
 
 /// The row of a promise; none while it is not committed.
@@ -248,25 +251,7 @@ impl State {
         ledger.promise(&token).and_then(row)
     }
 
-    pub(super) fn order(&mut self, order: Order, reply: Reply) {
-        let result = match order {
-            Order::Reserve(ask) => self.reserve(*ask),
-            Order::Commit(token) => self.commit_promise(&token),
-            Order::Release(token) => self.release(&token),
-            Order::Drain(reason) => self.drain(&reason),
-            Order::Undrain => self.undrain(),
-            Order::Fence { id, generation } => match self.fence(id.as_deref(), generation) {
-                Ok((ended, vms)) => {
-                    self.fencings.push(Fencing { vms, ended, reply });
-                    return;
-                }
-                Err(error) => Err(error),
-            },
-        };
-        super::answer(reply, result.map(Answer::Ordered));
-    }
-
-    fn reserve(&mut self, ask: Ask) -> Result<Ordered, Error> {
+    pub(super) fn reserve(&mut self, ask: Ask) -> Result<Ordered, Error> {
         self.parsable(&ask)?;
         let outside = self.outside();
         let now = self.clock_ms();
@@ -285,14 +270,14 @@ impl State {
             .map_err(|error| Error::invalid("resource", format!("{error}; name the VM that it is for")))
     }
 
-    fn commit_promise(&mut self, token: &str) -> Result<Ordered, Error> {
+    pub(super) fn commit_promise(&mut self, token: &str) -> Result<Ordered, Error> {
         let mut ledger = self.ledger.clone();
         let change = row(ledger.commit(self.clock_ms(), token)?);
         self.commit(change.into_iter().collect())?;
         Ok(Ordered::Done)
     }
 
-    fn release(&mut self, token: &str) -> Result<Ordered, Error> {
+    pub(super) fn release(&mut self, token: &str) -> Result<Ordered, Error> {
         self.ledger.clone().release(self.clock_ms(), token)?;
         let pending = self.ledger.promise(token).is_some_and(|p| matches!(p.stage, Stage::Pending { .. }));
         if pending {
@@ -303,14 +288,20 @@ impl State {
         Ok(Ordered::Done)
     }
 
-    fn drain(&mut self, reason: &str) -> Result<Ordered, Error> {
+    pub(super) fn drain(&mut self, reason: &str, remember: Option<Change>) -> Result<Ordered, Error> {
         self.ledger.clone().drain(reason)?;
+        let mut changes: Vec<Change> = remember.into_iter().collect();
         if self.ledger.drained() != Some(reason) {
-            let orders = self.orders(Some(reason.to_owned()), self.ledger.fence_generation());
-            let event =
-                self.event("node".to_owned(), "drained", format!("it takes no new VMs and starts: {reason}"));
-            self.commit(vec![orders, event])?;
+            changes.push(self.orders(Some(reason.to_owned()), self.ledger.fence_generation()));
+            let told = format!("it takes no new VMs and starts: {reason}");
+            changes.push(self.event("node".to_owned(), "drained", told));
         }
+        self.commit(changes)?;
+        Ok(Ordered::Blocking(self.blocking()))
+    }
+
+    /// What is still on the node, as the API names it.
+    pub(super) fn blocking(&self) -> Vec<String> {
         let busy = |vm: &&serio_store::record::VmRecord| {
             !matches!(self.phases.get(&vm.uid), None | Some(Phase::Off))
         };
@@ -318,15 +309,16 @@ impl State {
             self.model.vms.values().filter(busy).map(|vm| self.model.vm_resource(vm.uid)).collect();
         blocking.extend(self.model.exports.keys().map(|id| format!("exports/{id}")));
         blocking.sort_unstable();
-        Ok(Ordered::Blocking(blocking))
+        blocking
     }
 
-    fn undrain(&mut self) -> Result<Ordered, Error> {
+    pub(super) fn undrain(&mut self, remember: Option<Change>) -> Result<Ordered, Error> {
+        let mut changes: Vec<Change> = remember.into_iter().collect();
         if self.ledger.drained().is_some() {
-            let orders = self.orders(None, self.ledger.fence_generation());
-            let event = self.event("node".to_owned(), "undrained", "it takes VMs and starts again");
-            self.commit(vec![orders, event])?;
+            changes.push(self.orders(None, self.ledger.fence_generation()));
+            changes.push(self.event("node".to_owned(), "undrained", "it takes VMs and starts again"));
         }
+        self.commit(changes)?;
         Ok(Ordered::Done)
     }
 
@@ -335,7 +327,12 @@ impl State {
     }
 
     /// Ends what is older; what was ended, and the VMs whose end is to be waited for.
-    fn fence(&mut self, id: Option<&str>, generation: u64) -> Result<(Vec<String>, BTreeSet<Uuid>), Error> {
+    pub(super) fn fence(
+        &mut self,
+        id: Option<&str>,
+        generation: u64,
+        remember: Option<Change>,
+    ) -> Result<(Vec<String>, BTreeSet<Uuid>), Error> {
         if i64::try_from(generation).is_err() {
             return Err(Error::invalid("generation", "is too large: at most 2^63-1"));
         }
@@ -363,7 +360,7 @@ impl State {
         };
         vms.extend(ended.vms.iter().filter_map(|vm| known(vm)));
         let rows = |token: &String| Change::Delete(Key::Reservation(token.clone()));
-        let mut changes: Vec<Change> = ended.tokens.iter().map(rows).collect();
+        let mut changes: Vec<Change> = ended.tokens.iter().map(rows).chain(remember).collect();
         changes.push(self.orders(ledger.drained().map(str::to_owned), ledger.fence_generation()));
         changes.extend(vms.iter().map(|vm| Change::Fenced(*vm, generation)));
         for vm in &vms {
@@ -373,9 +370,14 @@ impl State {
         self.commit(changes)?;
         vms.iter().for_each(|vm| self.end_fenced(*vm));
         // A repetition waits for what the first call began, too.
-        vms.extend(self.model.fenced.iter().filter(|(_, at)| **at == generation).map(|(vm, _)| *vm));
+        vms.extend(self.ended_by(generation));
         let ids = vms.iter().map(Uuid::to_string).chain(ended.tokens).collect();
         Ok((ids, vms))
+    }
+
+    /// VMs that a fence of that generation has ended.
+    pub(super) fn ended_by(&self, generation: u64) -> impl Iterator<Item = Uuid> + '_ {
+        self.model.fenced.iter().filter(move |(_, at)| **at == generation).map(|(vm, _)| *vm)
     }
 
     /// Pulls the plug of a VM that a fence has ended, if it runs; one that is just starting comes here when it does.

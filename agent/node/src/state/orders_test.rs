@@ -46,7 +46,7 @@ fn ask(name: &str, vcpus: u64, fence: u64) -> Order {
 
 fn send(sim: &mut Sim, order: Order) -> Waiting {
     let (reply, waiting) = oneshot::channel();
-    sim.input(Input::Command(Command::Order(order), reply));
+    sim.input(Input::Command(Command::Order(order, None), reply));
     waiting
 }
 
@@ -272,7 +272,7 @@ async fn work(client: Client, me: u64, round: u64, refused: Arc<AtomicU64>) -> B
         let name = format!("n{round}-{me}-{step}");
         let token = format!("token-{name}");
         let vm = |mutation| client.ask(Command::Mutate(mutation, None));
-        let order = |order| client.ask(Command::Order(order));
+        let order = |order| client.ask(Command::Order(order, None));
         if (me + step).is_multiple_of(3) {
             match vm(create(&name, 1, false)).await {
                 Ok(_) => drop(held.insert(name, true)),
@@ -360,7 +360,7 @@ async fn many_clients_and_restarts_never_bring_a_node_over_its_capacity() {
             let gone = Mutation::DeleteVm { name: named(&name), keep_root_volume: false, force: false };
             let command = match is_vm {
                 true => Command::Mutate(gone, None),
-                false => Command::Order(Order::Release(format!("token-{name}"))),
+                false => Command::Order(Order::Release(format!("token-{name}")), None),
             };
             client.ask(command).await.unwrap();
         }
@@ -377,7 +377,7 @@ fn a_client_that_is_gone_does_not_matter() {
     let mut sim = furnished();
     let (reply, waiting): (Reply, Waiting) = oneshot::channel();
     drop(waiting);
-    sim.input(Input::Command(Command::Order(ask("web", 1, 0)), reply));
+    sim.input(Input::Command(Command::Order(ask("web", 1, 0), None), reply));
     assert!(stage(&sim, "web").is_some());
     sim.ask(Mutation::StopVm { name: named("none"), force: true, timeout: MINUTE }).unwrap_err();
 }

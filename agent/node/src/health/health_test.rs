@@ -3,8 +3,9 @@
 use std::{fs, path::Path};
 
 use super::{
+    disks::DiskState,
     judge::filling,
-    observe::{Certificate, Clock, DiskState, Space},
+    observe::{Certificate, Clock, Space},
     *,
 };
 
@@ -126,7 +127,7 @@ fn a_recorded_tree_is_read() {
     put(root, "sys/block/loop0/size", "0");
     put(root, "sys/class/nvme/nvme0/state", "dead");
     assert_eq!(observe::memory_full(root), Some(12.5));
-    let disks = observe::disks(root);
+    let disks = disks::disks(root);
     assert_eq!((disks.len(), disks[0].errors), (2, 31));
     assert_eq!(disks[1].state.as_deref(), Some("dead"));
     assert!(observe::kvm(root).is_err());
@@ -136,6 +137,41 @@ fn a_recorded_tree_is_read() {
     let key = rcgen::generate_simple_self_signed(vec!["a".into()]).unwrap();
     put(root, "c.pem", &key.cert.pem());
     assert!(observe::certificate(&root.join("c.pem")).end_s.unwrap() > 1_700_000_000);
+}
+
+#[test]
+fn raids_and_file_systems_tell_of_their_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    put(root, "sys/block/md0/md/degraded", "1");
+    put(root, "sys/block/md0/md/dev-sda1/errors", "2");
+    put(root, "sys/block/md0/md/dev-sdb1/errors", "40");
+    put(root, "sys/block/md1/md/degraded", "0");
+    // Without redundancy, and not understood.
+    put(root, "sys/block/md2/md/level", "raid0");
+    put(root, "sys/block/md3/md/degraded", "x");
+    put(root, "sys/fs/ext4/sda1/errors_count", "3");
+    put(root, "sys/fs/ext4/features/lazy_itable_init", "supported");
+    let stats =
+        "write_errs 1\nread_errs 2\nflush_errs 0\ncorruption_errs 18446744073709551615\ngeneration_errs 0";
+    put(root, "sys/fs/btrfs/5f1b/devinfo/1/error_stats", stats);
+    put(root, "sys/fs/btrfs/features/raid56", "0");
+    let mut disks = disks::disks(root);
+    let seen: Vec<_> = disks.iter().map(|d| (d.name.as_str(), d.state.as_deref(), d.errors)).collect();
+    assert_eq!(
+        seen,
+        [
+            ("md0", Some("degraded"), 42),
+            ("md1", Some("running"), 0),
+            ("ext4 on sda1", None, 3),
+            ("device 1 of btrfs 5f1b", None, u64::MAX)
+        ]
+    );
+    disks[3].errors_before = u64::MAX;
+    let said = judged(&Observed { disks, ..well() });
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("critical the kernel says that md0 is degraded"), "{said:?}");
+    assert!(said[1].contains("ext4 on sda1 had 3 I/O errors since the agent's start"), "{said:?}");
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use super::{
     Kind, Severity,
-    observe::{Certificate, DiskState, Observed, Space},
+    disks::DiskState,
+    observe::{Certificate, Observed, Space},
 };
 
 /// Something that is not as it should be.

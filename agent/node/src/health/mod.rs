@@ -9,6 +9,7 @@
 //! node with a full disk run on, and what was promised is not taken back.
 //! Threads: looks run on blocking threads.
 
+pub mod disks;
 pub mod judge;
 pub mod observe;
 
@@ -171,7 +172,7 @@ impl Health {
     /// Looks once, and tells nobody yet.
     #[must_use]
     pub fn new(settings: HealthSettings) -> Self {
-        let disks = observe::disks(&settings.root);
+        let disks = disks::disks(&settings.root);
         let errors_before = disks.into_iter().map(|disk| (disk.name, disk.errors)).collect();
         let inner = Inner { settings, began: Instant::now(), errors_before, now: Mutex::default() };
         let (conditions, _) = follow(&[], findings(&inner.observe()), now_s());
@@ -260,7 +261,7 @@ impl Inner {
     fn observe(&self) -> Observed {
         let root = &self.settings.root;
         let space = observe::space(&self.settings.state_dir);
-        let mut disks = observe::disks(root);
+        let mut disks = disks::disks(root);
         for disk in &mut disks {
             let known = self.errors_before.iter().find(|(name, _)| *name == disk.name);
             disk.errors_before = known.map_or(0, |(_, errors)| *errors);

@@ -2,10 +2,9 @@
 //!
 //! Owns: the readers. What cannot be read is absent and makes no finding; a kernel without PSI has no memory pressure.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
+
+use super::disks::DiskState;
 
 /// The file system of state_dir.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -23,19 +22,6 @@ pub struct Clock {
     pub is_synced: bool,
     /// How wrong it may be.
     pub error_us: i64,
-}
-
-/// A disk of the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskState {
-    /// "sda", "nvme0".
-    pub name: String,
-    /// As the kernel has it: "running", "live", "offline".
-    pub state: Option<String>,
-    /// I/O errors that the driver counted, and how many there were at the agent's start.
-    pub errors: u64,
-    /// See `errors`.
-    pub errors_before: u64,
 }
 
 /// A certificate that the agent uses.
@@ -72,7 +58,7 @@ pub struct Observed {
     pub kernel: String,
 }
 
-fn text(path: &Path) -> Option<String> {
+pub(super) fn text(path: &Path) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
@@ -97,30 +83,6 @@ pub(super) fn kernel(root: &Path) -> String {
 pub(super) fn kvm(root: &Path) -> Result<(), String> {
     let opened = fs::OpenOptions::new().read(true).write(true).open(root.join("dev/kvm"));
     opened.map(drop).map_err(|error| error.to_string())
-}
-
-/// SCSI and ATA disks count errors (`device/ioerr_cnt`, hexadecimal) and have a state; NVMe controllers have a state.
-pub(super) fn disks(root: &Path) -> Vec<DiskState> {
-    let names = |dir: PathBuf| {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-        let mut names: Vec<String> =
-            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort_unstable();
-        names
-    };
-    let block = root.join("sys/block");
-    let scsi = names(block.clone()).into_iter().filter_map(|name| {
-        let device = block.join(&name).join("device");
-        let count = text(&device.join("ioerr_cnt"))?;
-        let errors = u64::from_str_radix(count.trim_start_matches("0x"), 16).ok()?;
-        Some(DiskState { state: text(&device.join("state")), name, errors, errors_before: 0 })
-    });
-    let nvme = root.join("sys/class/nvme");
-    let controllers = names(nvme.clone()).into_iter().filter_map(|name| {
-        let state = Some(text(&nvme.join(&name).join("state"))?);
-        Some(DiskState { name, state, errors: 0, errors_before: 0 })
-    });
-    scsi.chain(controllers).collect()
 }
 
 /// The first certificate of a PEM file.

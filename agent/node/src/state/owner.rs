@@ -118,6 +118,11 @@ pub fn spawn(
         first.into_iter().for_each(&begin);
         let mut unseen = 0;
         while let Some(input) = inputs.blocking_recv() {
+            // Who asks after a change was answered, and then looks, sees that change.
+            if unseen > 0 && matches!(input, Input::Command(Command::Query(_), _)) {
+                pictures.make(&state);
+                unseen = 0;
+            }
             state.step(clock.now(), input).into_iter().for_each(&begin);
             let newest = state.model().last_event;
             last_event.send_if_modified(|known| std::mem::replace(known, newest) != newest);

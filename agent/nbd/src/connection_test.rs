@@ -281,14 +281,18 @@ fn once_ends_whoever_leaves_last() {
     let log = move |event: Event<'_>| {
         let Event::Clients(n) = event else { return };
         both.fetch_or(n == 2, Ordering::SeqCst);
-        tell.send(n).expect("the test listens");
+        tell.send((n, nix::unistd::gettid())).expect("the test listens");
         if n == 1 && both.load(Ordering::SeqCst) {
             waits.lock().expect("only one").recv().expect("the test lets it go on");
         }
     };
     let (done, ended) = mpsc::channel();
     let thread = std::thread::spawn(move || done.send(server.run(&listener, &stop, &log).is_ok()));
-    let expect = |n: usize| assert_eq!(clients.recv_timeout(Duration::from_secs(60)), Ok(n));
+    let expect = |n: usize| {
+        let (clients, thread) = clients.recv_timeout(Duration::from_secs(60)).expect("a change");
+        assert_eq!(clients, n);
+        thread
+    };
     let mut connected = [1, 2].map(|n| {
         let mut client = UnixStream::connect(&socket).expect("connect");
         greet(&mut client);
@@ -300,7 +304,13 @@ fn once_ends_whoever_leaves_last() {
     first.write_all(goodbye.encode(Mode::Simple).bytes()).expect("goodbye");
     expect(1);
     drop(connected);
-    expect(0);
+    // The other one is gone with all that it had to do.
+    let thread_of_other = format!("/proc/self/task/{}", expect(0));
+    let since = std::time::Instant::now();
+    while std::path::Path::new(&thread_of_other).exists() {
+        assert!(since.elapsed() < Duration::from_secs(60), "its thread stays");
+        std::thread::yield_now();
+    }
     go_on.send(()).expect("the first is still on its way");
     assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(true), "it does not end");
     thread.join().expect("server").expect("told");

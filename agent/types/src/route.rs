@@ -35,6 +35,8 @@ pub struct Route {
     hint: Option<String>,
     hops: u32,
     failures: u32,
+    /// It has taken us in, and nothing failed since.
+    held: bool,
     /// One that was not there, and how often it was named since.
     dead: Option<(String, u32)>,
 }
@@ -55,7 +57,15 @@ impl Route {
     /// Over those URLs, the first one first; none without any.
     #[must_use]
     pub fn new(urls: Vec<String>) -> Option<Self> {
-        (!urls.is_empty()).then_some(Self { urls, at: 0, hint: None, hops: 0, failures: 0, dead: None })
+        (!urls.is_empty()).then_some(Self {
+            urls,
+            at: 0,
+            hint: None,
+            hops: 0,
+            failures: 0,
+            held: false,
+            dead: None,
+        })
     }
 
     /// The one to talk to now.
@@ -68,6 +78,7 @@ impl Route {
     /// It leads: it has taken us in.
     pub fn welcomed(&mut self) {
         self.hops = 0;
+        self.held = true;
         self.dead = None;
     }
 
@@ -102,7 +113,9 @@ impl Route {
 
     /// It is not there, or broke off.
     pub fn failed(&mut self) -> Next {
-        self.dead = Some((authority(self.url()).to_owned(), 0));
+        // A connection that broke off says little of the one at its other end: it is away when it cannot be had again.
+        self.dead = if self.held { None } else { Some((authority(self.url()).to_owned(), 0)) };
+        self.held = false;
         self.hops = 0;
         if self.hint.take().is_some() {
             // Back to who named it.
@@ -148,7 +161,10 @@ mod tests {
         let mut route = route(&["https://a:1", "https://b:1/"]);
         assert_eq!((route.named("c:2"), route.url()), (Next::AtOnce, "https://c:2"));
         route.welcomed();
-        // It dies: back to the one that named it, which names it for a while yet.
+        // The connection breaks: back to the one that named it, and once more to the leader.
+        assert_eq!((route.failed(), route.url()), (Next::Soon, "https://a:1"));
+        assert_eq!((route.named("c:2"), route.url()), (Next::AtOnce, "https://c:2"));
+        // It is dead, and is named for a while yet.
         assert_eq!((route.failed(), route.url()), (Next::Soon, "https://a:1"));
         assert_eq!((route.named("c:2"), route.url()), (Next::Soon, "https://a:1"));
         assert_eq!((route.named(""), route.url()), (Next::Soon, "https://a:1"));

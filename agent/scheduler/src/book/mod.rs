@@ -182,6 +182,13 @@ impl Book {
         true
     }
 
+    /// What a node is to give back and has not.
+    #[must_use]
+    pub fn releasing(&self, node: &Name) -> Vec<Name> {
+        let of_node = self.of_node(node).into_iter();
+        of_node.filter(|(_, state)| *state == PlacementState::Releasing).map(|(id, _)| id).collect()
+    }
+
     /// The node sent its list: what of ours is over is answered.
     pub fn listed(&mut self, now: Duration, node: &Name, keys: &BTreeSet<String>) -> Vec<Name> {
         let over = |(id, state): &(Name, PlacementState)| {

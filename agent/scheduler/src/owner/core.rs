@@ -181,6 +181,7 @@ impl Core {
                 let scheduler_id = self.scheduler_id.clone();
                 let welcome = Welcome { scheduler_id, inventory_generation, allocations_digest };
                 self.tell(session, What::Welcome(welcome));
+                self.release_what_waits(session);
             }
             Output::AskAllocations(session) => self.tell(session, What::SendAllocations(SendAllocations {})),
             Output::Close(session, reason) => {
@@ -220,6 +221,15 @@ impl Core {
         let call = self.call(session, Waiting::Caller(sender));
         self.tell(session, order(call));
         Ok(receiver)
+    }
+
+    /// A node is there again: what it could not be told to release is asked for now. The timers alone could miss one whose
+    /// connections are short, again and again.
+    fn release_what_waits(&mut self, session: SessionId) {
+        let Some(node) = self.inventory.speaker(session) else { return };
+        for id in self.book.releasing(node) {
+            self.order_release(&id);
+        }
     }
 
     /// Tells the node to release what is RELEASING; when it cannot be told now, the timer asks again.

@@ -5,11 +5,21 @@ use std::{net::SocketAddr, path::Path, time::Duration};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serio_api::v1::{
-    AgentMessage, Allocation, Allocations, DeleteNodeRecordRequest, GetNodeRecordRequest, Hello, Inventory,
-    Lease, ListNodesRequest, NodeFreshness, NodeRecord, SchedulerMessage, agent_message::What,
-    scheduler_message, scheduler_service_client::SchedulerServiceClient,
+    AgentMessage, Allocation, Allocations, CommitPlacementRequest, DeleteNodeRecordRequest,
+    GetNodeRecordRequest, Hello, Inventory, Lease, ListNodesRequest, NodeFreshness, NodeRecord, PlaceRequest,
+    PlacementState, ReleasePlacementRequest, SchedulerMessage, agent_message::What, scheduler_message,
+    scheduler_service_client::SchedulerServiceClient,
 };
-use serio_scheduler::{config::Security, owner, server, store::sqlite::Sqlite};
+use serio_scheduler::{
+    config::Security,
+    owner, server,
+    simulate::{
+        self, Chance,
+        agent::Peer,
+        node::{Node, Size},
+    },
+    store::sqlite::Sqlite,
+};
 use tokio::{net::TcpListener, sync::mpsc, sync::oneshot, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -281,4 +291,55 @@ async fn health_is_served_and_garbage_harms_nobody() {
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     let request = tonic_health::pb::HealthCheckRequest { service: "serio.v1.SchedulerService".into() };
     assert_eq!(health.check(request).await.unwrap().into_inner().status, 1);
+}
+
+/// What it does with the next order, and what that was.
+async fn obeys(agent: &mut Agent, node: &Node) -> scheduler_message::What {
+    loop {
+        let what = agent.hear().await.unwrap().expect("an order");
+        if let Some(answer) = node.order(SchedulerMessage { what: Some(what.clone()) }) {
+            agent.say(What::Answer(answer)).await;
+            return what;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_is_back_is_told_at_once_what_it_is_to_release() {
+    let state = tempfile::tempdir().unwrap();
+    let running = start(state.path(), Security::Insecure).await;
+    let mut client = running.client().await;
+    let size = Size { vcpus: 8, memory: 1 << 34, storage: 1 << 37, overhead: 0 };
+    let node = simulate::fleet(1, 0, size, &mut Chance::new(1)).remove(0);
+    let mut agent = Agent::connect(client.clone(), "a").await.unwrap();
+    agent.hear().await.unwrap();
+    agent.say(What::Lease(Lease { sequence: 1, ttl_ms: 60_000 })).await;
+    agent.say(What::Inventory(node.inventory())).await;
+    agent.say(What::Allocations(node.allocations(true))).await;
+    until(&mut client, |n| n.inventory.is_some() && n.freshness() == NodeFreshness::Fresh).await;
+    let wish = PlaceRequest {
+        request_id: "web".into(),
+        vdc: "ardesio".into(),
+        vcpus: 1,
+        memory_bytes: 1 << 20,
+        ttl_ms: 60_000,
+        ..PlaceRequest::default()
+    };
+    let (placed, _) = tokio::join!(client.place(wish), obeys(&mut agent, &node));
+    let name = placed.unwrap().into_inner().name;
+    let mut caller = running.client().await;
+    let commit = caller.commit_placement(CommitPlacementRequest { name: name.clone() });
+    let (committed, _) = tokio::join!(commit, obeys(&mut agent, &node));
+    committed.unwrap();
+
+    // It goes, and is to give back meanwhile.
+    drop(agent);
+    let released = caller.release_placement(ReleasePlacementRequest { name: name.clone() }).await;
+    assert!(released.is_err() || released.is_ok_and(|p| p.into_inner().state() == PlacementState::Releasing));
+    let mut agent = Agent::connect(running.client().await, "a").await.unwrap();
+    // Whatever it says is answered later than that.
+    agent.say(What::Allocations(Allocations { digest: "another".into(), ..Allocations::default() })).await;
+    assert!(matches!(agent.hear().await.unwrap(), Some(scheduler_message::What::Welcome(_))));
+    let first = agent.hear().await.unwrap();
+    assert!(matches!(first, Some(scheduler_message::What::Release(_))), "{first:?}");
 }

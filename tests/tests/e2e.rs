@@ -21,6 +21,8 @@ mod region;
 mod saved;
 #[path = "e2e/secrets.rs"]
 mod secrets;
+#[path = "e2e/shares.rs"]
+mod shares;
 #[path = "e2e/survival.rs"]
 mod survival;
 #[path = "e2e/volumes.rs"]

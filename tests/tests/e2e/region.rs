@@ -1,6 +1,6 @@
 //! Two hosts of a region: they reach each other, one scheduler sees both, and places on them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use serio_tests::bed::{Host, eventually, missing, on_host, testbed};
@@ -48,7 +48,10 @@ fn two_hosts_and_one_scheduler() {
             let run = fresh_name();
             let named = |name: &str| format!("{name}-{run}");
             let town = named("town");
-            places(&|args| left.json(&[&["--host", url], args].concat()), &nodes, &run);
+            let asks = |args: &[&str]| left.json(&[&["--host", url], args].concat());
+            places(&asks, &nodes, &run);
+            a_vm_takes_its_place(left, &asks, &nodes, &named("web"));
+            somebody_sets_the_clock(left, &asks, &nodes, &named("clock"));
 
             // A site is lost: the scheduler sees it, and what was promised there is promised to nobody else until somebody
             // says that it is dead. It comes back from the same disk, and ends what it had.
@@ -115,6 +118,77 @@ fn places(scheduler: &dyn Fn(&[&str]) -> Value, nodes: &dyn Fn() -> Value, run: 
     let listed = scheduler(&["place", "list", "--vdc", &town]);
     let over = |placement: &Value| placement["state"] == "PLACEMENT_STATE_RELEASED";
     assert!(listed.as_array().is_some_and(|all| all.len() == 2 && all.iter().all(over)), "{listed}");
+}
+
+/// What a VM was promised on a node is its own once it is created there with the token: counted once, and gone with it.
+fn a_vm_takes_its_place(
+    node: &Host,
+    scheduler: &dyn Fn(&[&str]) -> Value,
+    nodes: &dyn Fn() -> Value,
+    id: &str,
+) {
+    const MEMORY: u64 = 192 << 20;
+    let vdc = node.vdc("promised");
+    let there = ["--site", "site-left", "--request-id", id, "--vm", "web", "--storage", "1GiB"];
+    let promise = scheduler(
+        &[&["place", &vdc.name, "--vcpus", "1", "--memory", "192MiB", "--commit"], &there[..]].concat(),
+    );
+    let token = promise["token"].as_str().expect("a promise has a token").to_owned();
+    let vm = vdc.at("web");
+    let create = ["vm", "create", &vm, "--image", "tiny", "--memory", "192MiB", "--reservation", &token];
+    node.serio(&create).ok();
+    let ours = || allocated(&nodes(), "left");
+    eventually(30, "it is counted once", || (MEMORY..2 * MEMORY).contains(&ours()));
+    node.serio(&["vm", "create", &vdc.at("other"), "--image", "tiny", "--reservation", &token])
+        .refused(4, &["reservation"]);
+    // It is the VM's now.
+    scheduler(&["place", "release", id]);
+    let shown = || scheduler(&["place", "show", id]);
+    eventually(30, "the node has said who has it", || {
+        shown()["reason"] == "a VM has taken it: delete the VM"
+    });
+    assert_eq!(shown()["state"], "PLACEMENT_STATE_COMMITTED");
+    assert!((MEMORY..2 * MEMORY).contains(&ours()), "it is still counted once");
+    node.serio(&["vm", "delete", &vm]).ok();
+    eventually(30, "with the VM what it had is gone", || ours() == 0);
+    scheduler(&["place", "release", id]);
+    eventually(30, "nothing is left to release", || shown()["state"] == "PLACEMENT_STATE_RELEASED");
+}
+
+/// Setting a host's clock ends no promise, no VM and no lease, and nobody pays for the time that never was.
+fn somebody_sets_the_clock(
+    node: &Host,
+    scheduler: &dyn Fn(&[&str]) -> Value,
+    nodes: &dyn Fn() -> Value,
+    id: &str,
+) {
+    const DAY_S: i64 = 24 * 3600;
+    let (vdc, began) = (node.vdc("clock"), Instant::now());
+    let vm = vdc.run_tiny("goes-on", &[]);
+    let pid = node.pid(&vm);
+    for (name, jump) in [("day-on", DAY_S), ("day-back", -DAY_S)] {
+        let id = format!("{id}-{name}");
+        let there = ["--site", "site-left", "--request-id", &id];
+        scheduler(&[&["place", &vdc.name, "--vcpus", "1", "--memory", "64MiB"], &there[..]].concat());
+        node.shell(&format!("date -s @$(( $(date +%s) + {jump} ))")).ok();
+        let listed = nodes();
+        let left = record(&listed, "left").expect("the node is known");
+        assert_eq!(left["freshness"], "NODE_FRESHNESS_FRESH", "{name}: {left}");
+        assert_eq!(scheduler(&["place", "show", &id])["state"], "PLACEMENT_STATE_RESERVED", "{name}");
+        assert_eq!(scheduler(&["place", "commit", &id])["state"], "PLACEMENT_STATE_COMMITTED", "{name}");
+        scheduler(&["place", "release", &id]);
+        assert_eq!((node.state(&vm).as_str(), node.pid(&vm)), ("RUNNING", pid), "{name}");
+    }
+    let billed = || {
+        let usage = node.json(&["vdc", "usage", &vdc.name, "--by", "month"]);
+        usage.as_array().into_iter().flatten().filter_map(|span| span["vcpuSeconds"].as_f64()).sum::<f64>()
+    };
+    eventually(180, "the meter has looked", || billed() > 0.0);
+    let (bill, lasted) = (billed(), began.elapsed().as_secs_f64());
+    println!(
+        "the clock was set a day on and back: {bill:.0} s of a vcpu are billed, the VM is {lasted:.0} s old"
+    );
+    assert!(bill < lasted + 60.0, "{bill} s are billed of {lasted}");
 }
 
 fn shared_address(host: &Host) -> String {

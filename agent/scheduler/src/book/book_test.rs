@@ -175,6 +175,15 @@ proptest! {
                     by_scan(&book, |r| r.vdc == "v" && r.anti_affinity_group == group).cloned().collect();
                 prop_assert_eq!(book.group("v", group), nodes.into_iter().collect::<Vec<_>>());
             }
+            for node in (0..4).map(|number| name(&format!("n{number}"))) {
+                let theirs = |(_, entry): &(&Name, &Entry)| {
+                    entry.node == node && entry.placement.state() != PlacementState::Released
+                };
+                let scanned: Vec<Name> =
+                    book.entries.iter().filter(theirs).map(|(id, _)| id.clone()).collect();
+                let found: Vec<Name> = book.of_node(&node).into_iter().map(|(id, _)| id).collect();
+                prop_assert_eq!(found, scanned);
+            }
         }
         // Nothing is left of what is forgotten.
         for number in 0..8 {

@@ -50,7 +50,8 @@ pub enum Due {
 #[derive(Debug, Default)]
 pub struct Book {
     entries: BTreeMap<Name, Entry>,
-    by_node: BTreeMap<Name, BTreeSet<Name>>,
+    /// Those that are not over, by their node: the few that its lists are compared with, however many are remembered.
+    by_node: Index<Name>,
     /// Those that are not over, by what they are for.
     by_resource: Index<String>,
     /// Those that are not over and belong together, by vdc and group.
@@ -129,7 +130,6 @@ impl Book {
             .strip_prefix("nodes/")
             .and_then(|name| name.parse().ok())
             .unwrap_or_else(|| id.clone());
-        self.by_node.entry(node.clone()).or_default().insert(id.clone());
         self.entries.insert(id.clone(), Entry { placement, node, timer: None });
         self.index(&id);
         self.set_timer(now, &id);
@@ -142,9 +142,13 @@ impl Book {
     }
 
     fn index_as(&mut self, id: &Name, open: bool) {
-        let Some(request) = self.entries.get(id).and_then(|entry| entry.placement.request.as_ref()) else {
-            return;
-        };
+        let Some(entry) = self.entries.get(id) else { return };
+        if open {
+            self.by_node.insert(entry.node.clone(), id.clone());
+        } else {
+            self.by_node.remove(entry.node.clone(), id.clone());
+        }
+        let Some(request) = entry.placement.request.as_ref() else { return };
         let (resource, group) =
             (request.resource.clone(), (request.vdc.clone(), request.anti_affinity_group.clone()));
         // Most belong to no group, and nobody asks for that one.
@@ -206,12 +210,7 @@ impl Book {
 
     /// The node is known to be dead: what it held is over.
     pub fn fenced(&mut self, now: Duration, node: &Name) -> Vec<Name> {
-        let open: Vec<Name> = self
-            .of_node(node)
-            .into_iter()
-            .filter(|(_, state)| *state != PlacementState::Released)
-            .map(|(id, _)| id)
-            .collect();
+        let open: Vec<Name> = self.of_node(node).into_iter().map(|(id, _)| id).collect();
         for id in &open {
             self.set(now, id, PlacementState::Released, "its node was fenced");
         }
@@ -266,17 +265,12 @@ impl Book {
         if let Some(at) = entry.timer {
             self.timers.remove(&(at, id.clone()));
         }
-        if let Some(ids) = self.by_node.get_mut(&entry.node) {
-            ids.remove(id);
-            if ids.is_empty() {
-                self.by_node.remove(&entry.node);
-            }
-        }
     }
 
+    /// What is not over at a node.
     fn of_node(&self, node: &Name) -> Vec<(Name, PlacementState)> {
         let state = |id: &Name| self.get(id).map(|placement| (id.clone(), placement.state()));
-        self.by_node.get(node).into_iter().flatten().filter_map(state).collect()
+        self.by_node.names(node.clone()).filter_map(state).collect()
     }
 
     fn set_timer(&mut self, now: Duration, id: &Name) {

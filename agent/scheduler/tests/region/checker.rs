@@ -409,7 +409,7 @@ async fn one_scheduler_that_dies_loses_and_doubles_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_region_loses_and_doubles_nothing_whoever_dies() {
     let plan = Plan { requests: 2_000, etcd: true, deaths: 3, ..PLAN };
-    let longer = Plan { requests: 100_000, deaths: 45, limit: Duration::from_secs(3_000), ..plan };
+    let longer = Plan { requests: 100_000, deaths: 45, limit: Duration::from_secs(7_200), ..plan };
     innocent(if long() { longer } else { plan }).await;
 }
 

@@ -224,6 +224,16 @@ impl Host {
         .ok();
     }
 
+    /// Brings the disk of the image `debian` to the node as `name`, once; further options as typed.
+    pub fn import_debian(&self, name: &str, options: &[&str]) {
+        if self.serio(&["image", "show", name]).code == 0 {
+            return;
+        }
+        let disk = image("debian/debian.qcow2");
+        self.serio(&[&["image", "import", name, "--disk", &disk, "--format", "qcow2"], options].concat())
+            .ok();
+    }
+
     /// Deletes what an earlier case left that was ended in its middle.
     pub fn clear(&self) {
         let exports = self.json(&["volume", "exports"]);
@@ -264,6 +274,18 @@ impl Host {
     pub fn wait_for_shell(&self, vm: &str) {
         let until = ["--until", "tiny: ready", "--until", "tiny# "];
         self.serio(&[&["vm", "console", vm], &until[..], &["--timeout", "180s"]].concat()).ok();
+    }
+
+    /// Waits for `until` (a regular expression) on the console of a guest that boots for minutes; what was printed. A kernel that
+    /// dies on the way ends the attempt: [`on_debian_host`].
+    #[track_caller]
+    pub fn wait_for_guest(&self, vm: &str, until: &str) -> String {
+        let words = ["vm", "console", vm, "--until", until, "--until", GUEST_DEATH, "--timeout", "3600s"];
+        let said = self.serio(&words).ok();
+        if said.contains(GUEST_DEATH) {
+            std::panic::panic_any(GuestDied(self.serio(&["vm", "log", vm]).out));
+        }
+        said
     }
 
     /// A vdc for one case, with room for what cases do.
@@ -348,6 +370,31 @@ pub fn missing() -> Option<&'static str> {
         return Some("the image tiny is not made: images/tiny/build");
     }
     None
+}
+
+const GUEST_DEATH: &str = "Kernel panic - not syncing";
+/// With the console's text.
+struct GuestDied(String);
+
+/// Runs a slow case on the host of the Debian guests, if it was asked for and their image is made.
+///
+/// Under an emulated SVM a guest's kernel is now and then given an interrupt twice, in an entry that masks them, and dies of it
+/// minutes into its boot. An attempt that ends so says all that the kernel did, and is made again, three times at most.
+pub fn on_debian_host(case: impl Fn(&Host)) {
+    if !long() {
+        println!("skipped: a Debian guest boots for minutes: scripts/test --long");
+    } else if !PathBuf::from(image("debian/debian.qcow2")).exists() {
+        println!("skipped: the image debian is not made: images/debian/build");
+    } else {
+        on_host("debian", &["--memory", "4096"], |host| {
+            for left in (0..3).rev() {
+                let Err(panic) = catch_unwind(AssertUnwindSafe(|| case(host))) else { return };
+                let Some(GuestDied(text)) = panic.downcast_ref() else { resume_unwind(panic) };
+                println!("the guest's kernel died; {left} attempts are left:\n{text}");
+                assert!(left > 0, "it died each time");
+            }
+        });
+    }
 }
 
 /// Runs a case on a host. When the case fails because the host's kernel died by itself, says so and tries once more.

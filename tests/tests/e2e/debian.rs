@@ -1,9 +1,9 @@
 //! A whole Debian guest with its agent: what a guest of tenants looks like. Only with `--long`: it boots for minutes.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, process::Command};
 
 use serio_tests::{
-    bed::{image, long, on_host, run},
+    bed::{image, on_debian_host, run},
     volumes::copy,
 };
 
@@ -22,25 +22,10 @@ fn needs_recovery(disk: &[u8]) -> bool {
 
 #[test]
 fn its_file_systems_are_frozen_for_a_snapshot_that_asks() {
-    if !long() {
-        println!("skipped: a Debian guest boots for minutes: scripts/test --long");
-        return;
-    }
-    if !Path::new(&image("debian/debian.raw")).exists() {
-        println!("skipped: the image debian is not made: images/debian/build");
-        return;
-    }
-    on_host("debian", &["--memory", "4096"], |host| {
-        let (disk, kernel, initrd) =
-            (image("debian/debian.raw"), image("debian/vmlinuz"), image("debian/initrd.img"));
-        if host.serio(&["image", "show", "debian"]).code != 0 {
-            let cmdline = "root=LABEL=root ro console=ttyS0";
-            let import = [
-                "image", "import", "debian", "--disk", &disk, "--format", "raw", "--kernel", &kernel,
-                "--initrd", &initrd,
-            ];
-            host.serio(&[&import[..], &["--cmdline", cmdline]].concat()).ok();
-        }
+    on_debian_host(|host| {
+        let (kernel, initrd) = (image("debian/vmlinuz"), image("debian/initrd.img"));
+        let cmdline = "root=LABEL=root ro console=ttyS0";
+        host.import_debian("debian", &["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline]);
         let vdc = host.vdc("debian");
         let vm = vdc.at("web");
         let folder = tempfile::tempdir().unwrap();
@@ -52,7 +37,7 @@ fn its_file_systems_are_frozen_for_a_snapshot_that_asks() {
         let user_data = user_data.to_str().unwrap();
         host.serio(&["vm", "run", &vm, "--image", "debian", "--memory", "1GiB", "--user-data", user_data])
             .ok();
-        host.serio(&["vm", "console", &vm, "--until", "churn-started", "--timeout", "3600s"]).ok();
+        host.wait_for_guest(&vm, "churn-started");
         for (name, options, class) in [
             ("crash", &[][..], "POINT_CLASS_CRASH"),
             ("app", &["--consistency", "app", "--require-app"][..], "POINT_CLASS_APP"),
@@ -80,5 +65,4 @@ fn its_file_systems_are_frozen_for_a_snapshot_that_asks() {
         ])
         .ok();
     });
-    serio_tests::bed::testbed(&["down", "debian"]).ok();
 }

@@ -1,24 +1,13 @@
 //! A Debian guest that boots from its own disk, installs another kernel and reboots into it. Only with `--long`.
 
-use std::{fs, path::Path};
+use std::fs;
 
-use serio_tests::bed::{image, long, on_host};
+use serio_tests::bed::on_debian_host;
 
 #[test]
 fn a_guest_boots_from_its_disk_and_reboots_into_the_kernel_that_it_installed() {
-    if !long() {
-        println!("skipped: a Debian guest boots for minutes: scripts/test --long");
-        return;
-    }
-    if !Path::new(&image("debian/debian.raw")).exists() {
-        println!("skipped: the image debian is not made: images/debian/build");
-        return;
-    }
-    on_host("own-kernel", &["--memory", "4096"], |host| {
-        let disk = image("debian/debian.raw");
-        if host.serio(&["image", "show", "debian-disk"]).code != 0 {
-            host.serio(&["image", "import", "debian-disk", "--disk", &disk, "--format", "raw"]).ok();
-        }
+    on_debian_host(|host| {
+        host.import_debian("debian-disk", &[]);
         let vdc = host.vdc("own-kernel");
         let vm = vdc.at("web");
         let folder = tempfile::tempdir().unwrap();
@@ -47,18 +36,17 @@ fn a_guest_boots_from_its_disk_and_reboots_into_the_kernel_that_it_installed() {
             shown["status"]["kernel"]["path"].as_str().unwrap_or_default().to_owned()
         };
         assert!(path(&first).starts_with("/boot/vmlinuz-6"), "{first}");
-        host.serio(&["vm", "console", &vm, "--until", "installed-another-kernel", "--timeout", "3600s"]).ok();
+        host.wait_for_guest(&vm, "installed-another-kernel");
         // The console goes with the process; the log stays.
         let started = std::time::Instant::now();
         while path(&host.json(&["vm", "show", &vm])) != "/boot/vmlinuz-99" {
             assert!(started.elapsed().as_secs() < 300, "{}", host.json(&["vm", "show", &vm]));
             std::thread::yield_now();
         }
-        host.serio(&["vm", "console", &vm, "--until", "login:", "--timeout", "3600s"]).ok();
+        host.wait_for_guest(&vm, "login:");
         let log = host.serio(&["vm", "log", &vm]).ok();
         assert!(log.contains("serio.second=1"), "another command line was booted");
         let second = host.json(&["vm", "show", &vm]);
         assert_eq!(second["status"]["restarts"].as_u64().unwrap_or(0), 0, "{second}");
     });
-    serio_tests::bed::testbed(&["down", "own-kernel"]).ok();
 }

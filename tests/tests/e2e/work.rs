@@ -1,9 +1,9 @@
 //! Two Debian guests at work: their processors, memory, disks and the network between them, under what tenants use to measure
 //! these; then one powers itself off. Only with `--long`.
 
-use std::{fs, path::Path};
+use std::fs;
 
-use serio_tests::bed::{eventually, image, long, on_host};
+use serio_tests::bed::{eventually, on_debian_host};
 
 /// Writes, verifies, copies and presses, then says how it ended, and powers off.
 const WORK: &str = r#"#cloud-config
@@ -29,19 +29,8 @@ const SERVER: &str =
 
 #[test]
 fn two_guests_work_and_one_powers_off() {
-    if !long() {
-        println!("skipped: a Debian guest boots for minutes: scripts/test --long");
-        return;
-    }
-    let disk = image("debian/debian.raw");
-    if !Path::new(&disk).exists() {
-        println!("skipped: the image debian is not made: images/debian/build");
-        return;
-    }
-    on_host("work", &["--memory", "4096"], |host| {
-        if host.serio(&["image", "show", "debian-disk"]).code != 0 {
-            host.serio(&["image", "import", "debian-disk", "--disk", &disk, "--format", "raw"]).ok();
-        }
+    on_debian_host(|host| {
+        host.import_debian("debian-disk", &[]);
         let vdc = host.vdc("work");
         let (server, client, data) = (vdc.at("server"), vdc.at("client"), vdc.at("data"));
         let folder = tempfile::tempdir().unwrap();
@@ -56,12 +45,10 @@ fn two_guests_work_and_one_powers_off() {
             host.serio(&[&words[..], &["--user-data", user_data], more].concat()).ok();
         };
         guest(&server, "address=192.168.7.10/24", &serves, &[]);
-        host.serio(&["vm", "console", &server, "--until", "server-is-up", "--timeout", "3600s"]).ok();
+        host.wait_for_guest(&server, "server-is-up");
         host.serio(&["volume", "create", &data, "--size", "128MiB"]).ok();
         guest(&client, "address=192.168.7.11/24", &works, &["--volume", &data]);
-        let said = host
-            .serio(&["vm", "console", &client, "--until", "work-ended=[0-9]+", "--timeout", "3600s"])
-            .ok();
+        let said = host.wait_for_guest(&client, "work-ended=[0-9]+");
         assert!(said.contains("work-ended=0"), "{}", host.serio(&["vm", "log", &client]).ok());
         eventually(300, "it has powered off", || host.state(&client) == "STOPPED");
         let shown = host.json(&["vm", "show", &client]);
@@ -70,5 +57,4 @@ fn two_guests_work_and_one_powers_off() {
             println!("{line}");
         }
     });
-    serio_tests::bed::testbed(&["down", "work"]).ok();
 }

@@ -259,11 +259,16 @@ fn whole_sectors_are_read_into_any_guest_memory_and_nowhere_else() {
     write(&volume, 64 << 10, pattern(8192));
     let expected = read(&volume, 0, 1 << 20);
     assert_eq!(expected[512..528], *PATTERN);
+    // Segments that end within sectors and within groups of them; and such that end with them, at odd places.
+    segments_hold(&volume, &expected, [1, 511, 33_000, 7, 90_001, 32 << 10, 40_000]);
+    segments_hold(&volume, &expected, [512, 1024, 33_280, 3584, 90_112, 32 << 10, 39_936]);
+}
+
+/// Reads from byte 512 on into segments of these lengths, and writes from them to 400 KiB.
+fn segments_hold(volume: &Volume, expected: &[u8], lens: [usize; 7]) {
     let memory =
         std::sync::Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
     memory.write_slice(&vec![0xee; 1 << 20], GuestAddress(0)).expect("write");
-    // Segments that end within sectors and within groups of them.
-    let lens = [1, 511, 33_000, 7, 90_001, 32 << 10, 40_000];
     let places = lens.iter().scan(5_u64, |at, len| {
         let place = *at;
         *at += *len as u64 + 3;
@@ -281,7 +286,9 @@ fn whole_sectors_are_read_into_any_guest_memory_and_nowhere_else() {
         });
         let buffers = Buffers::guest(&memory, cut).expect("inside");
         assert_eq!(buffers.len(), len);
-        volume.queue(1).expect("queue").run(Op::Read { offset: 512, buffers }).0.expect("read");
+        let mut queue = volume.queue(1).expect("queue");
+        let (result, buffers) = queue.run(Op::Read { offset: 512, buffers });
+        result.expect("read");
         let mut at = 512;
         for (place, len) in &places {
             let mut got = vec![0; *len];
@@ -292,6 +299,11 @@ fn whole_sectors_are_read_into_any_guest_memory_and_nowhere_else() {
             memory.read_slice(&mut between, GuestAddress(place.0 + *len as u64)).expect("read");
             assert_eq!(between, [0xee; 3], "behind {place:?}");
         }
+        queue.run(Op::Write { offset: 400 << 10, buffers, fua: false }).0.expect("write");
+        assert!(
+            read(volume, 400 << 10, len as usize) == expected[512..512 + len as usize],
+            "{len} bytes written"
+        );
     }
 }
 

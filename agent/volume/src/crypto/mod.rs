@@ -22,7 +22,7 @@ pub use create::create_encrypted;
 pub(crate) use create::create_encrypted_media;
 pub(crate) use key::{CIPHER_XTS, WRAPPED_BYTES_MAX};
 pub use key::{KeyError, VdcSecret, WrappedKey};
-pub(crate) use xts::SectorCipher;
+pub(crate) use xts::{Four, Place, REGISTER, SectorCipher};
 
 use crate::{error::OpenError, header::Header};
 

@@ -10,8 +10,13 @@
 //! cost three to ten times as much. A unit is 32 whole blocks, so there is no ciphertext stealing.
 //!
 //! The mode runs *inside* the cipher's backend ([`BlockCipherEncClosure`]), where the compiler may use the wide registers that
-//! the cipher has found there: the masks and the additions are written so that it does, four blocks a step. All that is
-//! called in there is `#[inline(always)]` for that reason.
+//! the cipher has found there. All that is called in there is `#[inline(always)]` for that reason, and written so that the compiler
+//! sees straight what it may do at once:
+//! - masks are made eight units at a time, the low halves of their blocks in one array and the high ones in another: a step is the same
+//!   few operations in every lane, and only what leaves it is interleaved;
+//! - loops over the registers of a unit have constant bounds;
+//! - bytes come from a [`Place`] register by register, are worked on in 1 KiB of the stack, and go back the same way. So there is one
+//!   pass over foreign memory, wherever it is from and to.
 //!
 //! One thing is ours: **a unit of 512 zero bytes decrypts to zeros**, because that is what a hole in a file is. A hole that was
 //! punched is seen after a crash although the map did not hear of it any more; read as ciphertext it would be noise that nobody wrote.
@@ -29,15 +34,46 @@ use super::UNIT_BYTES;
 
 const UNIT: usize = UNIT_BYTES as usize;
 const BLOCK: usize = 16;
-/// Units whose tweaks are made together: as many blocks as the widest cipher takes at once.
+/// Units whose first tweaks are made together: as many blocks as the widest cipher takes at once.
 const TWEAKS: usize = 64;
 /// Units that go through the cipher together: as many blocks as the widest takes at once.
 const UNITS: usize = 2;
+/// Bytes that are carried at once: what the widest register holds.
+pub(crate) const REGISTER: usize = 64;
+/// Registers of a unit.
+const REGISTERS: usize = UNIT / REGISTER;
+/// Units whose masks are made together, and blocks of each that are made in one step.
+const MASKED: usize = 8;
+const STEP: usize = 8;
+/// Lanes of a step: all its units' blocks.
+const LANES: usize = MASKED * STEP;
 
-/// Four tweaks of blocks one after the other, low and high half in turn: a register.
-type Four = [u64; 8];
-/// The tweaks of one unit's blocks.
-type Mask = [Four; UNIT / BLOCK / 4];
+/// Four blocks, low and high half in turn: a register.
+pub(crate) type Four = [u64; REGISTER / 8];
+/// The masks of [`MASKED`] units, step by step: in each the blocks of the first unit, of the second, and so on.
+type Masks = [[u64; 2 * LANES]; UNIT / BLOCK / STEP];
+
+/// Where whole units come from and go to, [`REGISTER`] bytes at a time: a slice, or memory that is no Rust reference.
+///
+/// Each register is loaded once, and stored once and later. Implementations are `#[inline(always)]`.
+pub(crate) trait Place {
+    /// A register of a unit.
+    fn load(&self, unit: usize, register: usize) -> Four;
+    /// Puts it there when it is done.
+    fn store(&mut self, unit: usize, register: usize, four: Four);
+}
+
+impl Place for &mut [u8] {
+    #[inline(always)]
+    fn load(&self, unit: usize, register: usize) -> Four {
+        get(&self.as_chunks().0[unit], register)
+    }
+
+    #[inline(always)]
+    fn store(&mut self, unit: usize, register: usize, four: Four) {
+        put(&mut self.as_chunks_mut().0[unit], register, four);
+    }
+}
 
 /// The cipher of one layer.
 pub(crate) struct SectorCipher {
@@ -63,43 +99,58 @@ impl SectorCipher {
     }
 
     /// Encrypts what lies at `offset` of the volume; both it and the length are multiples of [`UNIT_BYTES`].
-    pub(crate) fn encrypt(&self, offset: u64, bytes: &mut [u8]) {
-        self.each(offset, bytes, |tweaks, bytes| self.data.encrypt_with_backend(Stretch { tweaks, bytes }));
+    pub(crate) fn encrypt(&self, offset: u64, mut bytes: &mut [u8]) {
+        let len = bytes.len();
+        self.encrypt_at(offset, len, &mut bytes);
     }
 
     /// The reverse of [`SectorCipher::encrypt`].
-    pub(crate) fn decrypt(&self, offset: u64, bytes: &mut [u8]) {
-        self.each(offset, bytes, |tweaks, bytes| self.data.decrypt_with_backend(Stretch { tweaks, bytes }));
+    pub(crate) fn decrypt(&self, offset: u64, mut bytes: &mut [u8]) {
+        let len = bytes.len();
+        self.decrypt_at(offset, len, &mut bytes);
     }
 
-    /// Stretches of up to [`TWEAKS`] units, each with its units' first tweaks.
-    fn each(&self, offset: u64, bytes: &mut [u8], work: impl Fn(&[Block], &mut [u8])) {
-        assert!(offset.is_multiple_of(UNIT_BYTES) && bytes.len().is_multiple_of(UNIT), "whole units");
-        let mut unit = offset / UNIT_BYTES;
-        for stretch in bytes.chunks_mut(TWEAKS * UNIT) {
-            let mut tweaks = [Block::default(); TWEAKS];
-            let tweaks = &mut tweaks[..stretch.len() / UNIT];
-            for tweak in tweaks.iter_mut() {
-                tweak[..8].copy_from_slice(&unit.to_le_bytes());
-                unit += 1;
-            }
-            self.tweak.encrypt_blocks(tweaks);
-            work(tweaks, stretch);
+    /// Like [`SectorCipher::encrypt`], of the `len` bytes that `place` knows.
+    pub(crate) fn encrypt_at<P: Place>(&self, offset: u64, len: usize, place: &mut P) {
+        each(&self.tweak, offset, len, |tweaks, first| {
+            self.data.encrypt_with_backend(Stretch { tweaks, first, place });
+        });
+    }
+
+    /// The reverse of [`SectorCipher::encrypt_at`].
+    pub(crate) fn decrypt_at<P: Place>(&self, offset: u64, len: usize, place: &mut P) {
+        each(&self.tweak, offset, len, |tweaks, first| {
+            self.data.decrypt_with_backend(Stretch { tweaks, first, place });
+        });
+    }
+}
+
+/// Stretches of up to [`TWEAKS`] units, each with its units' first tweaks and its first unit.
+fn each(cipher: &Aes256Enc, offset: u64, len: usize, mut work: impl FnMut(&[Block], usize)) {
+    assert!(offset.is_multiple_of(UNIT_BYTES) && len.is_multiple_of(UNIT), "whole units");
+    for first in (0..len / UNIT).step_by(TWEAKS) {
+        let mut tweaks = [Block::default(); TWEAKS];
+        let tweaks = &mut tweaks[..TWEAKS.min(len / UNIT - first)];
+        for (unit, tweak) in (offset / UNIT_BYTES + first as u64..).zip(tweaks.iter_mut()) {
+            tweak[..8].copy_from_slice(&unit.to_le_bytes());
         }
+        cipher.encrypt_blocks(tweaks);
+        work(tweaks, first);
     }
 }
 
-/// Whole units, and for each the tweak of its first block.
-struct Stretch<'a> {
+/// Whole units, `first` of them before, and for each the tweak of its first block.
+struct Stretch<'a, P> {
     tweaks: &'a [Block],
-    bytes: &'a mut [u8],
+    first: usize,
+    place: &'a mut P,
 }
 
-impl BlockSizeUser for Stretch<'_> {
+impl<P> BlockSizeUser for Stretch<'_, P> {
     type BlockSize = U16;
 }
 
-impl BlockCipherEncClosure for Stretch<'_> {
+impl<P: Place> BlockCipherEncClosure for Stretch<'_, P> {
     #[inline(always)]
     fn call<B: BlockCipherEncBackend<BlockSize = U16>>(self, backend: &B) {
         self.groups(false, |blocks| {
@@ -110,7 +161,7 @@ impl BlockCipherEncClosure for Stretch<'_> {
     }
 }
 
-impl BlockCipherDecClosure for Stretch<'_> {
+impl<P: Place> BlockCipherDecClosure for Stretch<'_, P> {
     #[inline(always)]
     fn call<B: BlockCipherDecBackend<BlockSize = U16>>(self, backend: &B) {
         self.groups(true, |blocks| {
@@ -121,79 +172,110 @@ impl BlockCipherDecClosure for Stretch<'_> {
     }
 }
 
-impl Stretch<'_> {
+impl<P: Place> Stretch<'_, P> {
     /// The mode around `cipher`. `holes`: units of zeros stay zeros.
     #[inline(always)]
     fn groups(self, holes: bool, cipher: impl Fn(&mut [Block])) {
-        for (group, tweaks) in self.bytes.chunks_mut(UNITS * UNIT).zip(self.tweaks.chunks(UNITS)) {
-            let mut masks: [Mask; UNITS] = [[[0; 8]; UNIT / BLOCK / 4]; UNITS];
-            for (mask, tweak) in masks.iter_mut().zip(tweaks) {
-                fill(mask, tweak);
-            }
-            let holes = if holes { holes_in(group) } else { [false; UNITS] };
-            add(group, &masks);
-            let (blocks, _) = Array::<u8, U16>::slice_as_chunks_mut(group);
-            cipher(blocks);
-            add(group, &masks);
-            for (unit, is_hole) in group.chunks_exact_mut(UNIT).zip(holes) {
-                if is_hole {
-                    unit.fill(0);
+        let mut masks: Masks = [[0; 2 * LANES]; UNIT / BLOCK / STEP];
+        let mut group = [[0; UNIT]; UNITS];
+        for (eighth, tweaks) in self.tweaks.chunks(MASKED).enumerate() {
+            fill(&mut masks, tweaks);
+            for first in (0..tweaks.len()).step_by(UNITS) {
+                let before = self.first + eighth * MASKED + first;
+                let mut hole = [false; UNITS];
+                for (i, unit) in group.iter_mut().enumerate().take(tweaks.len() - first) {
+                    for register in 0..REGISTERS {
+                        let four = self.place.load(before + i, register);
+                        put(unit, register, add(four, mask(&masks, first + i, register)));
+                    }
+                    hole[i] = holes && is_hole(unit, &masks, first + i);
+                }
+                let (blocks, _) = Array::<u8, U16>::slice_as_chunks_mut(group.as_flattened_mut());
+                cipher(blocks);
+                for (i, unit) in group.iter().enumerate().take(tweaks.len() - first) {
+                    for register in 0..REGISTERS {
+                        let four = add(get(unit, register), mask(&masks, first + i, register));
+                        self.place.store(before + i, register, if hole[i] { [0; 8] } else { four });
+                    }
                 }
             }
         }
     }
 }
 
-/// The masks of a unit from its first tweak.
+/// The masks of up to [`MASKED`] units from their first tweaks.
 #[inline(always)]
-fn fill(mask: &mut Mask, tweak: &Block) {
-    let tweak = u128::from_le_bytes((*tweak).into());
-    let (mut low, mut high) = (tweak as u64, (tweak >> 64) as u64);
-    let mut four = [0; 8];
-    for block in four.as_chunks_mut::<2>().0 {
-        *block = [low, high];
-        // What is shifted out at the top comes back as x^7 + x^2 + x + 1; no branch on a secret.
-        let carry = (high.cast_signed() >> 63).cast_unsigned() & 0x87;
-        high = (high << 1) | (low >> 63);
-        low = (low << 1) ^ carry;
+fn fill(masks: &mut Masks, tweaks: &[Block]) {
+    let (mut low, mut high) = ([0; LANES], [0; LANES]);
+    for (unit, tweak) in tweaks.iter().enumerate() {
+        let tweak = u128::from_le_bytes((*tweak).into());
+        low[unit * STEP..][..STEP].fill(tweak as u64);
+        high[unit * STEP..][..STEP].fill((tweak >> 64) as u64);
     }
-    for place in mask {
-        *place = four;
-        four = times_x4(four);
+    // Block 0 to 7 of each unit.
+    for lane in 0..LANES {
+        let places = (lane % STEP) as u32;
+        let over = (high[lane] >> 1) >> (63 - places);
+        high[lane] = (high[lane] << places) | ((low[lane] >> 1) >> (63 - places));
+        low[lane] = (low[lane] << places) ^ folded(over);
     }
-}
-
-/// Each of the four times x^4.
-#[inline(always)]
-fn times_x4(four: Four) -> Four {
-    let out = four.map(|half| half >> 60);
-    std::array::from_fn(|i| {
-        let over = out[i ^ 1];
-        // Four bits go from the low half to the high one, and from the high one as x^7 + x^2 + x + 1 to the low one.
-        let fold = if i % 2 == 0 { (over << 1) ^ (over << 2) ^ (over << 7) } else { 0 };
-        (four[i] << 4) ^ over ^ fold
-    })
-}
-
-/// Which units of a group are zeros.
-#[inline(always)]
-fn holes_in(group: &[u8]) -> [bool; UNITS] {
-    let mut holes = [false; UNITS];
-    for (hole, unit) in holes.iter_mut().zip(group.chunks_exact(UNIT)) {
-        // The first block mostly tells.
-        *hole = unit.iter().take(BLOCK).all(|byte| *byte == 0) && unit.iter().all(|byte| *byte == 0);
-    }
-    holes
-}
-
-#[inline(always)]
-fn add(group: &mut [u8], masks: &[Mask; UNITS]) {
-    let (registers, _) = group.as_chunks_mut::<{ 4 * BLOCK }>();
-    for (bytes, mask) in registers.iter_mut().zip(masks.as_flattened()) {
-        for (half, mask) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(mask) {
-            *half = (u64::from_le_bytes(*half) ^ mask).to_le_bytes();
+    for step in masks {
+        for lane in 0..LANES {
+            let (l, h) = (low[lane], high[lane]);
+            step[2 * lane] = l;
+            step[2 * lane + 1] = h;
+            low[lane] = (l << STEP) ^ folded(h >> (64 - STEP));
+            high[lane] = (h << STEP) | (l >> (64 - STEP));
         }
     }
+}
+
+/// What is shifted out at the top comes back as x^7 + x^2 + x + 1; no branch on a secret.
+#[inline(always)]
+fn folded(over: u64) -> u64 {
+    over ^ (over << 1) ^ (over << 2) ^ (over << 7)
+}
+
+/// The mask of a unit's register: two are a step.
+#[inline(always)]
+fn mask(masks: &Masks, unit: usize, register: usize) -> Four {
+    let [even, odd] = masks[register / 2].as_chunks::<{ 2 * STEP }>().0[unit].as_chunks().0 else {
+        unreachable!("sixteen halves are two registers")
+    };
+    if register.is_multiple_of(2) { *even } else { *odd }
+}
+
+#[inline(always)]
+fn add(four: Four, mask: Four) -> Four {
+    let mut sum = [0; 8];
+    for i in 0..8 {
+        sum[i] = four[i] ^ mask[i];
+    }
+    sum
+}
+
+#[inline(always)]
+fn get(unit: &[u8; UNIT], register: usize) -> Four {
+    let mut four = [0; 8];
+    for (half, bytes) in four.iter_mut().zip(unit.as_chunks::<REGISTER>().0[register].as_chunks::<8>().0) {
+        *half = u64::from_le_bytes(*bytes);
+    }
+    four
+}
+
+#[inline(always)]
+fn put(unit: &mut [u8; UNIT], register: usize, four: Four) {
+    let to = unit.as_chunks_mut::<REGISTER>().0[register].as_chunks_mut::<8>().0;
+    for (to, half) in to.iter_mut().zip(four) {
+        *to = half.to_le_bytes();
+    }
+}
+
+/// Whether a unit was zeros, after its masks were added.
+#[inline(always)]
+fn is_hole(unit: &[u8; UNIT], masks: &Masks, place: usize) -> bool {
+    // The first register mostly tells.
+    (0..REGISTERS).all(|register| get(unit, register) == mask(masks, place, register))
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! Primitives on encrypted files, and those past the page cache whose memory or place is not made for that.
 //!
 //! ```text
-//! write:          buffers ──copy, encrypt──► piece ──► kernel        a piece is 128 KiB at most, see pool.rs
-//! read:           kernel ──► buffers ──copy──► scratch ──decrypt, copy──► buffers
+//! write:          buffers ──encrypt──► piece ──► kernel        a piece is 128 KiB at most, see pool.rs
+//! read:           kernel ──► buffers ──decrypt──► buffers
 //! read in part:   kernel ──► piece ──(decrypt)──copy──► buffers
 //! ```
 //!
 //! What is written is never encrypted in the guest's memory: the guest could look at what the disk gets, or change it in
-//! between. A read of whole units lands where it was asked for, and is decrypted from there and back again, a group at a time, so that its
+//! between. A read of whole units lands where it was asked for, and is decrypted there, so that its
 //! bytes come into the processor once: until it is answered the guest may see what its own disk has, and change it, which changes what it
-//! reads. Another read is widened to whole units in a piece; a write has whole units already (`plan.rs` completes
+//! reads. Either way the cipher takes a register's bytes out of foreign memory once, works in its own, and puts the result down once
+//! ([`Units`]): there is no other copy, and no reference to a guest's memory. Units that lie in two segments go by way of
+//! a copy. Another read is widened to whole units in a piece; a write has whole units already (`plan.rs` completes
 //! them). What the kernel does in part is carried on here, since half a unit can be neither decrypted nor named by an
 //! offset. The caller sees a primitive of whole files' bytes that either succeeds or fails; of one that is longer than a piece it sees
 //! the count of the first piece, and asks for the rest.
@@ -27,14 +29,15 @@ use super::{
     pool::{PIECE_MAX, Pool},
     segments,
 };
-use crate::crypto::{SectorCipher, UNIT_BYTES};
+use crate::crypto::{Four, Place, REGISTER, SectorCipher, UNIT_BYTES};
 
 /// Writes of so many bytes are worth a system call of their own: encrypting takes about ten times as long.
 const EARLY_BYTES: u64 = 64 << 10;
 /// After so many bytes that were decrypted what is done is given back first.
 const TURN_BYTES: usize = 64 << 10;
-/// Bytes that are copied and go through the cipher together: they stay in the processor's nearest caches.
+/// Bytes that are copied and go through the cipher together where copies are needed: they stay in the processor's nearest caches.
 const GROUP_BYTES: usize = 32 << 10;
+const UNIT: usize = UNIT_BYTES as usize;
 
 /// A primitive that the kernel has.
 struct Transit {
@@ -58,7 +61,7 @@ pub(super) struct Crypt {
     pool: Pool,
     transits: Vec<Transit>,
     waiting: VecDeque<(u32, u32, Io)>,
-    /// What a group is decrypted in.
+    /// What a group is decrypted in whose units lie in two segments.
     scratch: Vec<u8>,
     /// Bytes that were encrypted since the last submission.
     pub(super) unsent: u64,
@@ -92,6 +95,41 @@ impl Crypt {
     /// Whether so much was decrypted that others come first.
     pub(super) fn has_had_its_turn(&self) -> bool {
         self.decrypted >= TURN_BYTES
+    }
+}
+
+/// Whole units on their way through the cipher, between memory to which there may be no reference.
+///
+/// Whoever makes one sees to it that both are valid for `count` units while it lives.
+struct Units {
+    from: *const u8,
+    to: *mut u8,
+    count: usize,
+}
+
+impl Place for Units {
+    #[inline(always)]
+    fn load(&self, unit: usize, register: usize) -> Four {
+        assert!(unit < self.count && register < UNIT / REGISTER, "inside");
+        let mut four = Four::default();
+        let to = four.as_mut_ptr().cast::<u8>();
+        // SAFETY: the register lies inside `count` units, which are valid; `four` is our own. A guest that changes its memory
+        // meanwhile only decides which of its bytes are taken.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.from.add(unit * UNIT + register * REGISTER), to, REGISTER)
+        };
+        four.map(u64::from_le)
+    }
+
+    #[inline(always)]
+    fn store(&mut self, unit: usize, register: usize, four: Four) {
+        assert!(unit < self.count && register < UNIT / REGISTER, "inside");
+        let four = four.map(u64::to_le);
+        let from = four.as_ptr().cast::<u8>();
+        // SAFETY: as in `load`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, self.to.add(unit * UNIT + register * REGISTER), REGISTER)
+        };
     }
 }
 
@@ -169,13 +207,30 @@ impl Driver {
         }
         let bytes = piece.as_mut_slice().and_then(|bytes| bytes.get_mut(..span.len() as usize));
         let bytes = bytes.expect("a piece is owned memory that was taken for this length");
+        let cipher = self.crypt.cipher(file);
+        if let Some(cipher) = cipher.filter(|_| self.has_whole_units(slot, span)) {
+            let mut at = 0;
+            for segment in segments(&self.cargo[slot as usize], &self.zeros, span) {
+                let to = &mut bytes[at..at + segment.iov_len];
+                let from = segment.iov_base.cast_const().cast();
+                let mut units = Units { from, to: to.as_mut_ptr(), count: to.len() / UNIT };
+                cipher.encrypt_at(offset + at as u64, to.len(), &mut units);
+                at += segment.iov_len;
+            }
+            return;
+        }
         for (i, group) in bytes.chunks_mut(GROUP_BYTES).enumerate() {
             let at = i * GROUP_BYTES;
             self.copy_out(slot, &part_of(span, at, group.len()), group);
-            if let Some(cipher) = self.crypt.cipher(file) {
+            if let Some(cipher) = cipher {
                 cipher.encrypt(offset + at as u64, group);
             }
         }
+    }
+
+    /// Whether no unit of a span lies in two segments.
+    fn has_whole_units(&self, slot: u32, span: &Span) -> bool {
+        segments(&self.cargo[slot as usize], &self.zeros, span).all(|part| part.iov_len.is_multiple_of(UNIT))
     }
 
     /// Copies the memory of a span, of whole blocks if it has some, which must be there.
@@ -232,9 +287,18 @@ impl Driver {
         self.copy_in(transit.slot, &span, &bytes[from..from + span.len() as usize]);
     }
 
-    /// Group by group: out of the slot's buffers, which may be a guest's and so are never looked at in place, and back again.
+    /// Where it was asked for, or group by group out of there and back again.
     fn decrypt_in_place(&mut self, transit: &Transit, span: &Span, cipher: Option<&SectorCipher>) {
         let Some(cipher) = cipher else { return };
+        if self.has_whole_units(transit.slot, span) {
+            let mut offset = transit.offset;
+            for segment in segments(&self.cargo[transit.slot as usize], &self.zeros, span) {
+                let (to, len) = (segment.iov_base.cast::<u8>(), segment.iov_len);
+                cipher.decrypt_at(offset, len, &mut Units { from: to, to, count: len / UNIT });
+                offset += len as u64;
+            }
+            return;
+        }
         let mut scratch = std::mem::take(&mut self.crypt.scratch);
         scratch.resize(GROUP_BYTES, 0);
         for at in (0..transit.len).step_by(GROUP_BYTES) {

@@ -207,17 +207,17 @@ impl<P: Place> Stretch<'_, P> {
 #[inline(always)]
 fn fill(masks: &mut Masks, tweaks: &[Block]) {
     let (mut low, mut high) = ([0; LANES], [0; LANES]);
-    for (unit, tweak) in tweaks.iter().enumerate() {
+    // The first blocks one after the other: shifts that differ from lane to lane are dear where registers are narrow.
+    let units = low.as_chunks_mut::<STEP>().0.iter_mut().zip(high.as_chunks_mut::<STEP>().0);
+    for (tweak, (low, high)) in tweaks.iter().zip(units) {
         let tweak = u128::from_le_bytes((*tweak).into());
-        low[unit * STEP..][..STEP].fill(tweak as u64);
-        high[unit * STEP..][..STEP].fill((tweak >> 64) as u64);
-    }
-    // Block 0 to 7 of each unit.
-    for lane in 0..LANES {
-        let places = (lane % STEP) as u32;
-        let over = (high[lane] >> 1) >> (63 - places);
-        high[lane] = (high[lane] << places) | ((low[lane] >> 1) >> (63 - places));
-        low[lane] = (low[lane] << places) ^ folded(over);
+        let (mut l, mut h) = (tweak as u64, (tweak >> 64) as u64);
+        for (low, high) in low.iter_mut().zip(high) {
+            (*low, *high) = (l, h);
+            // What is shifted out at the top comes back as x^7 + x^2 + x + 1; no branch on a secret.
+            let over = (h.cast_signed() >> 63).cast_unsigned() & 0x87;
+            (l, h) = ((l << 1) ^ over, (h << 1) | (l >> 63));
+        }
     }
     for step in masks {
         for lane in 0..LANES {
@@ -230,7 +230,7 @@ fn fill(masks: &mut Masks, tweaks: &[Block]) {
     }
 }
 
-/// What is shifted out at the top comes back as x^7 + x^2 + x + 1; no branch on a secret.
+/// What eight places shift out at the top, as it comes back.
 #[inline(always)]
 fn folded(over: u64) -> u64 {
     over ^ (over << 1) ^ (over << 2) ^ (over << 7)

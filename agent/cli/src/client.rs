@@ -28,6 +28,10 @@ use crate::{args::Global, error::Failure};
 
 /// How long a connection may take to come about.
 const CONNECT_MS_MAX: u64 = 5_000;
+/// How often a peer that says nothing is asked whether it is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long it may take to answer: the question waits behind all that an upload has put into the socket, megabytes on a slow line.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Before the one retry: a restarted agent listens again by then.
 const RETRY_AFTER_MS: u64 = 300;
 /// gRPC on a node, when the URL names no port.
@@ -282,8 +286,8 @@ async fn connect_tcp(
     let mut endpoint = Endpoint::from_shared(target.to_string())?
         .connect_timeout(Duration::from_millis(CONNECT_MS_MAX))
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(15))
-        .keep_alive_timeout(Duration::from_secs(10));
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     if let Some(tls) = tls {
         endpoint = endpoint.tls_config(tls)?;
     }

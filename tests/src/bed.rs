@@ -280,8 +280,8 @@ impl Host {
     /// dies on the way ends the attempt: [`on_debian_host`].
     #[track_caller]
     pub fn wait_for_guest(&self, vm: &str, until: &str) -> String {
-        let words = ["vm", "console", vm, "--until", until, "--until", GUEST_DEATH, "--timeout", "3600s"];
-        let said = self.serio(&words).ok();
+        let either = format!("{until}|{GUEST_DEATH}");
+        let said = self.serio(&["vm", "console", vm, "--until", &either, "--timeout", "3600s"]).ok();
         if said.contains(GUEST_DEATH) {
             std::panic::panic_any(GuestDied(self.serio(&["vm", "log", vm]).out));
         }

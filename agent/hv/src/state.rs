@@ -11,7 +11,12 @@
 //!   a new vcpu has it.
 //! - MSRs are those that KVM lists. One that it does not give or take here is passed over and counted: hosts differ, and a
 //!   guest that never used it does not miss it.
+//! - The guest's clocks go on as if it had run all the time by the host's wall clock: its time of day is right at once, and what
+//!   was to happen meanwhile is due. KVM's note that it was stopped keeps its kernel from taking that for a hang. A host whose
+//!   clock was behind when it was saved, or is now, costs the guest nothing: no clock goes back.
 //! - A vcpu is saved and restored between two runs only, after [`crate::Vcpu::complete`].
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
@@ -26,6 +31,8 @@ use crate::vm::{Vm, VmError};
 
 /// KVM's limit of CPUID entries, and of MSRs in one call.
 const ENTRIES_MAX: usize = 256;
+/// The time-stamp counter.
+const MSR_TSC: u32 = 0x10;
 /// The time-stamp counter's deadline for the local APIC's timer: set after everything that could disarm it.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -38,6 +45,22 @@ pub struct VmState {
     /// Nanoseconds of the paravirtual clock.
     #[prost(uint64, optional, tag = "2")]
     pub clock_ns: Option<u64>,
+    /// Nanoseconds since 1970 by the host's clock then; absent in what older programs saved.
+    #[prost(uint64, optional, tag = "3")]
+    pub saved_at_ns: Option<u64>,
+}
+
+impl VmState {
+    /// How long ago it was saved, by the clocks of both hosts.
+    #[must_use]
+    pub fn passed(&self) -> Duration {
+        let saved_at = self.saved_at_ns.map(Duration::from_nanos);
+        saved_at.map_or(Duration::ZERO, |saved_at| since_1970().saturating_sub(saved_at))
+    }
+}
+
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// One vcpu.
@@ -142,18 +165,20 @@ impl Vm {
             irqchips.push(to_bytes(&chip));
         }
         let clock = self.fd.get_clock().map_err(VmError::kvm("read the clock"))?;
-        Ok(VmState { irqchips, clock_ns: Some(clock.clock) })
+        let saved_at_ns = u64::try_from(since_1970().as_nanos()).ok();
+        Ok(VmState { irqchips, clock_ns: Some(clock.clock), saved_at_ns })
     }
 
-    /// Puts it back. After the vcpus: what waits in the IO-APIC goes to their local APICs.
-    pub fn restore(&self, state: &VmState) -> Result<(), VmError> {
+    /// Puts it back, its clock on by `passed`, as those of the vcpus. After them: what waits in the IO-APIC goes to their local
+    /// APICs.
+    pub fn restore(&self, state: &VmState, passed: Duration) -> Result<(), VmError> {
         for bytes in &state.irqchips {
             let chip: kvm_irqchip = from_bytes("an interrupt controller", bytes)?;
             self.fd.set_irqchip(&chip).map_err(VmError::kvm("set an interrupt controller"))?;
         }
         if let Some(clock) = state.clock_ns {
-            // Goes on where it stopped: a guest that sleeps until some instant of it does not miss it.
-            let clock = kvm_clock_data { clock, ..Default::default() };
+            let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+            let clock = kvm_clock_data { clock: clock.saturating_add(passed), ..Default::default() };
             self.fd.set_clock(&clock).map_err(VmError::kvm("set the clock"))?;
         }
         Ok(())
@@ -187,8 +212,8 @@ pub(crate) fn save(fd: &VcpuFd, msr_indexes: &[u32]) -> Result<VcpuState, VmErro
     })
 }
 
-/// Puts it back, in the order in which one depends on the other.
-pub(crate) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
+/// Puts it back, in the order in which one depends on the other, its counter on by `passed`.
+pub(crate) fn restore(fd: &VcpuFd, state: &VcpuState, passed: Duration) -> Result<(), VmError> {
     let leaves: Vec<kvm_cpuid_entry2> = list_from_bytes("CPUID", &state.cpuid)?;
     let cpuid = CpuId::from_entries(&leaves)
         .map_err(|_| VmError::kvm("hold a vcpu's CPUID")(errno::Error::new(libc::E2BIG)))?;
@@ -215,6 +240,11 @@ pub(crate) fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), VmError> {
         .map_err(set("set a vcpu's debug registers"))?;
     fd.set_lapic(&from_bytes("local APIC", &state.lapic)?).map_err(set("set a vcpu's local APIC"))?;
     let mut msrs: Vec<kvm_msr_entry> = list_from_bytes("MSRs", &state.msrs)?;
+    let ticks = passed.as_micros().saturating_mul(u128::from(state.tsc_khz)) / 1000;
+    for counter in msrs.iter_mut().filter(|entry| entry.index == MSR_TSC) {
+        // It wraps as the processor's does.
+        counter.data = counter.data.wrapping_add(u64::try_from(ticks).unwrap_or(0));
+    }
     msrs.sort_by_key(|entry| entry.index == MSR_TSC_DEADLINE);
     set_msrs(fd, &msrs)?;
     fd.set_vcpu_events(&from_bytes("events", &state.events)?).map_err(set("set a vcpu's events"))?;

@@ -15,6 +15,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -245,9 +246,9 @@ impl Vcpu {
         state::save(&self.fd, &self.msr_indexes)
     }
 
-    /// Puts it back, before the first [`Vcpu::run`].
-    pub fn restore(&self, state: &VcpuState) -> Result<(), VmError> {
-        state::restore(&self.fd, state)
+    /// Puts it back, before the first [`Vcpu::run`], with its clocks on by `passed`: [`crate::VmState::passed`].
+    pub fn restore(&self, state: &VcpuState, passed: Duration) -> Result<(), VmError> {
+        state::restore(&self.fd, state, passed)
     }
 
     /// Tells kicks which thread to signal. Once, on the thread that will call [`Vcpu::run`].

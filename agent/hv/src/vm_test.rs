@@ -1,7 +1,7 @@
 //! The VM against the host's own KVM, with a guest of a few bytes. Says so and passes nothing where there is none.
 
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
@@ -161,9 +161,9 @@ fn a_saved_vcpu_goes_on_in_another_vm_over_private_memory() {
     for _ in 0..2 {
         let memory = open_private_memory(file.try_clone().expect("cloned").into(), bytes).expect("mapped");
         let vm = Vm::new(&kvm, &memory).expect("VM");
-        vm.restore(&machine).expect("restored");
+        vm.restore(&machine, Duration::ZERO).expect("restored");
         let mut vcpu = vm.vcpu(&kvm, 0, 1).expect("vcpu");
-        vcpu.restore(&state).expect("restored");
+        vcpu.restore(&state, Duration::ZERO).expect("restored");
         vcpu.bind_to_this_thread();
         let again = vcpu.save().expect("saved");
         assert_eq!((&again.regs, &again.sregs, &again.lapic), (&state.regs, &state.sregs, &state.lapic));
@@ -179,8 +179,58 @@ fn a_saved_vcpu_goes_on_in_another_vm_over_private_memory() {
     let mut short = state.clone();
     short.regs.pop();
     let vm = Vm::new(&kvm, &create_memory(1 << 20).expect("memory")).expect("VM");
-    let error = vm.vcpu(&kvm, 0, 1).expect("vcpu").restore(&short).expect_err("refused");
+    let error = vm.vcpu(&kvm, 0, 1).expect("vcpu").restore(&short, Duration::ZERO).expect_err("refused");
     assert!(error.to_string().contains("registers has 143 bytes"), "{error}");
+}
+
+/// The seconds for which it was away are no gap in its clocks, the paravirtual one and the processor's.
+#[test]
+fn the_clocks_of_a_restored_vm_are_not_behind() {
+    const AWAY: Duration = Duration::from_secs(3600);
+    // l: rdtsc ; out 0x80, eax ; mov eax, edx ; out 0x80, eax ; jmp l
+    let code = [0x0f, 0x31, 0xe7, 0x80, 0x89, 0xd0, 0xe7, 0x80, 0xeb, 0xf6];
+    let Some((vm, mut vcpu)) = guest(&code) else { return };
+    let counter = |vcpu: &mut Vcpu| {
+        let mut io = Recorder::default();
+        while io.writes.len() < 2 {
+            assert_eq!(vcpu.run(&mut io).expect("runs"), ExitReason::Handled);
+        }
+        assert_eq!(vcpu.complete(&mut io).expect("completes"), ExitReason::Kicked);
+        let half = |at: usize| u32::from_le_bytes(io.writes[at].1[..4].try_into().expect("four bytes"));
+        u64::from(half(1)) << 32 | u64::from(half(0))
+    };
+    let before = counter(&mut vcpu);
+    let (mut machine, state) = (vm.save().expect("saved"), vcpu.save().expect("saved"));
+    let (at, clock) = (machine.saved_at_ns.expect("dated"), machine.clock_ns.expect("read"));
+    assert!(machine.passed() < Duration::from_secs(60), "{:?}", machine.passed());
+    machine.saved_at_ns = Some(at + 3_600_000_000_000);
+    assert_eq!(machine.passed(), Duration::ZERO, "a host whose clock is behind takes nothing away");
+    machine.saved_at_ns = Some(at - 3_600_000_000_000);
+    let since = Instant::now();
+
+    let kvm = Kvm::open().expect("as before");
+    let memory = create_memory(1 << 20).expect("a megabyte");
+    memory.write_slice(&code, GuestAddress(ENTRY)).expect("fits");
+    memory.write_slice(&GDT::bytes(BootMode::Protected), GuestAddress(GDT_BASE)).expect("fits");
+    let vm = Vm::new(&kvm, &memory).expect("VM");
+    let mut vcpu = vm.vcpu(&kvm, 0, 1).expect("vcpu");
+    let passed = machine.passed();
+    vcpu.restore(&state, passed).expect("restored");
+    vm.restore(&machine, passed).expect("restored");
+    vcpu.bind_to_this_thread();
+    let after = counter(&mut vcpu);
+    let later = Duration::from_nanos(vm.save().expect("saved").clock_ns.expect("read") - clock);
+    let ticked = Duration::from_millis((after - before) / u64::from(state.tsc_khz.max(1)));
+    // What the test itself took is in it, nothing else.
+    let most = AWAY + since.elapsed() + Duration::from_secs(2);
+    println!("away for {AWAY:?}: the paravirtual clock went on by {later:?}, the counter by {ticked:?}");
+    assert!((AWAY..most).contains(&later), "{later:?}");
+    // A KVM without hardware virtualization gives the guest the host's own counter, which nobody can set.
+    if ticked < most - AWAY {
+        println!("the counter is the host's own here: only the paravirtual clock was looked at");
+    } else {
+        assert!((AWAY - Duration::from_millis(2)..most).contains(&ticked), "{ticked:?}");
+    }
 }
 
 fn tempfile(memory: &GuestMemory, bytes: u64) -> std::fs::File {

@@ -193,13 +193,14 @@ pub fn restore(
     let equipped = created.equip(devices.make()?)?;
     let (created, pci) = (equipped.created, equipped.pci);
     pci.restore(&state.functions)?;
+    let passed = state.vm.passed();
     let mut vcpus = Vec::with_capacity(state.vcpus.len());
     for (id, state) in (0..).zip(&state.vcpus) {
         let vcpu = created.vm.vcpu(kvm, id, config.vcpus)?;
-        vcpu.restore(state)?;
+        vcpu.restore(state, passed)?;
         vcpus.push(vcpu);
     }
-    created.vm.restore(&state.vm)?;
+    created.vm.restore(&state.vm, passed)?;
     let running = Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform)?;
     let told = running.handle().generation_changed();
     told.map_err(MachineError::host("tell the guest of its generation identifier"))?;

@@ -15,7 +15,7 @@ fn machine() -> MachineState {
     let function = |at: u8| FunctionState { config: vec![at; 256], virtio: None };
     MachineState {
         vcpus: vec![vcpu(1), vcpu(2)],
-        vm: VmState { irqchips: vec![vec![3; 520]; 3], clock_ns: Some(12_345) },
+        vm: VmState { irqchips: vec![vec![3; 520]; 3], clock_ns: Some(12_345), saved_at_ns: Some(67) },
         functions: vec![function(4), function(5), function(6)],
         platform: PlatformState { serial_input: b"typed".to_vec(), ..PlatformState::default() },
     }

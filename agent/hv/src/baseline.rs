@@ -171,7 +171,7 @@ pub(crate) fn apply(
     baseline: Baseline,
 ) -> Result<Vec<kvm_cpuid_entry2>, MissingFeatures> {
     if baseline == Baseline::Host {
-        return Ok(supported.iter().filter_map(|entry| without_nesting(*entry)).collect());
+        return Ok(of_host(supported));
     }
     let has = |leaf: u32, reg: Reg, bit: u32| {
         let found = supported.iter().find(|entry| entry.function == leaf && entry.index == 0);
@@ -183,6 +183,11 @@ pub(crate) fn apply(
         return Err(MissingFeatures { baseline, missing });
     }
     Ok(supported.iter().filter_map(|entry| filter(*entry, baseline)).collect())
+}
+
+/// What any VM may see at most, also one for which nobody names a baseline.
+pub(crate) fn of_host(supported: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    supported.iter().filter_map(|entry| without_nesting(*entry)).collect()
 }
 
 /// One leaf without virtualization inside; `None`: it is about nothing else.

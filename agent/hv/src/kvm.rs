@@ -76,7 +76,9 @@ impl Kvm {
                 return Err(OpenError::Missing(name));
             }
         }
-        let cpuid = fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(OpenError::Cpuid)?;
+        let supported = fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(OpenError::Cpuid)?;
+        let cpuid = CpuId::from_entries(&baseline::of_host(supported.as_slice()))
+            .map_err(|_| OpenError::Cpuid(errno::Error::new(libc::E2BIG)))?;
         let tsc_deadline = fd.check_extension(Cap::TscDeadlineTimer);
         let vcpus_max = u32::try_from(fd.get_max_vcpus()).unwrap_or(u32::MAX).min(254);
         Ok(Kvm { fd, cpuid, tsc_deadline, vcpus_max })

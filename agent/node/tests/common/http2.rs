@@ -81,7 +81,7 @@ pub fn whole_call(stream: u32, path: &str, message: &[u8]) -> Vec<u8> {
 /// A connection that has said hello, with some of SETTINGS.
 pub fn connect(socket: &Path, settings: &[(u16, u32)]) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
     let payload: Vec<u8> = settings
         .iter()

@@ -378,8 +378,8 @@ struct GuestDied(String);
 
 /// Runs a slow case on the host of the Debian guests, if it was asked for and their image is made.
 ///
-/// Under an emulated SVM a guest's kernel is now and then given an interrupt twice, in an entry that masks them, and dies of it
-/// minutes into its boot. An attempt that ends so says all that the kernel did, and is made again, three times at most.
+/// Under an emulated SVM a guest's kernel was seen to die minutes into its boot, of an interrupt that came again in an entry that masks
+/// them; whose fault that is, is not proved. An attempt that ends so says all that the kernel did, and is made again, three times at most.
 pub fn on_debian_host(case: impl Fn(&Host)) {
     if !long() {
         println!("skipped: a Debian guest boots for minutes: scripts/test --long");

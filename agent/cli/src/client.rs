@@ -218,6 +218,12 @@ impl Client {
     }
 }
 
+/// Whether another try may find what this one did not: the connection broke, or the agent is going.
+#[must_use]
+pub fn is_cut(status: &Status) -> bool {
+    status.code() == Code::Unavailable || is_broken(status)
+}
+
 /// The connection broke: the status was made up on this side. What a host answers has no source.
 fn is_broken(status: &Status) -> bool {
     status.source().is_some()

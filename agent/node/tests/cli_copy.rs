@@ -7,10 +7,15 @@ mod common;
 
 use std::{
     fs,
-    net::TcpListener,
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -86,9 +91,14 @@ impl Node {
 
     /// From another host.
     fn command(&self, args: &[&str]) -> Command {
+        self.command_over(self.seriod.tcp.unwrap(), args)
+    }
+
+    /// From another host, over a line that ends at an address here.
+    fn command_over(&self, line: SocketAddr, args: &[&str]) -> Command {
         let op = self.at("pki/op");
         let mut command = Command::new(&self.serio);
-        command.args(["--host", &format!("https://{}", self.seriod.tcp.unwrap())]);
+        command.args(["--host", &format!("https://{line}")]);
         for (option, file) in
             [("--ca", "ca-cert.pem"), ("--cert", "client-cert.pem"), ("--key", "client-key.pem")]
         {
@@ -357,4 +367,91 @@ fn a_download_that_nobody_takes_ends() {
     let done = node.run(&["volume", "download", "ardesio/data", text(&there)]);
     assert!(!done.status.success() && fs::read(&there).unwrap() == b"mine", "{}", said(&done));
     node.is_let_go("ardesio/data");
+}
+
+/// A line to the node: what goes to it is counted, and of the first connection passes so much only. Then it is cut, or stands still.
+struct Wire {
+    addr: SocketAddr,
+    passed: Arc<AtomicU64>,
+}
+
+impl Wire {
+    fn new(to: SocketAddr, first: u64, cut: bool) -> Wire {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (addr, passed) = (listener.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
+        let count = Arc::clone(&passed);
+        // Ends with the test's process.
+        std::thread::spawn(move || {
+            for (index, near) in listener.incoming().map_while(Result::ok).enumerate() {
+                let Ok(far) = TcpStream::connect(to) else { continue };
+                let (back, forth) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                let (count, limit) = (Arc::clone(&count), if index == 0 { first } else { u64::MAX });
+                std::thread::spawn(move || pass(&near, &far, limit, cut, &count));
+                std::thread::spawn(move || pass(&back, &forth, u64::MAX, true, &AtomicU64::new(0)));
+            }
+        });
+        Wire { addr, passed }
+    }
+}
+
+fn pass(mut from: &TcpStream, mut to: &TcpStream, limit: u64, cut: bool, count: &AtomicU64) {
+    let (mut piece, mut passed) = (vec![0; 64 << 10], 0);
+    while let Ok(got @ 1..) = from.read(&mut piece) {
+        if to.write_all(&piece[..got]).is_err() {
+            break;
+        }
+        passed += got as u64;
+        count.fetch_add(got as u64, Ordering::SeqCst);
+        if passed >= limit {
+            if cut {
+                break;
+            }
+            std::thread::park();
+        }
+    }
+    // The other end may be gone already.
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn an_image_goes_on_over_a_line_that_breaks() {
+    let Some(node) = node() else { return };
+    let sum = blake3::hash(&node.content).to_hex().to_string();
+    let wire = Wire::new(node.seriod.tcp.unwrap(), 24 << 20, true);
+    let disk = node.at("disk.raw");
+    let import = ["image", "import", "base", text(&disk), "--format", "raw"];
+    let done = node.command_over(wire.addr, &import).output().unwrap();
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    assert!(said(&done).contains("the line broke: goes on at"), "{}", said(&done));
+    // Begun anew it would have been 24 and 40 MiB.
+    let passed = wire.passed.load(Ordering::SeqCst);
+    assert!(passed < 60 << 20, "{passed} bytes for {SIZE}");
+}
+
+#[test]
+fn an_image_goes_on_when_its_import_is_typed_again() {
+    let Some(node) = node() else { return };
+    let sum = blake3::hash(&node.content).to_hex().to_string();
+    let wire = Wire::new(node.seriod.tcp.unwrap(), 24 << 20, false);
+    let disk = node.at("disk.raw");
+    let import = ["image", "import", "base", text(&disk), "--format", "raw"];
+    let mut first =
+        node.command_over(wire.addr, &import).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let since = Instant::now();
+    while wire.passed.load(Ordering::SeqCst) < 24 << 20 {
+        assert!(
+            first.try_wait().unwrap().is_none() && since.elapsed() < PATIENCE,
+            "it does not come that far"
+        );
+        std::thread::sleep(LOOK);
+    }
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // The agent has not noticed that the line is dead: who comes anew goes before it.
+    let done = node.run(&import);
+    assert!(done.status.success() && said(&done).contains(&sum), "{}", said(&done));
+    assert!(said(&done).contains("note: goes on at"), "{}", said(&done));
+    let listed = node.run(&["image", "list"]);
+    assert!(said(&listed).contains("base"), "{}", said(&listed));
 }

@@ -3,6 +3,7 @@
 //! An import is one stream: the header, then chunks of kernel, initrd and disk in order. A blocking thread reads the
 //! files and sends at most [`CHUNKS_MAX`] chunks ahead; holes (`SEEK_DATA`) and chunks of zeros of the disk
 //! are skipped, which the API reads as zeros; kernel and initrd go whole. A file that fails to read ends the stream early, and the agent then keeps nothing.
+//! What breaks off otherwise is gone on with (`upload.rs`).
 
 use std::{
     fs::File,
@@ -15,8 +16,8 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::fs::{SeekFrom, seek};
 use serio_api::v1::{
-    DeleteImageRequest, GetImageRequest, Image as ApiImage, ImageChunk, ImagePart, ImportImageHeader,
-    ImportImageRequest, ListImagesRequest, image_service_client::ImageServiceClient,
+    DeleteImageRequest, GetImageRequest, Image as ApiImage, ImageChunk, ImagePart, ImageUpload,
+    ImportImageHeader, ImportImageRequest, ListImagesRequest, image_service_client::ImageServiceClient,
     import_image_request::What,
 };
 use serio_formats::{Image, is_zero};
@@ -24,7 +25,7 @@ use serio_nbd::client::is_uri;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{request_id, source};
+use super::{request_id, source, upload};
 use crate::{
     args::{Global, ImageVerb, ImportArgs},
     client::Client,
@@ -105,19 +106,20 @@ fn show(image: &ApiImage, output: Output) -> Result<(), Failure> {
 }
 
 /// Where its bytes are.
-enum Content {
+pub(super) enum Content {
+    /// A file, as it is.
     File(File),
     /// The disk, wherever it is.
     Image(Mutex<Box<dyn Image + Send>>),
 }
 
 /// What is sent.
-struct Part {
-    part: ImagePart,
-    content: Content,
-    bytes: u64,
+pub(super) struct Part {
+    pub(super) part: ImagePart,
+    pub(super) content: Content,
+    pub(super) bytes: u64,
     /// For messages.
-    path: String,
+    pub(super) path: String,
 }
 
 fn open(part: ImagePart, path: &Path) -> Result<Part, Failure> {
@@ -159,7 +161,7 @@ async fn import(client: &Client, global: &Global, args: ImportArgs, output: Outp
     // One of them is there: the arguments say so.
     let disk = args.source.or(args.disk).unwrap_or_default();
     let disk = open_disk(&disk, &args.format, global).await?;
-    let header = ImportImageHeader {
+    let mut header = ImportImageHeader {
         request_id: request_id(),
         image_id: args.name.to_string(),
         format: args.format,
@@ -168,43 +170,32 @@ async fn import(client: &Client, global: &Global, args: ImportArgs, output: Outp
         kernel_bytes: kernel.as_ref().map_or(0, |p| p.bytes),
         initrd_bytes: initrd.as_ref().map_or(0, |p| p.bytes),
         expected_blake3: args.blake3,
+        upload_id: String::new(),
     };
     // In the order that the API wants.
     let parts: Vec<Part> = kernel.into_iter().chain(initrd).chain([disk]).collect();
-    let progress = progress(parts.iter().map(|p| p.bytes).sum());
+    header.upload_id = upload::id(&header, &parts);
+    let image =
+        upload::upload(client, &format!("import image {}", args.name), header, Arc::new(parts)).await?;
+    let size = output::size(image.size_bytes);
+    output.done(&image, &format!("imported image {}: {size}, blake3 {}", args.name, image.blake3))
+}
 
+/// One stream of an import, from a place on: what the agent says to it, or why it could not be read what is to be sent.
+pub(super) async fn stream(
+    client: &Client,
+    header: ImportImageHeader,
+    parts: &Arc<Vec<Part>>,
+    from: ImageUpload,
+    progress: &ProgressBar,
+) -> Result<Result<ApiImage, tonic::Status>, Failure> {
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-    let read_failure = Arc::new(Mutex::new(None));
-    let reader = {
-        let (progress, read_failure) = (progress.clone(), Arc::clone(&read_failure));
-        tokio::task::spawn_blocking(move || {
-            let result = send(&parts, header, &sender, &progress);
-            *read_failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = result.err();
-        })
-    };
-    let doing = format!("import image {}", args.name);
+    let (progress, parts) = (progress.clone(), Arc::clone(parts));
+    let reader = tokio::task::spawn_blocking(move || send(&parts, header, &from, &sender, &progress));
     let answer = ImageServiceClient::new(client.channel()).import_image(ReceiverStream::new(receiver)).await;
-    // Ends by itself: the receiver is gone by now.
-    let _ = reader.await;
-    progress.finish_and_clear();
-    let read_failure = read_failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-    match (answer, read_failure) {
-        // Our own trouble explains what the agent then says of a short stream.
-        (_, Some(failure)) => Err(failure),
-        (Err(status), None) => Err(client.failure(&doing, status)),
-        (Ok(answer), None) => {
-            let image = answer.into_inner();
-            output.done(
-                &image,
-                &format!(
-                    "imported image {}: {}, blake3 {}",
-                    args.name,
-                    output::size(image.size_bytes),
-                    image.blake3
-                ),
-            )
-        }
-    }
+    // Ends by itself: the receiver is gone by now. Our own trouble explains what the agent then says of a short stream.
+    reader.await.unwrap_or_else(|e| Err(Failure::local("the reading broke off", e)))?;
+    Ok(answer.map(tonic::Response::into_inner))
 }
 
 /// A bar on a terminal, else nothing.
@@ -216,10 +207,11 @@ pub(super) fn progress(bytes: u64) -> ProgressBar {
     ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Sends header and parts. `Ok` also when the agent hung up: its answer says why.
+/// Sends the header, and the parts from a place on. `Ok` also when the agent hung up: its answer says why.
 fn send(
     parts: &[Part],
     header: ImportImageHeader,
+    from: &ImageUpload,
     sender: &mpsc::Sender<ImportImageRequest>,
     progress: &ProgressBar,
 ) -> Result<(), Failure> {
@@ -228,18 +220,24 @@ fn send(
         return Ok(());
     }
     let mut sent_before = 0;
-    for part in parts {
+    // Those before the place are there whole.
+    let first = parts.iter().position(|part| part.part == from.part()).unwrap_or_default();
+    for (index, part) in parts.iter().enumerate() {
+        let mut offset = if index == first { from.offset } else { 0 };
+        if index < first {
+            sent_before += part.bytes;
+            continue;
+        }
         let file = match &part.content {
             Content::File(file) => file,
             Content::Image(image) => {
-                if !send_image(image, part, sender, progress)? {
+                if !send_image(image, part, offset, sender, progress)? {
                     return Ok(());
                 }
                 continue;
             }
         };
         let read = |e: io::Error| Failure::local(format!("cannot read {}", part.path), e);
-        let mut offset = 0;
         let sparse = part.part == ImagePart::Disk;
         while let Some((start, end)) = next_data(file, offset, part.bytes, sparse).map_err(read)? {
             offset = end.min(start.saturating_add(CHUNK_BYTES as u64));
@@ -260,16 +258,16 @@ fn send(
     Ok(())
 }
 
-/// Sends the disk of an image; false: the agent hung up.
+/// Sends the disk of an image from `at` on; false: the agent hung up.
 fn send_image(
     image: &Mutex<Box<dyn Image + Send>>,
     part: &Part,
+    mut at: u64,
     sender: &mpsc::Sender<ImportImageRequest>,
     progress: &ProgressBar,
 ) -> Result<bool, Failure> {
     let mut image = image.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let read = |e| Failure::local(format!("cannot read {}", part.path), e);
-    let mut at = 0;
     while at < part.bytes {
         let run = image.run(at).map_err(read)?;
         let left = run.len.min(part.bytes - at);
@@ -326,7 +324,8 @@ mod tests {
         file.write_all_at(b"end", (64 << 20) - 3).unwrap();
         let part = open(ImagePart::Disk, path.path()).unwrap();
         let (sender, mut receiver) = mpsc::channel(1000);
-        send(&[part], ImportImageHeader::default(), &sender, &ProgressBar::hidden()).unwrap();
+        send(&[part], ImportImageHeader::default(), &ImageUpload::default(), &sender, &ProgressBar::hidden())
+            .unwrap();
         drop(sender);
         let mut whole = vec![0; 64 << 20];
         let mut sent = 0;

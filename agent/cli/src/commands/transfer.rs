@@ -181,8 +181,9 @@ pub(super) async fn import(
     let export = match begin_export(client, &args.name, String::new(), true).await {
         Ok(export) => export,
         Err(failure) => {
-            if !args.resume {
-                delete(client, &args.name).await;
+            match args.resume {
+                true => say_not_whole(&args.name),
+                false => delete(client, &args.name).await,
             }
             return Err(failure);
         }
@@ -204,13 +205,16 @@ pub(super) async fn import(
             &format!("imported volume {}: {}, blake3 {blake3}", args.name, output::size(volume.size_bytes)),
         ),
         Err(failure) => {
-            let name = &args.name;
-            eprintln!(
-                "note: volume {name} is not whole: the same command with --resume goes on, `serio volume delete {name}` gives up"
-            );
+            say_not_whole(&args.name);
             Err(failure)
         }
     }
+}
+
+fn say_not_whole(name: &VdcName) {
+    eprintln!(
+        "note: volume {name} is not whole: the same command with --resume goes on, `serio volume delete {name}` gives up"
+    );
 }
 
 async fn created(client: &Client, name: &VdcName, size_bytes: u64) -> Result<Volume, Failure> {

@@ -10,17 +10,18 @@ use std::{
 };
 
 use serio_api::v1::{
-    ConsoleInput, ConsoleOutput, CreateVdcRequest, CreateVdcSnapshotRequest, CreateVmRequest,
-    DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest, DeleteVdcResponse, DeleteVdcSnapshotRequest,
-    DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest, Encryption, EraseVdcRequest,
-    EraseVdcResponse, GetImageRequest, GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image,
+    AttachNicRequest, AttachVolumeRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest,
+    CreateVdcSnapshotRequest, CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest,
+    DeleteVdcResponse, DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest,
+    DetachNicRequest, DetachVolumeRequest, Encryption, EraseVdcRequest, EraseVdcResponse, GetImageRequest,
+    GetImageUploadRequest, GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image, ImageUpload,
     ImportImageRequest, ListImagesRequest, ListImagesResponse, ListUsageRequest, ListUsageResponse,
     ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse,
     ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
     OperationState, PauseVmRequest, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt,
     RestoreVmRequest, ResumeVmRequest, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
     SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVdcRequest, UpdateVmRequest, Vdc, VdcSnapshot,
-    VdcUsage, Vm, VmSnapshot, VmState, VmStatus,
+    VdcUsage, Vm, VmSnapshot, VmSpec, VmState, VmStatus,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
     operation_service_server::OperationServiceServer,
@@ -273,6 +274,28 @@ impl VmService for Fake {
         Ok(Response::new(ListVmsResponse { vms: vec![], ..Default::default() }))
     }
 
+    async fn attach_volume(&self, request: Request<AttachVolumeRequest>) -> Result<Response<Vm>, Status> {
+        Ok(Response::new(Vm { name: request.into_inner().name, ..Vm::default() }))
+    }
+
+    async fn detach_volume(&self, request: Request<DetachVolumeRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.timeout.map(|timeout| timeout.seconds), Some(7));
+        Err(Status::failed_precondition("the guest did not let go of it"))
+    }
+
+    async fn attach_nic(&self, request: Request<AttachNicRequest>) -> Result<Response<Vm>, Status> {
+        let AttachNicRequest { name, nic, .. } = request.into_inner();
+        let spec = VmSpec { nics: nic.into_iter().collect(), ..VmSpec::default() };
+        Ok(Response::new(Vm { name, spec: Some(spec), ..Vm::default() }))
+    }
+
+    async fn detach_nic(&self, request: Request<DetachNicRequest>) -> Result<Response<Vm>, Status> {
+        let request = request.into_inner();
+        assert_eq!(request.timeout.map(|timeout| timeout.seconds), Some(7));
+        Err(Status::failed_precondition("the guest did not let go of it"))
+    }
+
     async fn start_vm(&self, _: Request<StartVmRequest>) -> Result<Response<Vm>, Status> {
         Err(Status::resource_exhausted("vdcs/ardesio has 0 of 4 vcpus left, and 2 are asked for"))
     }
@@ -386,6 +409,13 @@ impl VmService for Fake {
 
 #[tonic::async_trait]
 impl ImageService for Fake {
+    async fn get_image_upload(
+        &self,
+        _request: Request<GetImageUploadRequest>,
+    ) -> Result<Response<ImageUpload>, Status> {
+        Err(Status::not_found("no upload broke off here"))
+    }
+
     async fn import_image(
         &self,
         request: Request<Streaming<ImportImageRequest>>,

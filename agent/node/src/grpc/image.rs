@@ -1,12 +1,12 @@
 //! ImageService. An import writes below `STATE/images/<uid>/`: kernel and initrd here, the disk through
 //! `serio-volumed` (`image_disk.rs`). It is a task of its own: when the client goes, the stream breaks off, and the task
-//! removes what it wrote. An import into a volume (`import_volume.rs`) goes the same way.
+//! removes what it wrote; of an upload that can be gone on with, when nobody did (`uploads.rs`).
 
 use std::{io, path::PathBuf, pin::Pin};
 
 use serio_api::v1::{
-    DeleteImageRequest, DeleteImageResponse, GetImageRequest, Image, ImageChunk, ImagePart,
-    ImportImageHeader, ImportImageRequest, ListImagesRequest, ListImagesResponse,
+    DeleteImageRequest, DeleteImageResponse, GetImageRequest, GetImageUploadRequest, Image, ImageChunk,
+    ImagePart, ImageUpload, ImportImageHeader, ImportImageRequest, ListImagesRequest, ListImagesResponse,
     image_service_server::ImageService, import_image_request::What,
 };
 use serio_store::record::ImageRecord;
@@ -24,6 +24,7 @@ use super::{
     convert::{self, Fields, field, request_of},
     image_disk::{Disk, DiskHeader},
     kernel, page, unexpected,
+    uploads::{Cut, Line, Taken, Uploads},
 };
 use crate::{
     error::Error,
@@ -37,7 +38,16 @@ const PART_BYTES_MAX: u64 = 1 << 30;
 
 /// The service.
 #[derive(Debug, Clone)]
-pub(super) struct ImageApi(pub(super) Context);
+pub(super) struct ImageApi {
+    context: Context,
+    uploads: Uploads,
+}
+
+impl ImageApi {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context, uploads: Uploads::default() }
+    }
+}
 
 /// A header that was checked.
 #[derive(Debug, Clone)]
@@ -264,17 +274,13 @@ impl Import {
     }
 }
 
-/// The stream's failure, as a failure of the request.
-pub(super) fn broke_off(status: &Status) -> Error {
-    Error::invalid("chunk", format!("the stream broke off: {status}"))
-}
-
-fn chunks(input: Streaming<ImportImageRequest>) -> Chunks {
+/// A stream's chunks, and whether its end is the client's or the line's.
+fn line(input: Streaming<ImportImageRequest>) -> Line {
     Box::pin(input.map(|message| match message.map(|m| m.what) {
-        Err(status) => Err(broke_off(&status)),
+        Err(status) => Err(Cut::of(&status)),
         Ok(Some(What::Chunk(chunk))) => Ok(chunk),
-        Ok(Some(What::Header(_))) => Err(Error::invalid("header", "came twice")),
-        Ok(None) => Err(Error::invalid("what", "is missing: send a chunk")),
+        Ok(Some(What::Header(_))) => Err(Cut::Client(Error::invalid("header", "came twice"))),
+        Ok(None) => Err(Cut::Client(Error::invalid("what", "is missing: send a chunk"))),
     }))
 }
 
@@ -289,27 +295,40 @@ impl ImageService for ImageApi {
             return Err(Error::invalid("header", "is missing: the first message is the header").into());
         };
         let id = request_of!("ImportImage", &header)?;
-        let header = check(&header)?;
-        let begin = Mutation::BeginImport { name: header.name.clone(), cmdline: header.cmdline.clone() };
-        let context = self.0.clone();
+        let checked = check(&header)?;
+        let upload = match self.uploads.take(header, line(input))? {
+            Taken::Begun(upload) => upload,
+            Taken::Joined(joined) => return Ok(Response::new(convert::image(&joined.record().await?))),
+        };
+        let begin = Mutation::BeginImport { name: checked.name.clone(), cmdline: checked.cmdline.clone() };
+        let context = self.context.clone();
         let (on, request) = (begin.resource(), id.as_ref().map(|id| id.id));
         // It cleans up also when this call is dropped because the client went.
-        let whole = async move {
+        let whole = upload.run(move |chunks| async move {
             let uid = match context.apply(begin, id).await? {
                 Answer::Import(uid) => uid,
                 // Done before, by the same request.
                 Answer::Image(record) => return Ok(record),
                 other => return Err(unexpected(&other)),
             };
-            Import::new(&context, header, uid).run(chunks(input)).await
-        };
-        let record = self.0.audited(on, request, whole).await?;
+            Import::new(&context, checked, uid).run(chunks).await
+        });
+        let record = self.context.audited(on, request, whole).await?;
         Ok(Response::new(convert::image(&record)))
+    }
+
+    async fn get_image_upload(
+        &self,
+        request: Request<GetImageUploadRequest>,
+    ) -> Result<Response<ImageUpload>, Status> {
+        let place = self.uploads.place(&request.get_ref().upload_id);
+        let (part, offset) = place.ok_or_else(|| Error::not_found("an upload with this upload_id"))?;
+        Ok(Response::new(ImageUpload { part, offset }))
     }
 
     async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<Image>, Status> {
         let name = field("name", resource::parse_image(&request.get_ref().name))?;
-        match self.0.query(Query::Images(Some(name))).await? {
+        match self.context.query(Query::Images(Some(name))).await? {
             Answer::Images(images) if images.len() == 1 => {
                 Ok(Response::new(images.first().map(convert::image).unwrap_or_default()))
             }
@@ -322,7 +341,7 @@ impl ImageService for ImageApi {
         request: Request<ListImagesRequest>,
     ) -> Result<Response<ListImagesResponse>, Status> {
         let ListImagesRequest { page_size, page_token } = request.into_inner();
-        match self.0.query(Query::Images(None)).await? {
+        match self.context.query(Query::Images(None)).await? {
             Answer::Images(images) => {
                 let key = |image: &ImageRecord| image.name.to_string();
                 let (images, next_page_token) = page::cut(images, page_size, &page_token, key)?;
@@ -340,7 +359,7 @@ impl ImageService for ImageApi {
         let message = request.into_inner();
         let id = request_of!("DeleteImage", &message)?;
         let name = field("name", resource::parse_image(&message.name))?;
-        self.0.mutate(Mutation::DeleteImage { name }, id).await?;
+        self.context.mutate(Mutation::DeleteImage { name }, id).await?;
         Ok(Response::new(DeleteImageResponse {}))
     }
 }

@@ -33,6 +33,7 @@ mod page;
 mod places;
 pub mod policy;
 pub mod server;
+mod uploads;
 pub mod usage;
 mod vdc;
 mod vm;
@@ -204,6 +205,8 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .add_service(v1::operation_service_server::OperationServiceServer::new(operation::OperationApi(
             context.clone(),
         )))
-        .add_service(v1::image_service_server::ImageServiceServer::new(image::ImageApi(context.clone())));
+        .add_service(v1::image_service_server::ImageServiceServer::new(image::ImageApi::new(
+            context.clone(),
+        )));
     Ok(routes.routes().prepare())
 }

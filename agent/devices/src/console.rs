@@ -9,12 +9,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use serio_hv::GuestRam;
 use serio_sandbox::Kind;
 use serio_virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceFailure, DeviceState, QueueError, RestoreError,
     SuspendError, VirtioDevice,
 };
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::worker::{Poller, STOP, Worker, finish_all, join_all};
@@ -272,7 +273,7 @@ impl Port {
 
     /// Writes one chain as far as it goes. `true`: all of it is out (or nobody wants it any more).
     fn write_chain(&mut self, chain: &mut Chain) -> Result<bool, Broken> {
-        let memory: &GuestMemoryMmap<()> = self.tx.queue.memory();
+        let memory: &GuestRam = self.tx.queue.memory();
         let mut skip = self.sent;
         for segment in chain.readable() {
             let mut len = usize::try_from(segment.len).unwrap_or(usize::MAX);
@@ -342,7 +343,7 @@ impl Port {
 
     /// One read into the chain's first segment that has room.
     fn read_chain(&mut self) -> Result<usize, Broken> {
-        let memory: &GuestMemoryMmap<()> = self.rx.queue.memory();
+        let memory: &GuestRam = self.rx.queue.memory();
         let Some(segment) = self.chain.writable().iter().find(|segment| segment.len > 0) else {
             return Ok(0);
         };

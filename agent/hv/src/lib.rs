@@ -16,14 +16,17 @@
 //!   each later slot then waits for a grace period of the kernel.
 //! - Guest memory outlives the VM: [`Vm`] holds it.
 //! - Guest memory is never lent as a Rust reference; `vm-memory`'s volatile accesses are the only way in.
+//! - All writes to guest memory can be logged ([`changes`], [`writes`]); none is, until somebody asks.
 //! - Everything but [`Vcpu`] is `Sync`; a [`Vcpu`] moves to its thread and stays there. Others reach it through
 //!   its [`VcpuKick`].
 
 mod baseline;
+mod changes;
 mod cpuid;
 mod irq;
 mod kvm;
 mod memory;
+mod overlay;
 mod packet;
 mod registers;
 mod release;
@@ -31,6 +34,7 @@ mod state;
 mod tap;
 mod vcpu;
 mod vm;
+mod writes;
 
 pub use baseline::{Baseline, MissingFeatures, UnknownBaseline};
 pub use irq::{IrqLine, MsiLine, MsiMessage};
@@ -39,6 +43,7 @@ pub use memory::{
     GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, PAGE_SIZE, PageKind, create_memory,
     create_memory_of, memory_from_fd, open_private_memory, ram_ranges,
 };
+pub use overlay::lay_over;
 pub use packet::{PACKET_SEGMENTS_MAX, receive_packet, send_packet};
 pub use registers::{BootMode, BootRegisters, GDT};
 pub use release::release_memory;
@@ -46,6 +51,7 @@ pub use state::{VcpuState, VmState};
 pub use tap::{Tap, TapError, TapOffloads, VNET_HEADER_BYTES};
 pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};
 pub use vm::{IoAddr, Vm, VmError};
+pub use writes::{GuestRam, WriteLog, mark_written};
 
 pub use vm_memory;
 pub use vmm_sys_util::eventfd::EventFd;

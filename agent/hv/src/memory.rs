@@ -17,12 +17,15 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
 };
 
+use crate::writes::{GuestRam, WriteLog};
+
 /// Guest memory as every part of the VMM holds it: cheap to clone, mapped as long as one clone lives.
-pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
+pub type GuestMemory = Arc<GuestRam>;
 
 /// Sizes of guest memory are multiples of this.
 pub const PAGE_SIZE: u64 = 4096;
@@ -233,7 +236,7 @@ fn map_pages(
     let mut offset = 0;
     for (start, len) in ram_ranges(bytes) {
         let size = usize::try_from(len).map_err(|e| error(e.into()))?;
-        let region: MmapRegion<()> = MmapRegionBuilder::new(size)
+        let region: MmapRegion<WriteLog> = MmapRegionBuilder::new_with_bitmap(size, WriteLog::with_len(size))
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(reserve | sharing)

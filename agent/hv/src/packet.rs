@@ -7,7 +7,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::iovec;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::writes::{GuestRam, mark_written};
 
 /// The most pieces of one packet. A packet of 64 KiB in pages has 17.
 pub const PACKET_SEGMENTS_MAX: usize = 256;
@@ -20,7 +22,7 @@ struct Iovecs {
 impl Iovecs {
     /// The iovecs of guest `segments`. The pointers are good for as long as `memory` is borrowed by the caller.
     fn new(
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRam,
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> io::Result<Iovecs> {
         let empty = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
@@ -36,6 +38,18 @@ impl Iovecs {
         Ok(iovecs)
     }
 
+    /// Tells the memory's log that the first `bytes` were written.
+    fn mark_written(&self, memory: &GuestRam, bytes: usize) {
+        let mut left = bytes;
+        for item in self.items.iter().take(self.count) {
+            mark_written(memory, item.iov_base as usize, item.iov_len.min(left));
+            left = left.saturating_sub(item.iov_len);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+
     fn count(&self) -> libc::c_int {
         // At most PACKET_SEGMENTS_MAX.
         self.count as libc::c_int
@@ -49,19 +63,21 @@ fn checked(bytes: isize) -> io::Result<usize> {
 /// Reads one packet into `segments`, in order. What does not fit is lost. `EFAULT`: a segment is not guest memory.
 pub fn receive_packet(
     fd: BorrowedFd<'_>,
-    memory: &GuestMemoryMmap<()>,
+    memory: &GuestRam,
     segments: impl IntoIterator<Item = (GuestAddress, usize)>,
 ) -> io::Result<usize> {
     let iovecs = Iovecs::new(memory, segments)?;
     // SAFETY: the first `count` items describe memory that `memory` keeps mapped during this call; guest memory is
     // never a Rust reference, so the kernel may write to it.
-    checked(unsafe { libc::readv(fd.as_raw_fd(), iovecs.items.as_ptr(), iovecs.count()) })
+    let read = checked(unsafe { libc::readv(fd.as_raw_fd(), iovecs.items.as_ptr(), iovecs.count()) })?;
+    iovecs.mark_written(memory, read);
+    Ok(read)
 }
 
 /// Writes `segments` as one packet. `EFAULT`: a segment is not guest memory.
 pub fn send_packet(
     fd: BorrowedFd<'_>,
-    memory: &GuestMemoryMmap<()>,
+    memory: &GuestRam,
     segments: impl IntoIterator<Item = (GuestAddress, usize)>,
 ) -> io::Result<usize> {
     let iovecs = Iovecs::new(memory, segments)?;

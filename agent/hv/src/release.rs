@@ -2,13 +2,15 @@
 //!
 //! The guest names the ranges, so they are checked here against RAM. Shared memory gives its pages back by a hole in the
 //! memory's file; a private mapping (a clone of a snapshot) drops its own copies, and what shows through is the file that
-//! it was made from. Either way the guest has said that it does not need the contents.
+//! it was made from. Either way the guest has said that it does not need the contents, and to the log of writes it is changed.
 
 use std::os::fd::AsRawFd;
 
+use vm_memory::bitmap::Bitmap as _;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 use crate::memory::{GuestMemory, PAGE_SIZE, PageKind};
+use crate::writes::{WriteLog, region_log};
 
 /// Gives back what lies wholly in `len` bytes from `start`; returns how many bytes that is. What is no RAM, or no whole
 /// page of the host, is left alone.
@@ -23,22 +25,27 @@ pub fn release_memory(memory: &GuestMemory, start: GuestAddress, len: u64) -> st
     let first = base.saturating_add(offset).next_multiple_of(page);
     let last = base.saturating_add(end) / page * page;
     let Some(bytes) = last.checked_sub(first).filter(|bytes| *bytes > 0) else { return Ok(0) };
-    if region.flags() & libc::MAP_SHARED != 0 {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        let (at, count) = (to_offset(first)?, to_offset(bytes)?);
-        // SAFETY: only numbers and our own descriptor. The range lies in the file, and the guest has given it up: its
-        // pages read as zeros from now on, and all accesses to guest memory allow that it changes at any moment.
-        if unsafe { libc::fallocate(file.file().as_raw_fd(), mode, at, count) } < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        return Ok(bytes);
-    }
     let within = usize::try_from(first.saturating_sub(base)).map_err(std::io::Error::other)?;
     let count = usize::try_from(bytes).map_err(std::io::Error::other)?;
+    if region.flags() & libc::MAP_SHARED != 0 {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let (at, len) = (to_offset(first)?, to_offset(bytes)?);
+        // SAFETY: only numbers and our own descriptor. The range lies in the file, and the guest has given it up: its
+        // pages read as zeros from now on, and all accesses to guest memory allow that it changes at any moment.
+        if unsafe { libc::fallocate(file.file().as_raw_fd(), mode, at, len) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        region_log(region).mark_dirty(within, count);
+        return Ok(bytes);
+    }
     // SAFETY: `within` and `count` were cut to the region's mapping above, and are multiples of its page. Dropping the
     // private copies changes contents only, which all accesses to guest memory allow at any moment.
     let dropped = unsafe { libc::madvise(region.as_ptr().add(within).cast(), count, libc::MADV_DONTNEED) };
-    if dropped < 0 { Err(std::io::Error::last_os_error()) } else { Ok(bytes) }
+    if dropped < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    region_log(region).mark_dirty(within, count);
+    Ok(bytes)
 }
 
 fn to_offset(value: u64) -> std::io::Result<libc::off_t> {
@@ -46,7 +53,7 @@ fn to_offset(value: u64) -> std::io::Result<libc::off_t> {
 }
 
 /// The host's pages behind a region. Of pages of 1 GiB parts may be named too: the host clears those and keeps the page.
-fn page_bytes(region: &GuestRegionMmap<()>) -> u64 {
+fn page_bytes(region: &GuestRegionMmap<WriteLog>) -> u64 {
     if region.is_hugetlbfs() == Some(true) { PageKind::Huge2M.bytes() } else { PAGE_SIZE }
 }
 

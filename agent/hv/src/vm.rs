@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
 use vmm_sys_util::errno;
@@ -16,6 +16,7 @@ use crate::irq::{IrqLine, MsiLine, Routes};
 use crate::kvm::Kvm;
 use crate::memory::GuestMemory;
 use crate::vcpu::Vcpu;
+use crate::writes::region_log;
 
 /// Three pages that Intel's hardware needs for real mode; below the last page of 4 GiB, far from RAM and devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -90,12 +91,23 @@ pub struct Vm {
 impl Vm {
     /// Makes a VM over `memory`, with interrupt chip, without vcpus.
     pub fn new(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<Vm>, VmError> {
+        Vm::with_flags(kvm, memory, 0)
+    }
+
+    /// The same, and logs all changes of its memory from the beginning: see [`Vm::changes`]. [`Vm::start_log`] afterwards would
+    /// cost milliseconds, as later slots do.
+    pub fn logged(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<Vm>, VmError> {
+        memory.iter().for_each(|region| region_log(region).start());
+        Vm::with_flags(kvm, memory, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    fn with_flags(kvm: &Kvm, memory: &GuestMemory, flags: u32) -> Result<Arc<Vm>, VmError> {
         let fd = kvm.fd.create_vm().map_err(VmError::kvm("create a VM"))?;
         // Before the interrupt chip: see the head of the crate.
         for (slot, region) in memory.iter().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,

@@ -241,3 +241,33 @@ fn tempfile(memory: &GuestMemory, bytes: u64) -> std::fs::File {
     let region = copy.iter().next().expect("one region");
     region.file_offset().expect("a memfd").file().try_clone().expect("cloned")
 }
+
+/// What the guest writes and what we write are in one log; nothing before it was started, nothing twice.
+#[test]
+fn changed_pages_are_told() {
+    // mov [0x9000], eax ; out 0x80, al ; mov [0xfe000], eax ; mov [0x9000], eax ; out 0x80, al ; jmp $
+    let code = [
+        0xa3, 0, 0x90, 0, 0, 0xe6, 0x80, 0xa3, 0, 0xe0, 0x0f, 0, 0xa3, 0, 0x90, 0, 0, 0xe6, 0x80, 0xeb, 0xfe,
+    ];
+    let Some((vm, mut vcpu)) = guest(&code) else { return };
+    let mut io = Recorder::default();
+    let mut run_to = |count: usize| {
+        while io.writes.len() < count {
+            assert_eq!(vcpu.run(&mut io).expect("runs"), ExitReason::Handled);
+        }
+    };
+    let changes = || {
+        let words = vm.changes().expect("told");
+        assert_eq!(words.len(), 4, "256 pages");
+        (0..256u64).filter(|page| words[*page as usize / 64] >> (page % 64) & 1 == 1).collect::<Vec<_>>()
+    };
+    run_to(1);
+    vm.start_log().expect("logs");
+    assert!(changes().is_empty());
+    vm.memory().write_obj(1u8, GuestAddress(0x2_0000)).expect("RAM");
+    run_to(2);
+    assert_eq!(changes(), [0x9, 0x20, 0xfe]);
+    assert!(changes().is_empty());
+    vm.start_log().expect("again");
+    assert!(changes().is_empty());
+}

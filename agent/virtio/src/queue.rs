@@ -14,10 +14,10 @@
 use std::num::Wrapping;
 use std::sync::atomic::Ordering;
 
-use serio_hv::GuestMemory;
+use serio_hv::{GuestMemory, GuestRam};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 /// The most descriptors of one chain, whatever the guest writes (Linux and QEMU stay within it too).
 pub const SEGMENTS_MAX: usize = 1024;
@@ -100,7 +100,7 @@ impl Chain {
 
     /// Copies the first `out.len()` readable bytes, however the driver cut them up (§2.7.4: a device makes
     /// no assumption on framing), and takes them off the chain. `None`: too short, or outside of memory.
-    pub fn take_header(&mut self, memory: &GuestMemoryMmap<()>, out: &mut [u8]) -> Option<()> {
+    pub fn take_header(&mut self, memory: &GuestRam, out: &mut [u8]) -> Option<()> {
         let mut filled = 0usize;
         let mut used_up = 0usize;
         for segment in &mut self.readable {
@@ -188,7 +188,7 @@ impl VirtQueue {
 
     /// Takes the next available chain into `chain`. `Ok(false)`: there is none now.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
-        let memory: &GuestMemoryMmap<()> = &self.memory;
+        let memory: &GuestRam = &self.memory;
         let mut available = self.queue.iter(memory).map_err(QueueError::Ring)?;
         let Some(descriptors) = available.next() else { return Ok(false) };
         chain.begin(descriptors.head_index());
@@ -210,7 +210,7 @@ impl VirtQueue {
     /// Copies a chain once more that was taken and not given back: a device that was suspended remembers no more of one than
     /// its head. The driver must not have changed it (§2.7.13), and hurts nobody else if it has.
     pub fn take_again(&self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
-        let memory: &GuestMemoryMmap<()> = &self.memory;
+        let memory: &GuestRam = &self.memory;
         chain.begin(head);
         let mut table = (GuestAddress(self.queue.desc_table()), u32::from(self.queue.size()));
         let (mut index, mut indirect) = (u32::from(head), false);

@@ -228,8 +228,9 @@ fn more_may_be_under_way_than_there_is_memory_for() {
 fn guest_memory_is_not_changed_by_a_write() {
     let temp = TempDir::new().expect("tempdir");
     let (_dir, volume) = encrypted(&temp, 1 << 20);
-    let memory =
-        std::sync::Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
+    let memory = std::sync::Arc::new(
+        GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"),
+    );
     memory.write_slice(&PATTERN.repeat(64), GuestAddress(3)).expect("write");
     let buffers =
         Buffers::guest(&memory, [(GuestAddress(3), 500), (GuestAddress(503), 524)]).expect("inside");
@@ -266,8 +267,9 @@ fn whole_sectors_are_read_into_any_guest_memory_and_nowhere_else() {
 
 /// Reads from byte 512 on into segments of these lengths, and writes from them to 400 KiB.
 fn segments_hold(volume: &Volume, expected: &[u8], lens: [usize; 7]) {
-    let memory =
-        std::sync::Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
+    let memory = std::sync::Arc::new(
+        GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"),
+    );
     memory.write_slice(&vec![0xee; 1 << 20], GuestAddress(0)).expect("write");
     let places = lens.iter().scan(5_u64, |at, len| {
         let place = *at;

@@ -82,7 +82,8 @@ fn guests_may_have_their_bytes_anywhere() {
     for encrypted in [false, true] {
         let temp = TempDir::new().expect("tempdir");
         let Some((_, volume)) = direct(&temp, encrypted) else { return };
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
+        let memory =
+            Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
         let bytes: Vec<u8> = (0..300_000u32).map(|i| ((i * 7) >> 3) as u8).collect();
         memory.write_slice(&bytes, GuestAddress(0)).expect("write");
         let mut queue = volume.queue(4).expect("queue");

@@ -105,5 +105,5 @@ pub use runs::FileRun;
 pub use scrub::{Rot, RotKind, ScrubOptions, ScrubPlace, ScrubProgress, ScrubReport};
 pub use snapshot::Held;
 pub use stack::Extent;
-pub use uring::{Buffers, GuestMemory, GuestRangeError};
+pub use uring::{Buffers, GuestRangeError};
 pub use volume::{Access, Inspection, LayerFiles, SnapshotInfo, Volume, VolumeFiles, create_layer};

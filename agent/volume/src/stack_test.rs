@@ -305,7 +305,7 @@ fn guest_memory_is_read_and_written_in_place() {
     let dir = VolumeDir::new(temp.path());
     dir.create(1 << 20).expect("create");
     let volume = dir.open(Access::ReadWrite).expect("open");
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory"));
     memory.write_slice(b"hello, ", GuestAddress(100)).expect("write");
     memory.write_slice(b"guest", GuestAddress(5000)).expect("write");
     let mut queue = volume.queue(4).expect("queue");

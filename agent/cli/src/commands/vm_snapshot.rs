@@ -28,9 +28,10 @@ pub(super) async fn snapshot(client: &Client, args: VmSnapshotArgs, output: Outp
     let pause =
         made.pause.as_ref().map_or(0, |pause| pause.seconds * 1000 + i64::from(pause.nanos) / 1_000_000);
     let sentence = format!(
-        "saved vm {vm} as {}: {} of memory and {} volumes; it stood still for {pause} ms",
+        "saved vm {vm} as {}: {} of memory{} and {} volumes; it stood still for {pause} ms",
         names::short_point(&made.name),
         output::size(made.memory_bytes),
+        if made.incremental { " that had changed" } else { "" },
         made.volume_snapshots.len()
     );
     output.done(&made, &sentence)
@@ -43,10 +44,15 @@ pub(super) async fn snapshots(client: &Client, vm: &VdcName, output: Output) -> 
             VmServiceClient::new(channel).list_vm_snapshots(request).await
         })
         .await?;
-    output.list(&answer.snapshots, &["NAME", "MEMORY", "VOLUMES", "CREATED", "STATE"], |whole| {
+    output.list(&answer.snapshots, &["NAME", "MEMORY", "SINCE", "VOLUMES", "CREATED", "STATE"], |whole| {
         vec![
             names::short_point(&whole.name),
             output::size(whole.memory_bytes),
+            match (whole.incremental, whole.parent.as_str()) {
+                (false, _) => "whole".to_owned(),
+                (true, "") => "a deleted one".to_owned(),
+                (true, parent) => names::short_point(parent),
+            },
             whole.volume_snapshots.len().to_string(),
             output::time(whole.create_time.as_ref()),
             if whole.deleting { "deleting" } else { "ready" }.to_owned(),

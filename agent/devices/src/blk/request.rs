@@ -8,9 +8,10 @@
 //! A chain without room for header and status cannot even be answered: [`Malformed`], the ring is broken.
 //! Everything else that is wrong has an answer: [`Request::Refused`].
 
+use serio_hv::GuestRam;
 use serio_virtio::Chain;
 use serio_volume::Volume;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::config::{RANGE_SECTORS_MAX, SECTOR_BYTES};
 
@@ -68,11 +69,7 @@ pub(super) struct Parsed {
 pub(super) struct Malformed;
 
 /// Takes header and status off the chain, and leaves the data.
-pub(super) fn parse(
-    chain: &mut Chain,
-    memory: &GuestMemoryMmap<()>,
-    limits: &Limits,
-) -> Result<Parsed, Malformed> {
+pub(super) fn parse(chain: &mut Chain, memory: &GuestRam, limits: &Limits) -> Result<Parsed, Malformed> {
     let mut header = [0u8; HEADER_BYTES];
     chain.take_header(memory, &mut header).ok_or(Malformed)?;
     let status = chain.take_last_byte().ok_or(Malformed)?;
@@ -98,12 +95,7 @@ fn data(sector: u64, len: u64, limits: &Limits, write: bool) -> Result<Request, 
     Ok(if write { Request::Write { offset } } else { Request::Read { offset } })
 }
 
-fn range(
-    chain: &mut Chain,
-    memory: &GuestMemoryMmap<()>,
-    limits: &Limits,
-    discard: bool,
-) -> Result<Request, u8> {
+fn range(chain: &mut Chain, memory: &GuestRam, limits: &Limits, discard: bool) -> Result<Request, u8> {
     if limits.read_only {
         return Err(S_IOERR);
     }

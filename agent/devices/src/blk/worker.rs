@@ -19,7 +19,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use serio_hv::GuestMemory;
+use serio_hv::{GuestMemory, mark_written};
 use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError, Segment};
 use serio_volume::{Buffers, Full, IoError, IoQueue, Op, Volume};
@@ -381,6 +381,7 @@ impl QueueWorker {
             any = true;
             let Ok(tag) = u16::try_from(tag) else { return requests.keep(buffers) };
             let slot = requests.slots.get(usize::from(tag)).copied();
+            requests.log_read(tag, &buffers);
             let tried = slot.is_some_and(|slot| slot.tried);
             let buffers = match (&outcome, slot) {
                 (Err(error), Some(slot)) if is_full(error) => match slot.redo(buffers, rules.write_through) {
@@ -413,8 +414,10 @@ impl QueueWorker {
     fn discard_completions(&mut self) {
         let requests = &mut self.requests;
         self.io.reap(|tag, _, buffers| {
+            let tag = u16::try_from(tag).ok();
+            tag.inspect(|tag| requests.log_read(*tag, &buffers));
             requests.keep(buffers);
-            requests.free.extend(u16::try_from(tag).ok());
+            requests.free.extend(tag);
         });
     }
 
@@ -437,6 +440,13 @@ impl Requests {
     fn keep(&mut self, buffers: Buffers) {
         if self.spare.len() < self.slots.len() {
             self.spare.push(buffers);
+        }
+    }
+
+    /// A request has ended: if it was a read, the kernel has written to guest memory, however it ended.
+    fn log_read(&self, tag: u16, buffers: &Buffers) {
+        if self.slots.get(usize::from(tag)).is_some_and(|slot| slot.op == DiskOp::Read) {
+            buffers.guest_parts().for_each(|(at, len)| mark_written(&self.memory, at, len));
         }
     }
 

@@ -3,9 +3,10 @@
 //! A chain that the guest sends is carried in pieces as the host's end has room; meanwhile it is kept, and the ring
 //! waits behind it. A chain that makes no sense breaks the ring: DEVICE_NEEDS_RESET, and nothing is touched any more.
 
+use serio_hv::GuestRam;
 use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, DeviceFailure, QueueError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::control::{Control, Heard, MESSAGE_BYTES};
 use super::host::DeviceEnd;
@@ -245,7 +246,7 @@ fn at(chain: &Chain, mut offset: u64) -> Result<Option<(GuestAddress, u64)>, Bro
 }
 
 /// Writes bytes into the chain's writable part as far as they fit; how many.
-fn write_chain(memory: &GuestMemoryMmap<()>, chain: &Chain, bytes: &[u8]) -> Result<u32, Broken> {
+fn write_chain(memory: &GuestRam, chain: &Chain, bytes: &[u8]) -> Result<u32, Broken> {
     let mut rest = bytes;
     let mut written = 0u32;
     for segment in chain.writable() {

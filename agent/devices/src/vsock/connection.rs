@@ -18,8 +18,9 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use serio_hv::GuestRam;
 use serio_virtio::Segment;
-use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestMemoryError};
 
 use super::greeting;
 use super::packet::{HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
@@ -288,7 +289,7 @@ impl Connection {
     /// Reads from the socket into the guest's buffer.
     pub(super) fn fill(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRam,
         segments: impl Iterator<Item = Segment>,
     ) -> Result<Filled, NoMemory> {
         let Some(stream) = &self.stream else { return Ok(Filled::Nothing) };
@@ -335,7 +336,7 @@ impl Connection {
     /// Takes `len` bytes from the guest. `Ok(false)`: it has sent more than its credit, or after its own end.
     pub(super) fn take(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRam,
         segments: &[Segment],
         len: u32,
     ) -> Result<bool, NoMemory> {
@@ -356,7 +357,7 @@ impl Connection {
     }
 
     /// Straight to the socket while that goes, then into the buffer.
-    fn take_segment(&mut self, memory: &GuestMemoryMmap<()>, segment: Segment) -> Result<(), NoMemory> {
+    fn take_segment(&mut self, memory: &GuestRam, segment: Segment) -> Result<(), NoMemory> {
         let Segment { mut address, mut len } = segment;
         while len > 0 && self.buffer.is_empty() && self.writable && !self.is_deaf() {
             let Some(stream) = &self.stream else { break };

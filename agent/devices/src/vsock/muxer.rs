@@ -11,8 +11,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use serio_hv::GuestRam;
 use serio_virtio::Segment;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 
 use super::connection::{Connection, Filled, Key, NoMemory, Say, State};
@@ -231,7 +232,7 @@ impl Muxer {
     /// Takes a packet of the guest, whose payload lies in `segments`.
     pub(super) fn take(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRam,
         (header, segments): (&Header, &[Segment]),
         outgoing: &Outgoing,
         poller: &Poller,
@@ -305,11 +306,7 @@ impl Muxer {
     }
 
     /// Writes the next packet into a buffer of the guest.
-    pub(super) fn fill(
-        &mut self,
-        memory: &GuestMemoryMmap<()>,
-        buffer: &[Segment],
-    ) -> Result<Turn, NoMemory> {
+    pub(super) fn fill(&mut self, memory: &GuestRam, buffer: &[Segment]) -> Result<Turn, NoMemory> {
         let room = buffer.iter().map(|segment| u64::from(segment.len)).sum::<u64>();
         if room < HEADER_BYTES as u64 {
             return Ok(Turn::TooSmall);
@@ -376,7 +373,7 @@ fn payload(buffer: &[Segment]) -> impl Iterator<Item = Segment> {
     })
 }
 
-fn write_header(memory: &GuestMemoryMmap<()>, buffer: &[Segment], header: &Header) -> Result<(), NoMemory> {
+fn write_header(memory: &GuestRam, buffer: &[Segment], header: &Header) -> Result<(), NoMemory> {
     let bytes = header.to_bytes();
     let mut rest: &[u8] = &bytes;
     for segment in buffer {

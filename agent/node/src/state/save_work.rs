@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{
     Executor,
-    effect::{CloneOne, Effect, Input, SavedSize},
+    effect::{CloneOne, Effect, Input, SaveOne, SavedSize},
     executor::{blocking, remove_dir},
 };
 use crate::{
@@ -20,9 +20,9 @@ const SPARE_BYTES: u64 = 256 << 20;
 impl Executor {
     pub(super) async fn save_work(&self, effect: Effect) {
         match effect {
-            Effect::SaveVm { group, vm, pid, name, volumes, memory_bytes } => {
-                let dir = self.saved_dir(vm, group);
-                let plan = self.save_plan((vm, pid), name.into(), volumes, dir.clone(), memory_bytes).await;
+            Effect::SaveVm(save) => {
+                let (dir, group) = (self.saved_dir(save.vm, save.group), save.group);
+                let plan = self.save_plan(save, dir.clone()).await;
                 let saved = match plan {
                     Ok(plan) => {
                         self.supervisor.save_vm(plan).await.map_err(|e| Error::from_job("saving the VM", &e))
@@ -35,6 +35,7 @@ impl Executor {
                 let size = |saved: serio_control::message::SavedVm| SavedSize {
                     memory_bytes: saved.memory_bytes,
                     paused_ns: saved.paused_ns,
+                    base: Uuid::from_slice(&saved.base).ok(),
                 };
                 self.send(Input::VmSaved { group, result: saved.map(size) }).await;
             }
@@ -47,14 +48,8 @@ impl Executor {
         }
     }
 
-    async fn save_plan(
-        &self,
-        (vm, pid): (Uuid, u32),
-        name: String,
-        volumes: Vec<Uuid>,
-        dir: PathBuf,
-        memory_bytes: u64,
-    ) -> Result<SavePlan, Error> {
+    async fn save_plan(&self, save: SaveOne, dir: PathBuf) -> Result<SavePlan, Error> {
+        let SaveOne { group, vm, pid, name, volumes, memory_bytes, bases } = save;
         let gone = || Error::precondition(format!("vms/{vm}"), "ended just now");
         let vm = self.handles.vm(vm).filter(|handle| handle.pid() == pid).ok_or_else(gone)?;
         let state_dir = self.saved_root();
@@ -71,7 +66,7 @@ impl Executor {
             Err(Error::Full { doing: "saving the VM", why })
         })
         .await?;
-        Ok(SavePlan { vm, name, volumes, dir })
+        Ok(SavePlan { vm, id: group, bases, name: name.into(), volumes, dir })
     }
 
     async fn forget_saved(&self, dir: PathBuf) {

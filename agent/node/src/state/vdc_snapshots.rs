@@ -237,7 +237,15 @@ impl State {
             resource: self.model.group_resource(record),
             parts: self.model.parts_of(record.uid).map(|p| self.snapshot_view(p)).collect(),
             record: record.clone(),
+            base: self.base_name(record),
         }
+    }
+
+    /// The point that one goes on from, as the API names it, if that is not deleted.
+    fn base_name(&self, record: &VdcSnapshotRecord) -> Option<String> {
+        let base = record.saved.as_ref()?.bases.first()?;
+        let base = self.model.vdc_snapshots.get(base).filter(|r| r.state == Made::Ready)?;
+        Some(self.model.group_resource(base))
     }
 
     /// The snapshots of a vdc, oldest first.

@@ -92,8 +92,17 @@ impl State {
             let part = SnapshotName { volume: volume_name, snapshot: point.clone() };
             volumes.push(self.plan_rollback(&part, discard_later)?);
         }
+        if let Some(lacking) =
+            self.spec_of(&group)?.volumes.iter().find(|name| !vm.spec.volumes.contains(name))
+        {
+            let full = resource::volume(&VdcName { vdc: name.vdc.clone(), name: lacking.clone() });
+            let why =
+                format!("has a part of {full}, which the VM has given back since: attach it again first");
+            return Err(Error::precondition(resource::vm_snapshot(name, point), why));
+        }
         let before = (u64::from(vm.spec.vcpus.get()), vm.spec.memory.bytes());
         vm.spec = self.spec_of(&group)?;
+        self.macs_free(&vm).map_err(|why| Error::precondition(resource::vm_snapshot(name, point), why))?;
         let more = Quota {
             vcpus: u64::from(vm.spec.vcpus.get()).saturating_sub(before.0),
             memory_bytes: vm.spec.memory.bytes().saturating_sub(before.1),
@@ -105,6 +114,38 @@ impl State {
         }
         vm.restore = Some(group.uid);
         Ok((vm, volumes))
+    }
+
+    /// The volumes that a VM had when its snapshot with those parts was taken: it may have given some back since.
+    fn volumes_then(
+        &self,
+        vm: &VmRecord,
+        names: &[Name],
+        parts: &[SnapshotRecord],
+    ) -> Result<Vec<&VolumeRecord>, Error> {
+        let root = self.model.volumes.get(&vm.root_volume);
+        let mut then: Vec<&VolumeRecord> = root.into_iter().collect();
+        for name in names {
+            let full = VdcName { vdc: self.model.vm_name(vm).vdc, name: name.clone() };
+            let volume = self.model.volume(&full)?;
+            if !parts.iter().any(|part| part.volume == volume.uid) {
+                let why =
+                    "is another volume than the one that the VM's snapshot has a part of, which is deleted";
+                return Err(Error::precondition(resource::volume(&full), why));
+            }
+            then.push(volume);
+        }
+        Ok(then)
+    }
+
+    /// A VM that goes back to a snapshot may have given a card away since, and another one its address.
+    fn macs_free(&self, vm: &VmRecord) -> Result<(), String> {
+        let others = self.model.vms.values().filter(|other| other.uid != vm.uid);
+        let taken: Vec<_> = others.flat_map(|other| &other.spec.nics).filter_map(|nic| nic.mac).collect();
+        match vm.spec.nics.iter().filter_map(|nic| nic.mac).find(|mac| taken.contains(mac)) {
+            Some(mac) => Err(format!("has a card with the address {mac}, which another VM has now")),
+            None => Ok(()),
+        }
     }
 
     fn spec_of(&self, group: &VdcSnapshotRecord) -> Result<VmSpec, Error> {
@@ -136,7 +177,7 @@ impl State {
 
     fn plan_vm_clone(&self, name: &VdcName, point: &Name, clone: &VdcName) -> Result<Clone, Error> {
         let source = self.model.vm(name)?.clone();
-        let (group, _) = self.whole_vm_snapshot(name, point)?;
+        let (group, parts) = self.whole_vm_snapshot(name, point)?;
         if self.model.vm(clone).is_ok() {
             return Err(Error::Exists { resource: resource::vm(clone) });
         }
@@ -145,7 +186,7 @@ impl State {
         spec.nics.iter_mut().for_each(|nic| nic.mac = None);
         let mut spec = self.choose_macs(spec, uid)?;
         let (mut volumes, mut clones) = (Vec::new(), Vec::new());
-        for volume in self.model.volumes_of(&source) {
+        for volume in self.volumes_then(&source, &spec.volumes.clone(), &parts)? {
             let root = volume.uid == source.root_volume;
             let suffix = if root { "root" } else { volume.name.as_str() };
             let new = format!("{}-{suffix}", clone.name).parse::<Name>().map_err(|_| {
@@ -206,7 +247,7 @@ impl State {
         let in_place = saved.vm == vm.uid;
         let parts = self.model.parts_of(group).filter(|_| in_place);
         let rollback = parts.map(|part| (part.volume, part.name.clone())).collect();
-        Ok(Some(Restore { vm: saved.vm, group, rollback }))
+        Ok(Some(Restore { vm: saved.vm, group, bases: saved.bases.clone(), rollback }))
     }
 
     /// A VM was found running: where it was to go on, it has.

@@ -8,13 +8,39 @@ use uuid::Uuid;
 
 use super::{
     command::{Answer, Mutation, VmState},
-    effect::{CloneOne, Effect, Input, Launch, SavedSize},
+    effect::{CloneOne, Device, Effect, Input, Launch, PlugResult, SaveOne, SavedSize},
     sim_test::{Sim, spec},
     world_test::World,
 };
 use crate::error::Error;
 
 impl World {
+    pub(super) fn plug(&mut self, vm: Uuid, device: Device) -> PlugResult {
+        if let Device::Volume(volume) = device {
+            self.interrupt(volume);
+        }
+        if let Err(error) = self.failure() {
+            return PlugResult::Refused(error);
+        }
+        if let Device::Volume(volume) = device {
+            self.assert_closed(volume);
+        }
+        let Some(process) = self.processes.get_mut(&vm) else { return PlugResult::Refused(Error::Ending) };
+        match device {
+            Device::Volume(volume) => process.volumes.push(volume),
+            Device::Nic(mac) => process.nics.push(mac),
+        }
+        PlugResult::Done
+    }
+
+    pub(super) fn unplug(&mut self, vm: Uuid, device: Device) -> Result<(), Error> {
+        self.failure()?;
+        let process = self.processes.get_mut(&vm).ok_or(Error::Ending)?;
+        process.volumes.retain(|has| Device::Volume(*has) != device);
+        process.nics.retain(|has| Device::Nic(*has) != device);
+        Ok(())
+    }
+
     /// Effects on VMs that are running or were saved.
     pub(super) fn perform_on_vm(&mut self, effect: Effect) -> Option<Input> {
         match effect {
@@ -27,6 +53,12 @@ impl World {
                 self.processes.get_mut(&vm)?.limits = limits;
                 None
             }
+            Effect::Plug { vm, device, .. } => {
+                Some(Input::Plugged { vm, device, result: self.plug(vm, device) })
+            }
+            Effect::Unplug { vm, device, .. } => {
+                Some(Input::Unplugged { vm, device, result: self.unplug(vm, device) })
+            }
             Effect::Clean { vm } => {
                 // Its watcher would tell of the end: the state does not wait for it here.
                 let process = self.processes.remove(&vm);
@@ -38,9 +70,7 @@ impl World {
             Effect::Order { vm, pid, order } => {
                 Some(Input::Ordered { vm, order, result: self.order(vm, pid, order) })
             }
-            Effect::SaveVm { group, vm, name, volumes, .. } => {
-                Some(Input::VmSaved { group, result: self.save((group, vm), &name, &volumes) })
-            }
+            Effect::SaveVm(save) => Some(Input::VmSaved { group: save.group, result: self.save(&save) }),
             Effect::RemoveSaved { group, .. } => {
                 self.saved.remove(&group);
                 None
@@ -55,11 +85,9 @@ impl World {
     /// Saves a VM: all of it, or only some of its volumes.
     pub(super) fn save(
         &mut self,
-        (group, vm): (Uuid, Uuid),
-        name: &Name,
-        volumes: &[Uuid],
+        SaveOne { group, vm, name, volumes, bases, .. }: &SaveOne,
     ) -> Result<SavedSize, Error> {
-        let process = self.processes.contains_key(&vm);
+        let process = self.processes.contains_key(vm);
         self.failure()?;
         if !process {
             return Err(Error::Ending);
@@ -68,8 +96,10 @@ impl World {
             self.interrupt(*volume);
             self.points.entry(*volume).or_default().push(name.clone());
         }
-        self.saved.insert(group);
-        Ok(SavedSize { memory_bytes: 1, paused_ns: 1 })
+        self.saved.insert(*group);
+        // As if it had never booted again.
+        let base = bases.iter().max().copied();
+        Ok(SavedSize { memory_bytes: 1, paused_ns: 1, base })
     }
 
     /// Makes the volumes of a clone, all or none.
@@ -87,7 +117,8 @@ impl World {
     /// What a launch does before its VMM starts.
     pub(super) fn go_back(&mut self, launch: &Launch) {
         let Some(from) = &launch.restore else { return };
-        assert!(self.saved.contains(&from.group), "a VM goes on from what was not saved");
+        let mut needed = std::iter::once(&from.group).chain(&from.bases);
+        assert!(needed.all(|group| self.saved.contains(group)), "a VM goes on from what was not saved");
         for (volume, point) in &from.rollback {
             let points = self.points.entry(*volume).or_default();
             let at = points.iter().position(|p| p == point).expect("the point is there");
@@ -273,4 +304,58 @@ fn a_death_of_seriod_at_any_step_leaves_a_whole_or_nothing() {
         broken_off(&mut sim, Mutation::DeleteVmSnapshot { name: web(), point: before() }, steps);
         assert!(sim.world.saved.is_empty() && sim.state().model().vdc_snapshots.is_empty(), "step {steps}");
     }
+}
+
+fn named(name: &str) -> Mutation {
+    Mutation::SnapshotVm { name: web(), point: name.parse().unwrap() }
+}
+
+fn delete(name: &str) -> Mutation {
+    Mutation::DeleteVmSnapshot { name: web(), point: name.parse().unwrap() }
+}
+
+/// What a VM's next snapshot goes on from stays until nobody needs it; not all follow one another for ever.
+#[test]
+fn what_a_point_goes_on_from_is_kept_for_it() {
+    let mut sim = running();
+    for at in 0..11 {
+        sim.ask(named(&format!("s{at:02}"))).unwrap();
+    }
+    let lengths = |sim: &Sim| -> Vec<usize> {
+        let all = sim.state().model().vdc_snapshots.values();
+        all.map(|r| r.saved.as_ref().unwrap().bases.len()).collect()
+    };
+    assert_eq!(lengths(&sim), [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8], "the last ones go on from the eighth");
+    for at in (0..7).chain([9, 10]) {
+        sim.ask(delete(&format!("s{at:02}"))).unwrap();
+        sim.settle();
+    }
+    assert_eq!(sim.state().model().vdc_snapshots.len(), 2);
+    assert_eq!(sim.world.saved.len(), 9, "two that can be restored, and what they need");
+    sim.ask(stop()).unwrap();
+    let back = Mutation::RestoreVm { name: web(), point: "s08".parse().unwrap(), discard_later: true };
+    sim.ask(back).unwrap();
+    sim.kill();
+    sim.start();
+    sim.settle();
+    sim.ask(delete("s07")).unwrap();
+    sim.settle();
+    assert_eq!(sim.world.saved.len(), 9);
+    broken_off(&mut sim, delete("s08"), 2);
+    assert!(sim.world.saved.is_empty() && sim.state().model().vdc_snapshots.is_empty());
+    sim.assert_agreement();
+}
+
+/// The snapshot that is being made may go on from it.
+#[test]
+fn while_a_vm_is_saved_none_of_its_points_is_deleted() {
+    let mut sim = running();
+    sim.ask(named("one")).unwrap();
+    let mut save = sim.send(named("two"), None);
+    assert!(matches!(sim.ask(delete("one")), Err(Error::Busy { .. })));
+    sim.settle();
+    assert!(save.try_recv().unwrap().is_ok());
+    sim.ask(delete("one")).unwrap();
+    sim.settle();
+    assert_eq!(sim.world.saved.len(), 2);
 }

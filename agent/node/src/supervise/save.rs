@@ -27,6 +27,10 @@ const SAVE_WAIT: Duration = Duration::from_secs(30 * 60);
 pub struct SavePlan {
     /// The VM.
     pub vm: VmHandle,
+    /// The snapshot's id, by which others go on from it.
+    pub id: Uuid,
+    /// Ids of snapshots that are kept: of one of them only the difference may be written.
+    pub bases: Vec<Uuid>,
     /// The snapshot's name in each volume.
     pub name: String,
     /// All its volumes.
@@ -90,7 +94,9 @@ async fn ask(
         volumes.push(PreparedVolume { volume_id: one.part.volume.to_string(), head: Some(head) });
     }
     let snapshot = plan.name.clone();
-    let body = Body::SaveVm(SaveVm { state_fd, memory_fd, stay_paused: false, snapshot, volumes });
+    let (id, bases) =
+        (plan.id.as_bytes().to_vec(), plan.bases.iter().map(|id| id.as_bytes().to_vec()).collect());
+    let body = Body::SaveVm(SaveVm { state_fd, memory_fd, stay_paused: false, snapshot, volumes, id, bases });
     match plan.vm.ask(body, descriptors.as_slice(), SAVE_WAIT).await {
         Ok(Body::SavedVm(saved)) => {
             let synced = || {

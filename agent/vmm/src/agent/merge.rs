@@ -73,6 +73,11 @@ impl Merges {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether one of that volume is under way.
+    pub(super) fn is_busy(&self, volume_id: &str) -> bool {
+        self.lock().get(volume_id).is_some_and(|job| job.lock().shown.running)
+    }
+
     /// Begins a merge, or goes on with it; answers with its state when it has begun.
     pub(super) fn begin(&self, devices: &Devices, request: &MergeLayer) -> Body {
         let Some(disk) = devices.disk(&request.volume_id) else { return no_volume(&request.volume_id) };

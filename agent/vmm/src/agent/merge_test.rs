@@ -35,7 +35,7 @@ impl Bench {
             volume.snapshot(layer(k), &format!("s{k}")).expect("sealed");
         }
         let mut devices = Devices::new(1).expect("an eventfd");
-        devices.disks.push(Disk::new("a".to_owned(), volume));
+        devices.add_disk(Disk::new("a".to_owned(), volume));
         Bench { _folder: folder, devices, merges: Merges::default() }
     }
 

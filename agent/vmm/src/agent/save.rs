@@ -4,8 +4,9 @@
 //!   pause ─► state and memory are written ─► volumes are sealed ─► resume ─► both files are synced ─► SavedVm
 //! ```
 //!
-//! While it is paused nothing writes to memory or to a volume: so what is sealed is what the memory knows of its disks. What
-//! can fail comes first: a volume is sealed only when both files are written. They are synced when the VM runs again, since
+//! While it is paused nothing writes to memory or to a volume: so what is sealed is what the memory knows of its disks. If the
+//! one who asks still has the snapshot that this VM was last saved in, or went on from, only the pages that changed since are
+//! written. What can fail comes first: a volume is sealed only when both files are written. They are synced when the VM runs again, since
 //! that takes longest; until the answer they are not to be relied upon.
 
 use std::fs::File;
@@ -20,7 +21,7 @@ use super::requests::refusal;
 use crate::devices::Devices;
 use crate::end::chain;
 use crate::machine::{Handle, PauseError};
-use crate::snapshot::{self, WriteError};
+use crate::snapshot::{self, Point, WriteError};
 
 /// Does it; the answer.
 pub(super) fn save(vm: &Handle, devices: &Devices, request: &SaveVm, descriptors: Vec<OwnedFd>) -> Body {
@@ -40,6 +41,12 @@ fn try_save(
     let mut take = |field, index| passed.take(field, index).map(File::from).map_err(|error| error.answer());
     let state = take("state_fd", request.state_fd)?;
     let memory = take("memory_fd", request.memory_fd)?;
+    let id = match request.id.as_slice() {
+        [] => None,
+        id => Some(
+            <[u8; 16]>::try_from(id).map_err(|_| refusal(Code::Invalid, "id", "an id has sixteen bytes"))?,
+        ),
+    };
     let parts = cut::parts(devices, (&request.snapshot, &request.volumes), &mut passed)?;
     let began = Instant::now();
     let was_paused = vm.is_paused();
@@ -48,10 +55,15 @@ fn try_save(
         refusal(code, "", chain(&error))
     })?;
     let written = vm
-        .save(|ram, machine| {
-            let written = snapshot::write(ram, &machine, (&state, &memory)).map_err(|error| io(&error))?;
+        .save(|saved| {
+            let known = |base: &[u8; 16]| request.bases.iter().any(|known| known == base);
+            let since = saved.since.filter(|(base, _)| id.is_some() && known(&base.id));
+            let point = Point { id, since };
+            let written = snapshot::write(saved.memory, saved.state, point, (&state, &memory))
+                .map_err(|error| io(&error))?;
             seal(parts, &request.snapshot)?;
-            Ok(written)
+            let base = since.map_or_else(Vec::new, |(base, _)| base.id.to_vec());
+            Ok(((written.memory_bytes, base), written.link))
         })
         .map_err(|error| refusal(Code::Io, "", chain(&error)))
         .and_then(|written| written);
@@ -60,9 +72,12 @@ fn try_save(
         vm.resume();
     }
     let paused_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    let memory_bytes = written?;
-    snapshot::sync((&state, &memory)).map_err(|error| io(&error))?;
-    Ok(SavedVm { memory_bytes, paused_ns })
+    let (memory_bytes, base) = written?;
+    if let Err(error) = snapshot::sync((&state, &memory)) {
+        vm.forget_snapshot();
+        return Err(io(&error));
+    }
+    Ok(SavedVm { memory_bytes, paused_ns, base })
 }
 
 fn io(error: &WriteError) -> Failed {

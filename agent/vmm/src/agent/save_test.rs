@@ -20,17 +20,17 @@ use super::bench::{Bench, done, status, wait_end};
 
 const DISK_BYTES: u64 = 8 << 20;
 
-struct Lines(BufReader<UnixStream>);
+pub(super) struct Lines(BufReader<UnixStream>);
 
 impl Lines {
-    fn of(bench: &Bench) -> Lines {
+    pub(super) fn of(bench: &Bench) -> Lines {
         let console = UnixStream::connect(bench.path("console")).expect("listens");
         console.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
         Lines(BufReader::new(console))
     }
 
     /// The number in the next line that begins so.
-    fn number(&mut self, start: &str) -> u64 {
+    pub(super) fn number(&mut self, start: &str) -> u64 {
         loop {
             let mut line = String::new();
             assert!(self.0.read_line(&mut line).expect("in time") > 0, "the guest ended before {start:?}");
@@ -44,7 +44,7 @@ impl Lines {
 }
 
 /// Another process' worth of agent, with the same guest at hand.
-fn beside(bench: &Bench) -> Bench {
+pub(super) fn beside(bench: &Bench) -> Bench {
     let next = Bench::new().expect("as before");
     std::fs::copy(bench.path("kernel"), next.path("kernel")).expect("copied");
     next
@@ -74,7 +74,8 @@ fn save(
     }
     let fds: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
     let snapshot = "s1".to_owned();
-    let request = SaveVm { state_fd: 0, memory_fd: 1, stay_paused, snapshot, volumes: prepared };
+    let request =
+        SaveVm { state_fd: 0, memory_fd: 1, stay_paused, snapshot, volumes: prepared, ..SaveVm::default() };
     match channel.call(Body::SaveVm(request), &fds) {
         Ok(Body::SavedVm(saved)) => Ok(saved),
         Err(ChannelError::Refused(failed)) => Err(failed),
@@ -92,7 +93,7 @@ fn restore(
     let mut files = disks;
     let at = u32::try_from(files.len()).expect("few") + 5;
     files.extend([source.file("state"), source.file("memory")]);
-    let from = RestoreFrom { state_fd: at, memory_fd: at + 1, stay_paused: false, check_beside: false };
+    let from = RestoreFrom { state_fd: at, memory_fd: at + 1, ..RestoreFrom::default() };
     let set = |launch: &mut Launch| {
         (launch.vcpus, launch.memory_bytes, launch.restore) = (1, 64 << 20, Some(from));
         change(launch);
@@ -269,9 +270,11 @@ fn damaged_memory_is_refused_or_ends_the_vm() {
 /// Saves what the files `state` and `memory` have, with the sums of what is there now.
 fn save_again(bench: &Bench) {
     let saved = snapshot::read(&bench.file("state")).expect("whole");
-    let memory = saved.open_memory(bench.file("memory").into()).expect("mapped");
+    let machine = saved.machine.clone();
+    let memory = snapshot::chain::open(&[(saved, bench.file("memory"))]).expect("mapped");
     let files = (bench.file("state2"), bench.file("memory2"));
-    snapshot::write(&memory, &saved.machine, (&files.0, &files.1)).expect("written");
+    let point = snapshot::Point::default();
+    snapshot::write(&memory, machine, point, (&files.0, &files.1)).expect("written");
     for name in ["state", "memory"] {
         std::fs::rename(bench.path(&format!("{name}2")), bench.path(name)).expect("renamed");
     }

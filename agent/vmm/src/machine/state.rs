@@ -19,25 +19,27 @@ use serio_hv::{GuestMemory, Kvm, VcpuState, Vm, VmError, VmState};
 use serio_virtio::{BusSuspendError, FunctionState};
 
 use super::bus::Bus;
+use super::track::Track;
 use super::vcpu::GateState;
 use super::watchdog::WatchdogState;
-use super::{Created, Handle, Loaded, MachineConfig, MachineError, Running, generation};
+use super::{Created, Equipped, Handle, Loaded, MachineConfig, MachineError, Running, generation};
 use crate::console::Output;
 use crate::devices::Devices;
 use crate::end::EndSlot;
 use crate::layout;
+use crate::snapshot::{Link, PageSet};
 
 /// What a machine is made of, for those who stop and save it.
 pub(super) struct Parts {
     pub(super) bus: Arc<Bus>,
     pub(super) vm: Arc<Vm>,
     pub(super) memory: GuestMemory,
-    /// One at a time changes between paused and running.
-    pub(super) life: Mutex<()>,
+    /// One at a time changes between paused and running, or saves.
+    pub(super) life: Mutex<Track>,
 }
 
 impl Parts {
-    fn lock(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Track> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -77,6 +79,16 @@ pub struct MachineState {
     pub platform: PlatformState,
 }
 
+/// A paused machine, to be saved.
+pub struct Saved<'a> {
+    /// Its memory.
+    pub memory: &'a GuestMemory,
+    /// All but that.
+    pub state: MachineState,
+    /// The last snapshot that others may go on from, and the pages that have changed since.
+    pub since: Option<(Link, &'a PageSet)>,
+}
+
 /// What is neither vcpu nor PCI.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct PlatformState {
@@ -101,6 +113,13 @@ pub struct PlatformState {
     /// The watchdog; absent in what older programs saved.
     #[prost(message, optional, tag = "7")]
     pub watchdog: Option<WatchdogState>,
+    /// The device numbers of disks, cards and the rest, in the order of their making; empty in what older programs saved: one
+    /// after the other.
+    #[prost(bytes = "vec", tag = "8")]
+    pub slots: Vec<u8>,
+    /// Devices that have come and the guest has not looked at, a bit each.
+    #[prost(uint32, tag = "9")]
+    pub plugged: u32,
 }
 
 impl Handle {
@@ -134,10 +153,13 @@ impl Handle {
     }
 
     /// The state of a paused VM, and its memory, which nobody writes until it is resumed; then `also`, before anybody can
-    /// resume it.
-    pub fn save<R>(&self, also: impl FnOnce(&GuestMemory, MachineState) -> R) -> Result<R, SaveError> {
+    /// resume it. If that says that it has made a snapshot to go on from, the next one is told what has changed since.
+    pub fn save<R, E>(
+        &self,
+        also: impl FnOnce(Saved<'_>) -> Result<(R, Option<Link>), E>,
+    ) -> Result<Result<R, E>, SaveError> {
         let parts = self.parts.upgrade().ok_or(SaveError::NotPaused)?;
-        let _life = parts.lock();
+        let mut track = parts.lock();
         // Parked and suspended: whoever paused it had the lock until then.
         let vcpus = self.vcpus.save().ok_or(SaveError::NotPaused)??;
         let serial = self.serial.save();
@@ -154,19 +176,36 @@ impl Handle {
                 clock_index: clock_index.into(),
                 clock_memory,
                 watchdog: Some(parts.bus.watchdog.save()),
+                slots: parts.bus.devices.slots(),
+                plugged: parts.bus.hotplug.unread(),
             },
         };
-        Ok(also(&parts.memory, state))
+        let since = track.changes(&parts.vm);
+        let done = also(Saved { memory: &parts.memory, state, since });
+        Ok(done.map(|(result, link)| {
+            if let Some(link) = link {
+                track.begin(&parts.vm, link);
+            }
+            result
+        }))
+    }
+
+    /// The last snapshot was made and then lost: the next one is not told what has changed since.
+    pub fn forget_snapshot(&self) {
+        if let Some(parts) = self.parts.upgrade() {
+            parts.lock().forget();
+        }
     }
 }
 
-/// Makes a machine over `memory` that goes on where `state` was saved. It is paused: [`Handle::resume`] sets it in motion.
+/// Makes a machine over `memory` that goes on where `state` was saved, in the snapshot that `link` names.
+/// It is paused: [`Handle::resume`] sets it in motion.
 pub fn restore(
     kvm: &Kvm,
     config: &MachineConfig,
-    devices: &Devices,
+    devices: &Arc<Devices>,
     (output, end): (Arc<Output>, Arc<EndSlot>),
-    (memory, state): (GuestMemory, &MachineState),
+    (memory, state, link): (GuestMemory, &MachineState, Option<Link>),
 ) -> Result<Running, MachineError> {
     let vcpus = u32::try_from(state.vcpus.len()).unwrap_or(u32::MAX);
     if vcpus != config.vcpus {
@@ -177,7 +216,15 @@ pub fn restore(
     if vcpus == 0 || vcpus > max {
         return Err(MachineError::Vcpus { asked: vcpus, max });
     }
-    let vm = Vm::new(kvm, &memory)?;
+    // From here on all that is written is a change.
+    let (vm, track) = match link {
+        None => (Vm::new(kvm, &memory)?, Track::default()),
+        Some(link) => {
+            let vm = Vm::logged(kvm, &memory)?;
+            let track = Track::restored(&vm, link);
+            (vm, track)
+        }
+    };
     let platform = &state.platform;
     let saved = SavedSerial {
         registers: platform.serial_registers.clone(),
@@ -189,9 +236,8 @@ pub fn restore(
     })?;
     // It goes on from a moment that another VM may go on from too.
     generation::place(&memory)?;
-    let created = Created::of(vm, memory, Arc::new(serial), config.watchdog)?;
-    let equipped = created.equip(devices.make()?)?;
-    let (created, pci) = (equipped.created, equipped.pci);
+    let created = Created { track, ..Created::of(vm, memory, Arc::new(serial), config.watchdog)? };
+    let Equipped { created, pci, devices } = created.equip(devices, &platform.slots)?;
     pci.restore(&state.functions)?;
     let passed = state.vm.passed();
     let mut vcpus = Vec::with_capacity(state.vcpus.len());
@@ -201,7 +247,7 @@ pub fn restore(
         vcpus.push(vcpu);
     }
     created.vm.restore(&state.vm, passed)?;
-    let running = Loaded { created, pci, vcpus }.start_as(end, GateState::Paused, platform)?;
+    let running = Loaded { created, pci, devices, vcpus }.start_as(end, GateState::Paused, platform)?;
     let told = running.handle().generation_changed();
     told.map_err(MachineError::host("tell the guest of its generation identifier"))?;
     Ok(running)

@@ -13,20 +13,24 @@
 //!     3   0                serio_hv::VmState
 //!     4   device number    serio_virtio::FunctionState
 //!     5   0                machine::PlatformState
+//!     6   0                of a diff only: the pages that it holds ([`super::pages`])
 //! ```
 //!
 //! Each kind has its version: it grows when an older program would misread it, and the two before it are still read. Fields that
-//! older programs may pass over are just added to the message. Kinds come in ascending order, instances too, without gaps.
+//! older programs may pass over are just added to the message. The configuration of a diff has version 2: who does not know
+//! diffs would take its holes for zeros. Kinds come in ascending order, instances too, without gaps.
 
 use prost::Message;
 use serio_hv::{VcpuState, VmState};
 use serio_virtio::FunctionState;
 
+use super::pages::{PageSet, SavedPages};
 use super::sums::{CHUNK_BYTES, Sums};
+use super::{Link, Snapshot};
 use crate::machine::{MachineState, PlatformState};
 
-/// More than a state of 254 vcpus, 32 devices and 2 TiB of memory has.
-pub(super) const BYTES_MAX: u64 = 16 << 20;
+/// More than a state of 254 vcpus, 32 devices and 2 TiB of memory has, all of whose pages have changed.
+pub(super) const BYTES_MAX: u64 = 96 << 20;
 
 const MAGIC: [u8; 8] = *b"SERIOVM\0";
 const VERSION: u32 = 1;
@@ -39,8 +43,11 @@ const VCPU: u32 = 2;
 const VM: u32 = 3;
 const FUNCTION: u32 = 4;
 const PLATFORM: u32 = 5;
+const PAGES: u32 = 6;
 /// The version of each kind, as written here, and the oldest that is read.
 const KIND_VERSION: u32 = 1;
+/// Of the configuration of a diff.
+const DIFF_VERSION: u32 = 2;
 const KIND_VERSION_MIN: u32 = 1;
 
 /// What has to be known first.
@@ -58,6 +65,14 @@ struct Config {
     /// See [`super::sums`].
     #[prost(fixed32, repeated, packed = "true", tag = "5")]
     sums: Vec<u32>,
+    /// Sixteen bytes: who this is; empty where nobody goes on from it.
+    #[prost(bytes = "vec", tag = "6")]
+    id: Vec<u8>,
+    /// Of a diff: who it goes on from, and the checksum of its sections 2 to 5.
+    #[prost(bytes = "vec", tag = "7")]
+    base_id: Vec<u8>,
+    #[prost(fixed32, tag = "8")]
+    base_crc: u32,
 }
 
 /// A file that is no state of a VM, or a damaged one.
@@ -120,6 +135,7 @@ fn name(kind: u32, instance: u32) -> String {
         VM => "the interrupt controllers".to_owned(),
         FUNCTION => format!("the PCI device 00:{instance:02x}.0"),
         PLATFORM => "the platform".to_owned(),
+        PAGES => "the list of pages".to_owned(),
         other => format!("a section of kind {other}"),
     }
 }
@@ -133,10 +149,14 @@ fn seal(covered: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
-fn add(sections: &mut Vec<u8>, kind: u32, instance: u32, payload: &[u8]) {
+fn version_of(kind: u32, diff: bool) -> u32 {
+    if kind == CONFIG && diff { DIFF_VERSION } else { KIND_VERSION }
+}
+
+fn add(sections: &mut Vec<u8>, (kind, version): (u32, u32), instance: u32, payload: &[u8]) {
     sections.extend(seal(&[
         &kind.to_le_bytes(),
-        &KIND_VERSION.to_le_bytes(),
+        &version.to_le_bytes(),
         &instance.to_le_bytes(),
         &crc32c::crc32c(payload).to_le_bytes(),
         &(payload.len() as u64).to_le_bytes(),
@@ -145,36 +165,48 @@ fn add(sections: &mut Vec<u8>, kind: u32, instance: u32, payload: &[u8]) {
     sections.resize(sections.len().next_multiple_of(8), 0);
 }
 
-/// The file for this machine.
-pub(super) fn encode(memory_bytes: u64, sums: Option<&Sums>, machine: &MachineState) -> Vec<u8> {
+/// The file for this, and the checksum of its machine, whatever its `link` says of that.
+pub(super) fn encode(snapshot: &Snapshot) -> (Vec<u8>, u32) {
+    let machine = &snapshot.machine;
     let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
     let (vcpus, functions) = (count(machine.vcpus.len()), count(machine.functions.len()));
+    let one = |kind| (kind, KIND_VERSION);
     let mut sections = Vec::new();
+    for (instance, vcpu) in (0..).zip(&machine.vcpus) {
+        add(&mut sections, one(VCPU), instance, &vcpu.encode_to_vec());
+    }
+    add(&mut sections, one(VM), 0, &machine.vm.encode_to_vec());
+    for (instance, function) in (0..).zip(&machine.functions) {
+        add(&mut sections, one(FUNCTION), instance, &function.encode_to_vec());
+    }
+    add(&mut sections, one(PLATFORM), 0, &machine.platform.encode_to_vec());
+    let crc = crc32c::crc32c(&sections);
+    let base = snapshot.base.as_ref();
+    if let Some((_, pages)) = base {
+        add(&mut sections, one(PAGES), 0, &pages.save().encode_to_vec());
+    }
     let config = Config {
-        memory_bytes,
+        memory_bytes: snapshot.memory_bytes,
         vcpus,
         functions,
-        sum_bytes: sums.map_or(0, |_| CHUNK_BYTES),
-        sums: sums.map_or_else(Vec::new, |sums| sums.chunks().to_vec()),
+        sum_bytes: snapshot.sums.as_ref().map_or(0, |_| CHUNK_BYTES),
+        sums: snapshot.sums.as_ref().map_or_else(Vec::new, |sums| sums.chunks().to_vec()),
+        id: snapshot.link.map_or_else(Vec::new, |link| link.id.to_vec()),
+        base_id: base.map_or_else(Vec::new, |(link, _)| link.id.to_vec()),
+        base_crc: base.map_or(0, |(link, _)| link.crc),
     };
-    add(&mut sections, CONFIG, 0, &config.encode_to_vec());
-    for (instance, vcpu) in (0..).zip(&machine.vcpus) {
-        add(&mut sections, VCPU, instance, &vcpu.encode_to_vec());
-    }
-    add(&mut sections, VM, 0, &machine.vm.encode_to_vec());
-    for (instance, function) in (0..).zip(&machine.functions) {
-        add(&mut sections, FUNCTION, instance, &function.encode_to_vec());
-    }
-    add(&mut sections, PLATFORM, 0, &machine.platform.encode_to_vec());
-    let total = vcpus.saturating_add(functions).saturating_add(3);
-    let bytes = (sections.len().saturating_add(HEADER_BYTES)) as u64;
+    let mut first = Vec::new();
+    add(&mut first, (CONFIG, version_of(CONFIG, base.is_some())), 0, &config.encode_to_vec());
+    let total = vcpus.saturating_add(functions).saturating_add(if base.is_some() { 4 } else { 3 });
+    let bytes = (sections.len().saturating_add(first.len()).saturating_add(HEADER_BYTES)) as u64;
     let mut file = seal(&[&MAGIC, &VERSION.to_le_bytes(), &total.to_le_bytes(), &bytes.to_le_bytes()]);
+    file.extend(first);
     file.extend(sections);
-    file
+    (file, crc)
 }
 
-/// Reads a file of at most [`BYTES_MAX`] bytes: the bytes of memory, and the machine.
-pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Option<Sums>, MachineState), FormatError> {
+/// Reads a file of at most [`BYTES_MAX`] bytes.
+pub(super) fn decode(bytes: &[u8]) -> Result<Snapshot, FormatError> {
     if !bytes.starts_with(&MAGIC) {
         return Err(FormatError::Magic);
     }
@@ -192,19 +224,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Option<Sums>, MachineState), 
         return Err(FormatError::Short { what: "the last section".to_owned(), bytes: bytes.len() });
     }
     let config: Config = reader.section(CONFIG, 0)?;
-    let sums = match config.sum_bytes {
-        0 => None,
-        CHUNK_BYTES => {
-            Some(Sums::of_saved(config.sums, config.memory_bytes).ok_or_else(|| FormatError::Order {
-                what: "another number of checksums than the memory has parts".to_owned(),
-                offset: HEADER_BYTES,
-            })?)
-        }
-        bytes => {
-            let what = format!("checksums of {bytes} bytes of memory each, which are not known here");
-            return Err(FormatError::Order { what, offset: HEADER_BYTES });
-        }
-    };
+    let sums = sums_of(&config)?;
+    let machine_at = reader.at;
     let mut vcpus: Vec<VcpuState> = Vec::new();
     for instance in 0..config.vcpus {
         vcpus.push(reader.section(VCPU, instance)?);
@@ -215,13 +236,45 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Option<Sums>, MachineState), 
         functions.push(reader.section(FUNCTION, instance)?);
     }
     let platform: PlatformState = reader.section(PLATFORM, 0)?;
+    let crc = crc32c::crc32c(bytes.get(machine_at..reader.at).unwrap_or_default());
+    let base = match id_of(&config.base_id)? {
+        None => None,
+        Some(id) => {
+            let offset = reader.at;
+            let saved: SavedPages = reader.section(PAGES, 0)?;
+            let pages = PageSet::restore(&saved, config.memory_bytes).ok_or_else(|| FormatError::Order {
+                what: "pages that such a memory does not have".to_owned(),
+                offset,
+            })?;
+            Some((Link { id, crc: config.base_crc }, pages))
+        }
+    };
     if reader.at != bytes.len() {
         return Err(FormatError::Order {
             what: "something follows the last section".to_owned(),
             offset: reader.at,
         });
     }
-    Ok((config.memory_bytes, sums, MachineState { vcpus, vm, functions, platform }))
+    let link = id_of(&config.id)?.map(|id| Link { id, crc });
+    let machine = MachineState { vcpus, vm, functions, platform };
+    Ok(Snapshot { memory_bytes: config.memory_bytes, machine, sums, link, base })
+}
+
+fn sums_of(config: &Config) -> Result<Option<Sums>, FormatError> {
+    let wrong = |what: String| FormatError::Order { what, offset: HEADER_BYTES };
+    match config.sum_bytes {
+        0 => Ok(None),
+        CHUNK_BYTES => match Sums::of_saved(config.sums.clone(), config.memory_bytes) {
+            Some(sums) => Ok(Some(sums)),
+            None => Err(wrong("another number of checksums than the memory has parts".to_owned())),
+        },
+        bytes => Err(wrong(format!("checksums of {bytes} bytes of memory each, which are not known here"))),
+    }
+}
+
+fn id_of(bytes: &[u8]) -> Result<Option<[u8; 16]>, FormatError> {
+    let wrong = || FormatError::Order { what: "an id of another length".to_owned(), offset: HEADER_BYTES };
+    if bytes.is_empty() { Ok(None) } else { bytes.try_into().map(Some).map_err(|_| wrong()) }
 }
 
 struct Reader<'a> {
@@ -259,8 +312,10 @@ impl<'a> Reader<'a> {
             return Err(FormatError::Order { what: format!("{found} in the place of {what}"), offset });
         }
         let version = u32_at(header, 4);
-        if !(KIND_VERSION_MIN..=KIND_VERSION).contains(&version) {
-            return Err(FormatError::Version { what, found: version, known: KIND_VERSION });
+        // A diff says so before its other fields are known; what has no base there is read as a full one.
+        let known = version_of(kind, true);
+        if !(KIND_VERSION_MIN..=known).contains(&version) {
+            return Err(FormatError::Version { what, found: version, known });
         }
         let len = usize::try_from(u64_at(header, 16)).unwrap_or(usize::MAX);
         let payload = self.take(&what, len)?;

@@ -1,7 +1,8 @@
 //! The file `memory`: RAM at its offset, pages of zeros as holes.
 //!
 //! Memory that no guest has ever touched has no pages in the VM's own memory file either, so it is not even looked at: saving
-//! takes as long as what is there. A VM that was restored has no such file of its own; all of it is read.
+//! takes as long as what is there. A VM that was restored has no such file of its own; all of it is read. A diff takes only the pages
+//! that it is given: what lies in its holes is zero if the page is one of them, and otherwise unknown to it.
 
 use std::fs::File;
 use std::io;
@@ -13,6 +14,7 @@ use nix::unistd::{Whence, lseek64};
 use serio_hv::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use serio_hv::{GuestMemory, PAGE_SIZE};
 
+use super::pages::PageSet;
 use super::sums::Sums;
 
 pub(super) const PAGE: usize = PAGE_SIZE as usize;
@@ -25,8 +27,8 @@ pub(super) fn len(memory: &GuestMemory) -> u64 {
     memory.iter().map(|region| region.len()).sum()
 }
 
-/// Writes all of it; returns the bytes that are no hole, and their checksums.
-pub(super) fn write(memory: &GuestMemory, out: &File) -> io::Result<(u64, Sums)> {
+/// Writes all of it, or these pages; returns the bytes that are no hole, and their checksums.
+pub(super) fn write(memory: &GuestMemory, pages: Option<&PageSet>, out: &File) -> io::Result<(u64, Sums)> {
     // Also so that nothing of an older snapshot shines through.
     out.set_len(0)?;
     out.set_len(len(memory))?;
@@ -34,6 +36,16 @@ pub(super) fn write(memory: &GuestMemory, out: &File) -> io::Result<(u64, Sums)>
     let (mut offset, mut written) = (0u64, 0u64);
     for region in memory.iter() {
         let end = offset.saturating_add(region.len());
+        if let Some(pages) = pages {
+            for run in pages.runs() {
+                let from = run.start.saturating_mul(PAGE_SIZE).max(offset);
+                let to = run.end.saturating_mul(PAGE_SIZE).min(end);
+                let address = region.start_addr().0.saturating_add(from.saturating_sub(offset));
+                written = written.saturating_add(copier.copy(address, (from, to))?);
+            }
+            offset = end;
+            continue;
+        }
         let own = region.file_offset().filter(|_| region.flags() & nix::libc::MAP_PRIVATE == 0);
         let mut at = offset;
         while let Some((from, to)) = next_data(own.map(|file| file.file()), at, end)? {

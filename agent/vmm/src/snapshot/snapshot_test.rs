@@ -21,32 +21,53 @@ fn machine() -> MachineState {
     }
 }
 
+/// As older programs saved it.
+fn plain() -> Snapshot {
+    Snapshot { memory_bytes: 1 << 30, machine: machine(), sums: None, link: None, base: None }
+}
+
+/// One that holds what changed since another.
+fn diff() -> Snapshot {
+    let pages = PageSet::of_words(vec![6, 0, 1 << 63], 1 << 30);
+    let (bytes, crc) = format::encode(&plain());
+    assert_eq!(format::decode(&bytes).expect("whole"), plain());
+    let link = Some(Link { id: [2; 16], crc });
+    Snapshot { link, base: Some((Link { id: [1; 16], crc: 77 }, pages)), ..plain() }
+}
+
 #[test]
 fn a_state_comes_back_as_it_was() {
-    let bytes = format::encode(1 << 30, None, &machine());
-    assert_eq!(format::decode(&bytes).expect("whole"), (1 << 30, None, machine()));
+    let encode = |snapshot: &Snapshot| format::encode(snapshot).0;
+    let back = |snapshot: &Snapshot| format::decode(&encode(snapshot)).expect("whole");
+    assert_eq!(back(&plain()), plain());
+    assert_eq!(back(&diff()), diff());
+    // Who does not know diffs refuses it, and says so.
+    assert_eq!((encode(&plain())[36], encode(&diff())[36]), (1, 2));
     let mut sums = Sums::of_zeros(1 << 30);
     sums.add(5 << 20, &[7; 4096]);
-    let bytes = format::encode(1 << 30, Some(&sums), &machine());
-    assert_eq!(format::decode(&bytes).expect("whole"), (1 << 30, Some(sums.clone()), machine()));
+    let with_sums = Snapshot { sums: Some(sums), ..plain() };
+    assert_eq!(back(&with_sums), with_sums);
     // As many as another memory would have.
-    let said = format::decode(&format::encode(1 << 29, Some(&sums), &machine())).expect_err("refused");
+    let said =
+        format::decode(&encode(&Snapshot { memory_bytes: 1 << 29, ..with_sums })).expect_err("refused");
     assert!(said.to_string().contains("number of checksums"), "{said}");
 }
 
 #[test]
 fn any_changed_bit_and_any_cut_is_noticed_and_says_where() {
-    let bytes = format::encode(1 << 30, None, &machine());
+    let diff = diff();
+    let (bytes, _) = format::encode(&diff);
     for at in 0..bytes.len() {
         let mut broken = bytes.clone();
         broken[at] ^= 0x10;
         match format::decode(&broken) {
             // Only what fills up to eight bytes is not covered.
-            Ok(again) => assert_eq!(again, (1 << 30, None, machine()), "byte {at}"),
+            Ok(again) => assert!(Snapshot { link: diff.link, ..again } == diff, "byte {at}"),
             Err(error) => assert!(!error.to_string().is_empty()),
         }
         assert!(format::decode(&bytes[..at]).is_err(), "cut at {at}");
     }
+    let (bytes, _) = format::encode(&plain());
     let mut broken = bytes.clone();
     let within = 32 + 32 + 16 + 32 + 100;
     broken[within] ^= 1;
@@ -64,7 +85,7 @@ proptest! {
     /// With right checksums too: whatever the payload says, it is read or refused.
     #[test]
     fn any_bytes(tail in prop::collection::vec(any::<u8>(), 0..200), flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8)) {
-        let mut bytes = format::encode(1 << 30, None, &machine());
+        let (mut bytes, _) = format::encode(&diff());
         for (at, value) in flips {
             let at = at.index(bytes.len());
             bytes[at] = value;
@@ -95,17 +116,17 @@ fn memory_is_written_sparsely_and_mapped_again() {
     // Something older, and longer.
     memory_file.set_len(2 * bytes).expect("set");
     memory::replace(&state_file, &[9; 100_000]).expect("written");
-    let written = write(&memory, &machine(), (&state_file, &memory_file)).expect("written");
+    let written = write(&memory, machine(), Point::default(), (&state_file, &memory_file)).expect("written");
     sync((&state_file, &memory_file)).expect("synced");
-    assert_eq!(written, 4 * 4096, "three pages for the first, one for the last, none for zeros");
+    assert_eq!(written.memory_bytes, 4 * 4096, "three pages for the first, one for the last, none for zeros");
     let about = memory_file.metadata().expect("known");
     assert_eq!(about.len(), bytes);
     assert!(about.blocks() * 512 < 1 << 20, "{} blocks", about.blocks());
 
     let snapshot = read(&state_file).expect("whole");
     assert_eq!((snapshot.memory_bytes, &snapshot.machine), (bytes, &machine()));
-    let open_again = || snapshot.open_memory(memory_file.try_clone().expect("cloned").into());
-    let (one, two) = (open_again().expect("mapped"), open_again().expect("mapped"));
+    let open_again = |file: &File| chain::open(&[(snapshot.clone(), file.try_clone().expect("cloned"))]);
+    let (one, two) = (open_again(&memory_file).expect("mapped"), open_again(&memory_file).expect("mapped"));
     one.write_slice(b"mine", GuestAddress(bytes - 7)).expect("RAM");
     let tail = |memory: &GuestMemory| {
         let mut bytes_read = [0; 7];
@@ -115,15 +136,15 @@ fn memory_is_written_sparsely_and_mapped_again() {
     assert_eq!((&tail(&one), &tail(&two), &tail(&memory)), (b"mineend", b"the end", b"the end"));
     // A restored VM is saved again, with what it has changed.
     let again = open("again");
-    write(&one, &machine(), (&open("state2"), &again)).expect("written");
-    let third = snapshot.open_memory(again.into()).expect("mapped");
+    write(&one, machine(), Point::default(), (&open("state2"), &again)).expect("written");
+    let third = open_again(&again).expect("mapped");
     assert_eq!(&tail(&third), b"mineend");
     let mut first: [u8; 3] = [0; 3];
     third.read_slice(&mut first, GuestAddress(0x1_0ffd)).expect("RAM");
     assert_eq!(first, [0, 1, 1]);
 
     memory_file.set_len(bytes - 4096).expect("set");
-    assert!(matches!(snapshot.open_memory(memory_file.into()), Err(ReadError::Memory(_))));
+    assert!(matches!(open_again(&memory_file), Err(ReadError::Memory(_))));
 }
 
 /// One changed bit anywhere, a page that is lost and one that was none: each is noticed, and the place is named.
@@ -137,10 +158,10 @@ fn damaged_memory_is_noticed() {
     }
     let (state_file, memory_file) =
         (tempfile::tempfile().expect("a file"), tempfile::tempfile().expect("a file"));
-    write(&memory, &machine(), (&state_file, &memory_file)).expect("written");
+    write(&memory, machine(), Point::default(), (&state_file, &memory_file)).expect("written");
     let snapshot = read(&state_file).expect("whole");
     let sums = snapshot.sums.expect("just made");
-    let check = || sums.check(&memory_file, || true);
+    let check = || sums.check(&memory_file, None, || true);
     check().expect("as saved");
     // A copy without holes is the same memory.
     memory_file.write_all_at(&[0; 8192], 30 << 20).expect("written");
@@ -162,7 +183,7 @@ fn damaged_memory_is_noticed() {
     memory_file.write_all_at(&[0; 4096], 0x1_0000).expect("written");
     memory_file.write_all_at(&[1], 0x2_0ffe).expect("written");
     assert!(matches!(check(), Err(CheckError::Damaged { offset: 0 })));
-    sums.check(&memory_file, || false).expect("given up");
+    sums.check(&memory_file, None, || false).expect("given up");
     memory_file.set_len(9 << 20).expect("set");
     assert!(check().is_err());
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::memory::{PAGE, PIECE, is_zero, next_data};
+use super::pages::PageSet;
 
 /// What one sum covers.
 pub(super) const CHUNK_BYTES: u64 = 2 << 20;
@@ -74,8 +75,15 @@ impl Sums {
         }
     }
 
-    /// Reads all that the file has of them, and compares. `go_on` is asked now and then: `false` ends it early.
-    pub fn check(&self, file: &File, mut go_on: impl FnMut() -> bool) -> Result<(), CheckError> {
+    /// Reads all that the file has of them, and compares: of a diff only its `pages`, since the rest of its file is nobody's.
+    /// `go_on` is asked now and then: `false` ends it early.
+    pub fn check(
+        &self,
+        file: &File,
+        pages: Option<&PageSet>,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(), CheckError> {
+        let ours = |at: u64| pages.is_none_or(|pages| pages.contains(at / PAGE as u64));
         let mut found = Sums::of_zeros(self.memory_bytes);
         let mut piece = vec![0; PIECE];
         let (mut offset, mut compared) = (0, 0);
@@ -87,7 +95,7 @@ impl Sums {
                 let Some(bytes) = piece.get_mut(..len).filter(|_| go_on()) else { return Ok(()) };
                 file.read_exact_at(bytes, offset).map_err(io(offset))?;
                 for (at, page) in (offset..).step_by(PAGE).zip(bytes.chunks(PAGE)) {
-                    if !is_zero(page) {
+                    if !is_zero(page) && ours(at) {
                         found.add(at, page);
                     }
                 }

@@ -6,16 +6,15 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    any::Any,
     fmt,
     ptr::NonNull,
     sync::Arc,
 };
 
 use libc::iovec;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-
-/// A guest's memory, as `serio-hv` makes it.
-pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
 
 /// Alignment of owned memory: that of a page, which suits every O_DIRECT.
 const ALIGN: usize = 4096;
@@ -54,7 +53,8 @@ impl Drop for Owned {
 
 enum Hold {
     Nothing,
-    Guest(GuestMemory),
+    /// Whatever log of writes it has: nobody looks into it here.
+    Guest(Arc<dyn Any + Send + Sync>),
     Owned(Owned),
 }
 
@@ -101,8 +101,8 @@ impl Buffers {
     }
 
     /// Segments of a guest's memory, in order.
-    pub fn guest(
-        memory: &GuestMemory,
+    pub fn guest<B: Bitmap + Send + Sync + 'static>(
+        memory: &Arc<GuestMemoryMmap<B>>,
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> Result<Buffers, GuestRangeError> {
         let mut buffers = Buffers::empty();
@@ -112,9 +112,9 @@ impl Buffers {
 
     /// Like [`Buffers::guest`], but keeps the allocation of `self`: hand the value that `reap` gave back in
     /// again, and the I/O path allocates nothing. On an error `self` is empty.
-    pub fn refill_guest(
+    pub fn refill_guest<B: Bitmap + Send + Sync + 'static>(
         &mut self,
-        memory: &GuestMemory,
+        memory: &Arc<GuestMemoryMmap<B>>,
         segments: impl IntoIterator<Item = (GuestAddress, usize)>,
     ) -> Result<(), GuestRangeError> {
         self.iovecs.clear();
@@ -131,10 +131,19 @@ impl Buffers {
                 self.len = self.len.saturating_add(slice.len() as u64);
             }
         }
-        if !matches!(&self.hold, Hold::Guest(held) if Arc::ptr_eq(held, memory)) {
-            self.hold = Hold::Guest(Arc::clone(memory));
+        let same =
+            |held: &Arc<dyn Any + Send + Sync>| std::ptr::addr_eq(Arc::as_ptr(held), Arc::as_ptr(memory));
+        if !matches!(&self.hold, Hold::Guest(held) if same(held)) {
+            self.hold = Hold::Guest(memory.clone());
         }
         Ok(())
+    }
+
+    /// Where a guest's segments lie in this process, `(address, bytes)`: what a read that has ended may have written. Nothing of
+    /// owned memory.
+    pub fn guest_parts(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let guest = matches!(self.hold, Hold::Guest(_));
+        self.iovecs.iter().filter(move |_| guest).map(|v| (v.iov_base as usize, v.iov_len))
     }
 
     /// Bytes in all.
@@ -221,8 +230,8 @@ mod tests {
 
     #[test]
     fn guest_segments_are_checked_and_zeroed_in_parts() {
-        let memory: GuestMemory =
-            Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory"));
+        let memory: Arc<GuestMemoryMmap<()>> =
+            Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory"));
         assert!(Buffers::guest(&memory, [(GuestAddress(0x3000), 0x1001)]).is_err());
         assert!(Buffers::guest(&memory, [(GuestAddress(u64::MAX), 2)]).is_err());
         let mut b =

@@ -27,7 +27,7 @@ use std::{
 use libc::iovec;
 use nix::sys::eventfd::EventFd;
 
-pub use memory::{Buffers, GuestMemory, GuestRangeError};
+pub use memory::{Buffers, GuestRangeError};
 pub(crate) use pool::PIECE_MAX;
 
 use crate::{

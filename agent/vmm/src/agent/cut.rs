@@ -35,6 +35,7 @@ use super::launch::Passed;
 use super::requests::{done, failed, refusal};
 use crate::devices::Devices;
 use crate::end::chain;
+use crate::guest_agent::Freeze;
 
 /// What holds when the request does not say.
 const FREEZE_MS: u32 = 10_000;
@@ -115,6 +116,8 @@ struct Cut {
     parts: Vec<Part>,
     /// How long the guest agent may take, if it is to be asked.
     freeze: Option<Duration>,
+    /// What is settled at the end.
+    ticket: Freeze,
     /// Freeze, then wait for `HoldSnapshot`, so long.
     wait: Option<Duration>,
     hold: Duration,
@@ -143,6 +146,11 @@ pub(super) fn failed_at(volume: &str, error: &SnapshotError, sealed: &[&str]) ->
 }
 
 impl Cuts {
+    /// Whether one is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.lock().is_some()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Now>> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -207,11 +215,6 @@ impl Cuts {
         answered.recv().unwrap_or_else(|_| gone())
     }
 
-    #[cfg(test)]
-    pub(super) fn is_busy(&self) -> bool {
-        self.lock().is_some()
-    }
-
     /// The VM is at its end: lets go, and waits a moment for it.
     pub(super) fn abandon(&self, devices: &Devices) {
         devices.guest_agent.port().end();
@@ -255,6 +258,7 @@ impl Cut {
             id: request.snapshot_id.clone(),
             snapshot: request.snapshot.clone(),
             parts,
+            ticket: devices.guest_agent.next_freeze(),
             freeze: request.freeze.then(|| wait_of(request.freeze_timeout_ms, FREEZE_MS)),
             // The others freeze meanwhile.
             wait: (request.freeze && request.freeze_first)
@@ -267,10 +271,10 @@ impl Cut {
 
     /// The thread. Ends when everything is let go and the guest is thawed.
     fn run(self, slot: Slot, answer: &SyncSender<Body>, orders: &Receiver<Order>) {
-        let devices = self.devices.clone();
+        let (devices, ticket) = (self.devices.clone(), self.ticket);
         let id = self.id.clone();
         self.cut(slot, answer, orders);
-        devices.guest_agent.settle(|error| {
+        devices.guest_agent.settle(ticket, |error| {
             super::say(format_args!("snapshot {id}: the guest is not thawed yet: {}", chain(error)));
         });
     }
@@ -344,7 +348,7 @@ impl Cut {
         if self.paused {
             return crash("the VM is paused, so its agent cannot freeze it".to_owned());
         }
-        match self.devices.guest_agent.freeze(Instant::now() + limit) {
+        match self.devices.guest_agent.freeze(self.ticket, Instant::now() + limit) {
             Ok(frozen) => Prepared { class: PointClass::App.into(), frozen, ..Prepared::default() },
             Err(error) => crash(chain(&error)),
         }

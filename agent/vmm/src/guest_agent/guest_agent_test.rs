@@ -6,6 +6,8 @@ use super::fake::{FakeGuest, answer_well};
 use super::lines::LINE_BYTES_MAX;
 use super::*;
 
+const FIRST: Freeze = Freeze(1);
+
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
@@ -23,30 +25,46 @@ fn a_good_guest_is_frozen_and_thawed() {
     let guest = FakeGuest::good();
     let agent = GuestAgent::new(guest.port.clone());
     for _ in 0..3 {
-        assert_eq!(agent.freeze(soon()), Ok(2));
+        let freeze = agent.next_freeze();
+        assert_eq!(agent.freeze(freeze, soon()), Ok(2));
         assert_eq!(agent.confirm(soon()), Ok(()));
-        agent.settle(silent);
+        agent.settle(freeze, silent);
         assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
         assert_eq!(guest.asked(), [FREEZE, STATUS, STATUS, THAW, STATUS]);
-        agent.settle(silent);
+        agent.settle(freeze, silent);
         assert!(guest.asked().is_empty(), "nothing is owed any more");
     }
 }
 
 #[test]
+fn a_late_thaw_does_not_undo_the_next_freeze() {
+    let guest = FakeGuest::good();
+    let agent = GuestAgent::new(guest.port.clone());
+    let (first, second) = (agent.next_freeze(), agent.next_freeze());
+    agent.freeze(first, soon()).expect("frozen");
+    agent.freeze(second, soon()).expect("thawed, and frozen again");
+    // Whoever was to thaw the first comes only now; and one had waited for its turn since before the second.
+    agent.settle(first, silent);
+    assert_eq!(agent.thaw(first, soon()), Ok(()));
+    assert_eq!(agent.confirm(soon()), Ok(()));
+    agent.settle(second, silent);
+    assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
+}
+
+#[test]
 fn without_an_agent_it_is_said_at_once() {
     let agent = GuestAgent::new(HostPort::new().expect("an eventfd"));
-    assert_eq!(agent.freeze(soon()), Err(AgentError::Port(PortError::NotOpen)));
-    agent.settle(silent);
+    assert_eq!(agent.freeze(FIRST, soon()), Err(AgentError::Port(PortError::NotOpen)));
+    agent.settle(FIRST, silent);
 }
 
 #[test]
 fn a_silent_agent_is_not_asked_to_freeze() {
     let guest = FakeGuest::new(|_| Vec::new());
     let agent = GuestAgent::new(guest.port.clone());
-    assert_eq!(agent.freeze(brief()), Err(AgentError::Port(PortError::TimedOut)));
+    assert_eq!(agent.freeze(FIRST, brief()), Err(AgentError::Port(PortError::TimedOut)));
     assert!(guest.asked().is_empty());
-    agent.settle(silent);
+    agent.settle(FIRST, silent);
 }
 
 #[test]
@@ -63,8 +81,8 @@ fn a_freeze_without_an_answer_is_thawed_when_the_agent_wakes() {
         [std::mem::take(&mut late), answer].concat()
     });
     let agent = GuestAgent::new(guest.port.clone());
-    assert_eq!(agent.freeze(brief()), Err(AgentError::Port(PortError::TimedOut)));
-    agent.settle(silent);
+    assert_eq!(agent.freeze(FIRST, brief()), Err(AgentError::Port(PortError::TimedOut)));
+    agent.settle(FIRST, silent);
     assert_eq!(guest.asked(), [FREEZE, THAW]);
     assert_eq!(agent.confirm(soon()), Err(AgentError::NotFrozen));
 }
@@ -80,10 +98,10 @@ fn a_thaw_is_asked_again_of_the_agent_that_comes_back() {
         answer
     });
     let agent = GuestAgent::new(guest.port.clone());
-    agent.freeze(soon()).expect("frozen");
+    agent.freeze(FIRST, soon()).expect("frozen");
     let (sender, told) = channel();
     std::thread::scope(|scope| {
-        scope.spawn(|| agent.settle(|error| sender.send(error.clone()).expect("heard")));
+        scope.spawn(|| agent.settle(FIRST, |error| sender.send(error.clone()).expect("heard")));
         let said = told.recv().expect("told").to_string();
         assert_eq!(said, "the guest agent refused guest-fsfreeze-thaw: not now");
         guest.port.device().set_open(false);
@@ -96,13 +114,13 @@ fn a_thaw_is_asked_again_of_the_agent_that_comes_back() {
 fn the_end_of_the_vm_ends_every_wait() {
     let guest = FakeGuest::new(|_| Vec::new());
     let agent = GuestAgent::new(guest.port.clone());
-    agent.owed.store(true, Ordering::Release);
+    agent.owed.store(FIRST.0, Ordering::Release);
     std::thread::scope(|scope| {
-        scope.spawn(|| agent.settle(|_| {}));
-        scope.spawn(|| assert!(agent.freeze(soon()).is_err()));
+        scope.spawn(|| agent.settle(FIRST, |_| {}));
+        scope.spawn(|| assert!(agent.freeze(FIRST, soon()).is_err()));
         guest.port.end();
     });
-    assert_eq!(agent.freeze(soon()), Err(AgentError::Port(PortError::Ended)));
+    assert_eq!(agent.freeze(FIRST, soon()), Err(AgentError::Port(PortError::Ended)));
 }
 
 /// Answers the sync as it should be, and everything else with these bytes.
@@ -131,24 +149,24 @@ fn lies_are_refused() {
     ];
     for (lie, error) in cases {
         let guest = liar(lie);
-        assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(error), "{lie:?}");
+        assert_eq!(GuestAgent::new(guest.port.clone()).freeze(FIRST, soon()), Err(error), "{lie:?}");
     }
     let deep = [vec![b'['; LINE_BYTES_MAX - 1], vec![b'\n']].concat();
     let guest = liar(deep.leak());
-    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(nonsense.clone()));
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(FIRST, soon()), Err(nonsense.clone()));
     let long = [vec![b' '; 3 * LINE_BYTES_MAX], vec![b'\n']].concat();
     let guest = liar(long.leak());
-    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(nonsense));
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(FIRST, soon()), Err(nonsense));
 }
 
 #[test]
 fn a_flood_ends_the_exchange() {
     let guest = FakeGuest::new(|_| b"{\"return\": 1}\n".repeat(1 << 17));
     let agent = GuestAgent::new(guest.port.clone());
-    assert_eq!(agent.freeze(soon()), Err(AgentError::Flood));
+    assert_eq!(agent.freeze(FIRST, soon()), Err(AgentError::Flood));
     // And one that never ends a line.
     let guest = FakeGuest::new(|_| vec![b'x'; 2 << 20]);
-    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(soon()), Err(AgentError::Flood));
+    assert_eq!(GuestAgent::new(guest.port.clone()).freeze(FIRST, soon()), Err(AgentError::Flood));
 }
 
 #[test]
@@ -163,7 +181,7 @@ fn stale_answers_are_skipped() {
         answer
     });
     let agent = GuestAgent::new(guest.port.clone());
-    assert_eq!(agent.freeze(soon()), Ok(2));
+    assert_eq!(agent.freeze(FIRST, soon()), Ok(2));
 }
 
 #[test]

@@ -9,7 +9,8 @@
 //! - Each exchange begins with `guest-sync-delimited` and a fresh number, so a late answer to an earlier question is
 //!   never taken for the one to this. A freeze is only asked of an agent that has just answered, so that none is left
 //!   behind in the port to be done when nobody remembers it.
-//! - Once a freeze was sent, a thaw is *owed*, whatever the guest said or did not say: [`GuestAgent::settle`] pays it.
+//! - Once a freeze was sent, a thaw is *owed*, whatever the guest said or did not say: [`GuestAgent::settle`] pays it, and only for
+//!   its own freeze. A later freeze pays what is owed for the ones before it: whoever settles those finds nothing to do.
 //! - The guest may lie, flood or stay silent: lines and the bytes of an exchange are bounded, each wait has a deadline,
 //!   and what it says is only ever believed about itself.
 //! - Everything here blocks its own thread and nobody else's.
@@ -21,7 +22,7 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod guest_agent_test;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -75,11 +76,18 @@ pub enum AgentError {
     NotFrozen,
 }
 
+/// One freeze of the guest: what [`GuestAgent::settle`] undoes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Freeze(u64);
+
 /// The agent in one VM's guest.
 #[derive(Debug)]
 pub struct GuestAgent {
     port: HostPort,
-    owed: AtomicBool,
+    /// The freeze that a thaw is owed for; 0: none. Changed only in a session, of which there is one at a time.
+    owed: AtomicU64,
+    /// The last freeze.
+    freezes: AtomicU64,
     /// Held while a thaw is asked again and again: one thread does that.
     settling: Mutex<()>,
     /// The number of the last sync.
@@ -93,7 +101,13 @@ impl GuestAgent {
         // Numbers of an earlier process must not fit.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let number = AtomicU64::new(u64::try_from(now >> 10).unwrap_or(0) << 20);
-        GuestAgent { port, owed: AtomicBool::new(false), settling: Mutex::new(()), number }
+        GuestAgent {
+            port,
+            owed: AtomicU64::new(0),
+            freezes: AtomicU64::new(0),
+            settling: Mutex::new(()),
+            number,
+        }
     }
 
     /// The port, for the device that the guest sees.
@@ -108,14 +122,19 @@ impl GuestAgent {
         self.port.is_open()
     }
 
+    /// A freeze that may be asked for, and is to be settled.
+    #[must_use]
+    pub fn next_freeze(&self) -> Freeze {
+        Freeze(self.freezes.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
+    }
+
     /// Freezes the guest's file systems; how many. However it ends, call [`GuestAgent::settle`] afterwards.
-    pub fn freeze(&self, deadline: Instant) -> Result<u32, AgentError> {
+    pub fn freeze(&self, freeze: Freeze, deadline: Instant) -> Result<u32, AgentError> {
         let mut talk = self.talk(deadline)?;
-        if self.owed.load(Ordering::Acquire) {
+        if self.owed.load(Ordering::Acquire) != 0 {
             talk.ask(THAW, deadline)?;
-            self.owed.store(false, Ordering::Release);
         }
-        self.owed.store(true, Ordering::Release);
+        self.owed.store(freeze.0, Ordering::Release);
         let count = count_of(&talk.ask(FREEZE, deadline)?).ok_or(AgentError::Nonsense(FREEZE))?;
         if count == 0 {
             return Err(AgentError::Nothing);
@@ -129,16 +148,16 @@ impl GuestAgent {
         self.talk(deadline)?.confirm(deadline)
     }
 
-    /// Thaws what a freeze may have frozen: returns when the guest says so, when no freeze was sent, or when the VM
-    /// ends. `say` is told when it takes more than one try.
-    pub fn settle(&self, say: impl Fn(&AgentError)) {
+    /// Thaws what that freeze may have frozen: returns when the guest says so, when it was not sent, when a later one was, or when
+    /// the VM ends. `say` is told when it takes more than one try.
+    pub fn settle(&self, freeze: Freeze, say: impl Fn(&AgentError)) {
         let _one = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         for tried in 1u32.. {
-            if !self.owed.load(Ordering::Acquire) {
+            if self.owed.load(Ordering::Acquire) != freeze.0 {
                 return;
             }
             let seen = self.port.times_opened();
-            let error = match self.thaw(Instant::now() + Duration::from_millis(THAW_MS)) {
+            let error = match self.thaw(freeze, Instant::now() + Duration::from_millis(THAW_MS)) {
                 Ok(()) => return,
                 Err(error) => error,
             };
@@ -154,15 +173,19 @@ impl GuestAgent {
 
     /// Sync and thaw go together: an agent that is still busy with a freeze finds both when it is done, even if nobody
     /// waits for its answer any more.
-    fn thaw(&self, deadline: Instant) -> Result<(), AgentError> {
+    fn thaw(&self, freeze: Freeze, deadline: Instant) -> Result<(), AgentError> {
         let mut talk = Talk::new(self.port.session(deadline)?);
+        // While this one waited for its turn the next freeze may have had its own, and may be in force.
+        if self.owed.load(Ordering::Acquire) != freeze.0 {
+            return Ok(());
+        }
         let number = self.next_number();
         let thaw = json!({ "execute": THAW });
         talk.send(&[sync(number), format!("{thaw}\n").into_bytes()].concat())?;
         talk.wait_sync(number, deadline)?;
         count_of(&talk.answer(THAW, deadline)?).ok_or(AgentError::Nonsense(THAW))?;
         // Before the session ends: the next one may be another freeze, which owes a thaw of its own.
-        self.owed.store(false, Ordering::Release);
+        self.owed.store(0, Ordering::Release);
         Ok(())
     }
 

@@ -15,6 +15,8 @@ mod formats;
 mod life;
 #[path = "e2e/own_kernel.rs"]
 mod own_kernel;
+#[path = "e2e/plug.rs"]
+mod plug;
 #[path = "e2e/region.rs"]
 mod region;
 #[path = "e2e/saved.rs"]

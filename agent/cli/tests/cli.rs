@@ -249,6 +249,20 @@ async fn a_vm_as_typed() {
 }
 
 #[tokio::test]
+async fn disks_and_cards_that_come_and_go() {
+    let case = Case::new();
+    let added = case.run(&["vm", "disk", "add", "ardesio/web", "ardesio/data"]).await;
+    assert_eq!((added.code, added.stdout.as_str()), (0, "vm ardesio/web has volume ardesio/data\n"));
+    let remove = ["vm", "disk", "remove", "ardesio/web", "ardesio/data", "--timeout", "7s"];
+    assert_eq!(case.run(&remove).await.code, 4);
+    let card = case.run(&["vm", "nic", "add", "ardesio/web", "mac=52:54:00:00:00:07"]).await;
+    assert_eq!((card.code, card.stdout.as_str()), (0, "vm ardesio/web has card 52:54:00:00:00:07\n"));
+    let remove = ["vm", "nic", "remove", "ardesio/web", "52:54:00:00:00:07", "--timeout", "7s"];
+    assert_eq!(case.run(&remove).await.code, 4);
+    assert_eq!(case.run(&["vm", "nic", "remove", "ardesio/web", "7"]).await.code, 2);
+}
+
+#[tokio::test]
 async fn the_console_under_a_script() {
     let case = Case::new();
     let steps = [

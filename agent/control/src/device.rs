@@ -1,4 +1,6 @@
-//! What a `Launch` says of a VM's devices beyond its disks' files.
+//! What a `Launch` says of a VM's devices beyond its disks' files, and devices that come and go later.
+
+use crate::message::Disk;
 
 /// A NIC of a VM.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -65,4 +67,34 @@ pub struct NicLimits {
     /// Absent: no bounds.
     #[prost(message, optional, tag = "2")]
     pub limits: Option<Limits>,
+}
+
+/// Give the running guest one more disk or card; exactly one. Done when it is there and the guest was told; one of that name or
+/// address that is there already is left as it is.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Plug {
+    /// A disk.
+    #[prost(message, optional, tag = "1")]
+    pub disk: Option<Disk>,
+    /// A card.
+    #[prost(message, optional, tag = "2")]
+    pub nic: Option<Nic>,
+    /// Its place among the disks or the cards, as a launch would name them.
+    #[prost(uint32, tag = "3")]
+    pub position: u32,
+}
+
+/// Take a disk or a card away; exactly one. Done when the guest has let go of it and it is closed; also when there is none.
+/// Refused when the guest does not let go in time: then it stays.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Unplug {
+    /// As in [`Disk::volume_id`]; empty: a card.
+    #[prost(string, tag = "1")]
+    pub volume_id: String,
+    /// As in [`Nic::mac`]; empty: a disk.
+    #[prost(bytes = "vec", tag = "2")]
+    pub mac: Vec<u8>,
+    /// How long the guest may take.
+    #[prost(uint32, tag = "3")]
+    pub wait_ms: u32,
 }

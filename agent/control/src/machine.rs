@@ -23,21 +23,42 @@ pub struct SaveVm {
     /// begin at these points.
     #[prost(message, repeated, tag = "5")]
     pub volumes: Vec<PreparedVolume>,
+    /// Sixteen bytes that name this snapshot for ever. Empty: no other one shall hold only what changed since.
+    #[prost(bytes = "vec", tag = "6")]
+    pub id: Vec<u8>,
+    /// Ids of snapshots that the asker keeps: if the VM was last saved in one of them, or went on from it, only the pages that
+    /// changed since may be written.
+    #[prost(bytes = "vec", repeated, tag = "7")]
+    pub bases: Vec<Vec<u8>>,
 }
 
 /// A VM was saved.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedVm {
-    /// Bytes of memory that were not zero.
+    /// Bytes of memory that were written: those that were not zero, and of a diff only pages that had changed.
     #[prost(uint64, tag = "1")]
     pub memory_bytes: u64,
     /// How long the VM stood still for it, nanoseconds; of one that is left paused, until it was written.
     #[prost(uint64, tag = "2")]
     pub paused_ns: u64,
+    /// The snapshot without which this one cannot be restored, one of [`SaveVm::bases`]; empty: it is whole.
+    #[prost(bytes = "vec", tag = "3")]
+    pub base: Vec<u8>,
+}
+
+/// The files of a snapshot that another one goes on from.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct BaseFds {
+    /// The state.
+    #[prost(uint32, tag = "1")]
+    pub state_fd: u32,
+    /// The memory.
+    #[prost(uint32, tag = "2")]
+    pub memory_fd: u32,
 }
 
 /// What [`SaveVm`] has written.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct RestoreFrom {
     /// The state.
     #[prost(uint32, tag = "1")]
@@ -52,4 +73,8 @@ pub struct RestoreFrom {
     /// Do not check the memory against its checksums before the guest runs, but beside it: it is ended when damage is found.
     #[prost(bool, tag = "4")]
     pub check_beside: bool,
+    /// The snapshots that it goes on from: its base, the base of that, down to one that is whole. Their memory must not change in
+    /// what it holds either.
+    #[prost(message, repeated, tag = "5")]
+    pub bases: Vec<BaseFds>,
 }

@@ -1,7 +1,7 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
-pub use crate::device::{DiskLimits, Limits, Nic, NicLimits, SetLimits};
+pub use crate::device::{DiskLimits, Limits, Nic, NicLimits, Plug, SetLimits, Unplug};
 pub use crate::{bootdisk::*, counters::*, devices::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.
@@ -17,7 +17,8 @@ pub struct Frame {
     #[prost(
         oneof = "Body",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 22, 23, 24, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 50, 51, 52, \
-                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 84, 85, 87, 88"
+                53, 54, 55, 60, 61, 62, 63, 64, 65, 70, 71, 80, 81, 82, 84, 85, 87, 88, \
+                90, 91"
     )]
     pub body: Option<Body>,
 }
@@ -167,6 +168,12 @@ pub enum Body {
     /// → vmm: what its disks and cards may do from now on.
     #[prost(message, tag = "88")]
     SetLimits(SetLimits),
+    /// → vmm: give the guest one more disk or card. Descriptors as its indexes say.
+    #[prost(message, tag = "90")]
+    Plug(Plug),
+    /// → vmm: take one away.
+    #[prost(message, tag = "91")]
+    Unplug(Unplug),
 }
 
 /// Nothing.
@@ -354,6 +361,12 @@ pub struct VmStatus {
     /// What of it does not work now, because of the host.
     #[prost(message, repeated, tag = "7")]
     pub troubles: Vec<Trouble>,
+    /// The disks that it has now, as in [`Disk::volume_id`]; empty in what older programs say.
+    #[prost(string, repeated, tag = "8")]
+    pub disks: Vec<String>,
+    /// The addresses of the cards that it has now, as `52:54:00:12:34:56`.
+    #[prost(string, repeated, tag = "9")]
+    pub nics: Vec<String>,
 }
 
 /// Why a VM ended. Kept in the file `exit` of its run directory too, since the process may end while nobody listens.

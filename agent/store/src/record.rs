@@ -277,10 +277,29 @@ pub struct SavedVm {
     pub vm: Uuid,
     /// What it was: a VM that goes on from there must be the same.
     pub spec: VmSpec,
-    /// Bytes of its memory that were not zero.
+    /// Bytes of its memory that are kept: those that were not zero, and of one with `bases` only of pages that had changed.
     pub memory_bytes: u64,
     /// How long it stood still, nanoseconds.
     pub paused_ns: u64,
+    /// The points without whose files it cannot be restored, the last one first, down to one that is whole; empty: it is whole
+    /// itself. Their rows may be gone.
+    #[serde(default, with = "uuids")]
+    pub bases: Vec<Uuid>,
+}
+
+/// Ids as text.
+mod uuids {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+    use uuid::Uuid;
+
+    pub(super) fn serialize<S: Serializer>(ids: &[Uuid], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(ids.iter().map(Uuid::to_string))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Uuid>, D::Error> {
+        let texts = Vec::<String>::deserialize(deserializer)?;
+        texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+    }
 }
 
 /// A long operation.

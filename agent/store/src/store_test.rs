@@ -104,8 +104,9 @@ fn what_was_written_comes_back() {
         reason: "r".to_owned(),
     };
     let operation = operation(volume.uid);
+    let (spec, bases) = (vm.spec.clone(), vec![Uuid::new_v4(), Uuid::new_v4()]);
     let vdc_snapshot = VdcSnapshotRecord {
-        saved: Some(Box::new(SavedVm { vm: vm.uid, spec: vm.spec.clone(), memory_bytes: 7, paused_ns: 9 })),
+        saved: Some(Box::new(SavedVm { vm: vm.uid, spec, memory_bytes: 7, paused_ns: 9, bases })),
         uid: Uuid::new_v4(),
         vdc: vdc.uid,
         name: "monday".parse().unwrap(),

@@ -123,6 +123,17 @@ impl MachineSpec {
         self.device_limits.extend(limits.map(|limits| DeviceLimits { device, limits }));
         self.device_limits.sort_by(|a, b| a.device.cmp(&b.device));
     }
+
+    /// The card at that place has gone: those behind it move up, with their limits.
+    pub fn forget_nic(&mut self, gone: u32) {
+        self.device_limits.retain(|one| one.device != LimitedDevice::Nic(gone));
+        for one in &mut self.device_limits {
+            match &mut one.device {
+                LimitedDevice::Nic(index) if *index > gone => *index = index.saturating_sub(1),
+                _ => {}
+            }
+        }
+    }
 }
 
 /// What happens to a guest that started its watchdog and does not pet it.
@@ -302,6 +313,10 @@ mod tests {
         assert_eq!(found(&spec), [1, 5, 2, 4]);
         spec.set_limits_of(data.clone(), None);
         assert_eq!(found(&spec), [1, 1, 2, 4]);
+        spec.forget_nic(0);
+        assert_eq!(found(&spec), [1, 1, 4, 2], "the second card is the first now");
+        spec.forget_nic(0);
+        assert_eq!(found(&spec), [1, 1, 2, 2]);
     }
 
     #[test]

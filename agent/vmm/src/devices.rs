@@ -1,12 +1,13 @@
 //! From what a VM is given (files, taps) to the devices on its PCI bus.
 //!
 //! [`Devices`] holds what must stay open over resets: volumes with their locks, taps. [`Devices::make`] makes the
-//! devices of one boot from it. Their order is the order on the bus: disks, network cards, then the rest.
+//! devices of one boot from it. Their order is the order on the bus: disks, network cards, then the rest; a disk or card
+//! that came later has its own place there ([`slots`]), and keeps it over resets.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use nix::sys::eventfd::EventFd;
 use serio_control::message::{self, TroubleKind};
@@ -26,6 +27,10 @@ use serio_volume::{Access, Volume};
 
 use crate::cli::{DiskArg, NetArg, RunArgs, VsockArg};
 use crate::guest_agent::GuestAgent;
+use slots::Plugged;
+
+#[path = "slots.rs"]
+mod slots;
 
 /// A disk's queues follow the vcpus up to this many: beyond, threads cost more than they bring.
 const DISK_QUEUES_MAX: u32 = 4;
@@ -120,6 +125,8 @@ pub struct Disk {
     pub trouble: Trouble,
     /// What was asked of it since the launch.
     pub counts: DiskCounts,
+    /// Its device number on the bus, once it has one.
+    slot: OnceLock<u8>,
 }
 
 impl Disk {
@@ -136,6 +143,7 @@ impl Disk {
             notices,
             trouble: Trouble::default(),
             counts,
+            slot: OnceLock::new(),
         }
     }
 
@@ -164,6 +172,8 @@ pub struct Nic {
     pub trouble: Trouble,
     /// What went through since the launch.
     pub counts: Arc<NicCounts>,
+    /// Its device number on the bus, once it has one.
+    slot: OnceLock<u8>,
 }
 
 impl Nic {
@@ -173,7 +183,7 @@ impl Nic {
         let notices = notices(format!("nic {}", mac_text(mac)));
         let limiters = [Limiter::new(limits), Limiter::new(limits)];
         let (trouble, counts) = (Trouble::default(), Arc::default());
-        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, trouble, counts }
+        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, trouble, counts, slot: OnceLock::new() }
     }
 
     /// Its address, in words.
@@ -195,10 +205,10 @@ fn notices(device: String) -> Notices {
 /// All that a VM's devices are made from.
 #[derive(Debug)]
 pub struct Devices {
-    /// In the order that the guest sees them.
-    pub disks: Vec<Disk>,
-    /// In the order that the guest sees them.
-    pub nics: Vec<Nic>,
+    /// Disks and cards, which may come and go.
+    plugged: Mutex<Plugged>,
+    /// Rung when a device gets into trouble or out of it.
+    bell: Option<Arc<EventFd>>,
     /// The two ends of each virtio console.
     pub consoles: Vec<Arc<ConsoleEnds>>,
     /// What the guest gives back of its memory.
@@ -218,11 +228,10 @@ impl Devices {
     pub fn new(vcpus: u32) -> Result<Devices, DeviceError> {
         let guest_agent = GuestAgent::new(HostPort::new().map_err(DeviceError::Port)?);
         let balloon = BalloonHandle::new().map_err(DeviceError::Port)?;
-        let (disks, nics, consoles) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Devices {
-            disks,
-            nics,
-            consoles,
+            plugged: Mutex::default(),
+            bell: None,
+            consoles: Vec::new(),
             balloon,
             vsock: None,
             disk_queues: disk_queues(vcpus),
@@ -233,36 +242,43 @@ impl Devices {
 
     /// Opens what the command line names.
     pub fn open(args: &RunArgs) -> Result<Devices, DeviceError> {
-        let disks = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
-        let nics = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
+        let disks: Vec<Disk> = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
+        let nics: Vec<Nic> = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
         let consoles = args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?;
         let vsock = args.vsock.as_ref().map(open_vsock).transpose()?;
-        Ok(Devices { disks, nics, consoles, vsock, ..Devices::new(args.cpus)? })
+        let mut devices = Devices { consoles, vsock, ..Devices::new(args.cpus)? };
+        disks.into_iter().for_each(|disk| devices.add_disk(disk));
+        nics.into_iter().for_each(|nic| devices.add_nic(nic));
+        Ok(devices)
     }
 
-    /// The devices of one boot.
-    pub fn make(&self) -> Result<Vec<Box<dyn VirtioDevice>>, DeviceError> {
+    /// The device of a disk.
+    pub fn blk(&self, disk: &Disk) -> Box<dyn VirtioDevice> {
+        let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
+        let blk = Blk::new(disk.volume.clone(), &config)
+            .with_bell(disk.bell.clone())
+            .with_limiter(disk.limiter.clone())
+            .with_notices(disk.notices.clone())
+            .with_trouble(disk.trouble.clone())
+            .with_counts(disk.counts.clone());
+        Box::new(blk)
+    }
+
+    /// The device of a card.
+    pub fn net(nic: &Nic) -> Box<dyn VirtioDevice> {
+        let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
+        let [receive, send] = nic.limiters.clone();
+        let net = Net::new(nic.tap.clone(), config)
+            .with_limiters(receive, send)
+            .with_notices(nic.notices.clone())
+            .with_trouble(nic.trouble.clone())
+            .with_counts(nic.counts.clone());
+        Box::new(net)
+    }
+
+    /// The devices that neither come nor go, of one boot.
+    fn others(&self) -> Vec<Box<dyn VirtioDevice>> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-        for disk in &self.disks {
-            let config = BlkConfig { serial: disk.name.clone(), queues: self.disk_queues };
-            let blk = Blk::new(disk.volume.clone(), &config)
-                .with_bell(disk.bell.clone())
-                .with_limiter(disk.limiter.clone())
-                .with_notices(disk.notices.clone())
-                .with_trouble(disk.trouble.clone())
-                .with_counts(disk.counts.clone());
-            devices.push(Box::new(blk));
-        }
-        for nic in &self.nics {
-            let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
-            let [receive, send] = nic.limiters.clone();
-            let net = Net::new(nic.tap.clone(), config)
-                .with_limiters(receive, send)
-                .with_notices(nic.notices.clone())
-                .with_trouble(nic.trouble.clone())
-                .with_counts(nic.counts.clone());
-            devices.push(Box::new(net));
-        }
         for console in &self.consoles {
             devices.push(Box::new(Console::new(console.clone())));
         }
@@ -272,20 +288,7 @@ impl Devices {
         if let Some(vsock) = &self.vsock {
             devices.push(Box::new(Vsock::new(vsock.clone())));
         }
-        Ok(devices)
-    }
-
-    /// Has `bell` rung when a device gets into trouble or out of it. Before the first boot.
-    pub fn watch_troubles(&mut self, bell: &Arc<EventFd>) {
-        let trouble = || {
-            let bell = bell.clone();
-            Trouble::new(move || {
-                // Fails only when the counter is full, and then it has been rung.
-                let _ = bell.write(1);
-            })
-        };
-        self.disks.iter_mut().for_each(|disk| disk.trouble = trouble());
-        self.nics.iter_mut().for_each(|nic| nic.trouble = trouble());
+        devices
     }
 
     /// What does not work now.
@@ -293,14 +296,10 @@ impl Devices {
         let of = |kind: TroubleKind, device: String, trouble: &Trouble| {
             Some(message::Trouble { kind: kind.into(), device, reason: trouble.reason()? })
         };
-        let disks = self.disks.iter().map(|disk| of(TroubleKind::DiskHeld, disk.name.clone(), &disk.trouble));
-        let nics = self.nics.iter().map(|nic| of(TroubleKind::Unplugged, nic.name(), &nic.trouble));
+        let (disks, nics) = (self.disks(), self.nics());
+        let disks = disks.iter().map(|disk| of(TroubleKind::DiskHeld, disk.name.clone(), &disk.trouble));
+        let nics = nics.iter().map(|nic| of(TroubleKind::Unplugged, nic.name(), &nic.trouble));
         disks.chain(nics).flatten().collect()
-    }
-
-    /// The disk with this name.
-    pub fn disk(&self, name: &str) -> Option<&Disk> {
-        self.disks.iter().find(|disk| disk.name == name)
     }
 }
 

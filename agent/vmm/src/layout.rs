@@ -17,7 +17,7 @@
 //!   0x1_0000_0000 RAM beyond 3 GiB
 //! ```
 //!
-//! Ports: 0x3f8 COM1 · 0x70, 0x71 clock · 0x600 sleep control, 0x601 sleep status, 0x602 reset · 0x608 watchdog · 0x64 the reset of the keyboard
+//! Ports: 0x3f8 COM1 · 0x70, 0x71 clock · 0x600 sleep control, 0x601 sleep status, 0x602 reset · 0x608 watchdog · 0x610 hot plug · 0x64 the reset of the keyboard
 //! controller (nothing else of it exists) · 0xcf8, 0xcfc PCI configuration for those that do not use ECAM.
 
 use serio_hv::{LOW_RAM_END, ram_ranges};
@@ -72,6 +72,10 @@ pub const COM1_GSI: u32 = 4;
 pub const EVENT_GSI: u32 = 5;
 /// The interrupt pin by which the event device tells that the generation identifier has changed.
 pub const GENERATION_GSI: u32 = 6;
+/// The interrupt pin by which the event device tells that devices have come or shall go.
+pub const HOTPLUG_GSI: u32 = 7;
+/// The first of three hot-plug registers of four bytes.
+pub const HOTPLUG_PORT: u16 = 0x610;
 /// The clock's index port; its data port is the next.
 pub const CLOCK_PORT: u16 = 0x70;
 /// The watchdog's control register, four bytes; the next four are its count.

@@ -113,7 +113,7 @@ fn run(args: RunArgs) -> Result<End, RunError> {
         .map_err(RunError::host("receive signals"))?;
 
     check_memory(args.memory.bytes())?;
-    let devices = Devices::open(&args)?;
+    let devices = Arc::new(Devices::open(&args)?);
     let config = MachineConfig {
         vcpus: args.cpus,
         memory_bytes: args.memory.bytes(),
@@ -163,7 +163,7 @@ impl Seat {
         &mut self,
         kvm: &Kvm,
         config: &MachineConfig,
-        devices: &Devices,
+        devices: &Arc<Devices>,
         stdin: &std::io::Stdin,
     ) -> Result<End, RunError> {
         let output = Arc::new(Output::new().map_err(RunError::host("make an eventfd"))?);

@@ -6,7 +6,9 @@ use crate::boot::Boot;
 use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
-use crate::{apic, bench, blk, cases, clock, cpu, grow, mem, net, pair, println, serial, virtio, writer};
+use crate::{
+    apic, bench, blk, cases, churn, clock, cpu, grow, mem, net, pair, plug, println, serial, virtio, writer,
+};
 
 /// Does what the command line asks for, then powers off.
 pub fn run(boot: Boot) -> ! {
@@ -45,7 +47,9 @@ pub fn run(boot: Boot) -> ! {
         "heartbeat" => heartbeat(),
         "writer" => writer::run(&machine),
         "pair" => pair::run(&mut machine),
+        "churn" => churn::run(&mut machine),
         "grow" => grow::run(&mut machine),
+        "plug" => plug::run(&mut machine),
         "echo" => echo(),
         "memory" => memory(&machine),
         "cable" => cable(&machine),

@@ -8,6 +8,7 @@ mod machine;
 mod operation;
 mod parse;
 mod place;
+mod plug;
 mod transfer;
 mod vdc;
 mod vm;
@@ -27,6 +28,7 @@ pub use machine::{LimitArg, MachineArgs, OnWatchdog, Switch, VmUpdateArgs};
 pub use operation::{OperationVerb, WaitArgs};
 pub use parse::{Seconds, image_name, in_vdc, snapshot_name, vdc_name};
 pub use place::{CapacityArgs, CapacityVerb, PlaceArgs, PlaceVerb};
+pub use plug::{DiskVerb, NicVerb};
 pub use transfer::{DownloadArgs, UploadArgs};
 pub use vdc::{
     ConsistencyArg, GranularityArg, LimitArgs, QuotaArgs, UpdateArgs, UsageArgs, VdcSnapshotArgs, VdcVerb,
@@ -251,8 +253,8 @@ pub enum ImageVerb {
 /// `image import`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Holes of a sparse file, and stretches of zeros, are not sent. An upload that breaks off leaves nothing, and begins anew
-when it is given again; over a bad line use `serio volume import`, which goes on where it was.
+    after_help = "Holes of a sparse file, and stretches of zeros, are not sent. When the line breaks, the upload of a file goes on by itself where
+it was; if it gives up, or was ended, the same command goes on within ten minutes. Standard input and NBD URIs begin anew.
 
 Examples:
   serio image import tiny --disk tiny.raw --format raw --kernel vmlinuz --initrd initrd.img --cmdline \"console=ttyS0\"

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serio_types::{ByteSize, Name, VdcName};
 
 use super::{
-    MachineArgs, RestoreArgs, VmSnapshotArgs, VmUpdateArgs, WaitArgs,
+    DiskVerb, MachineArgs, NicVerb, RestoreArgs, VmSnapshotArgs, VmUpdateArgs, WaitArgs,
     parse::{image_name, in_vdc, vdc_name},
 };
 
@@ -45,6 +45,18 @@ Examples:
     },
     /// Change what a VM has
     Update(Box<VmUpdateArgs>),
+    /// Give a VM volumes, or take them away, also while it runs
+    Disk {
+        /// What to do.
+        #[command(subcommand)]
+        verb: DiskVerb,
+    },
+    /// Give a VM network cards, or take them away, also while it runs
+    Nic {
+        /// What to do.
+        #[command(subcommand)]
+        verb: NicVerb,
+    },
     /// Start a stopped VM
     #[command(after_help = "Examples:\n  serio vm start ardesio/web")]
     Start {

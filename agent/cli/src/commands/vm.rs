@@ -3,15 +3,15 @@
 use std::{fs, path::Path, time::Duration};
 
 use serio_api::v1::{
-    BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, NicSpec,
-    ReadLogRequest, RebootVmRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, VmStatus,
+    BootSource, CloudInit, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, ReadLogRequest,
+    RebootVmRequest, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, VmStatus,
     vm_service_client::VmServiceClient,
 };
 use serio_types::{Name, VdcName};
 
-use super::{machine, request_id, vm_snapshot};
+use super::{machine, request_id, vm_plug, vm_snapshot};
 use crate::{
-    args::{Boot, Global, LogArgs, NicArg, StopArgs, VmArgs, VmVerb},
+    args::{Boot, Global, LogArgs, StopArgs, VmArgs, VmVerb},
     client::Client,
     error::Failure,
     names, output,
@@ -38,6 +38,8 @@ pub(super) async fn run(
             let vm = machine::update(client, *args).await?;
             output.done(&vm, &format!("updated vm {}", names::short(&vm.name)))
         }
+        VmVerb::Disk { verb } => vm_plug::disk(client, global, verb, output).await,
+        VmVerb::Nic { verb } => vm_plug::nic(client, global, verb, output).await,
         VmVerb::Start { name } => {
             let request =
                 StartVmRequest { request_id: request_id(), name: names::vm(&name), ..Default::default() };
@@ -149,11 +151,7 @@ fn spec(args: VmArgs) -> Result<VmSpec, Failure> {
         image: names::image(&args.image),
         root_disk_bytes: args.disk_size.map_or(0, |size| size.bytes()),
         volumes: args.volumes.iter().map(names::volume).collect(),
-        nics: args
-            .nics
-            .into_iter()
-            .map(|NicArg { mac, address, gateway }| NicSpec { mac, address, gateway })
-            .collect(),
+        nics: args.nics.into_iter().map(vm_plug::nic_spec).collect(),
         cmdline: args.cmdline.unwrap_or_default(),
         cloud_init,
         restart_policy: machine::restart(args.restart).into(),

@@ -70,8 +70,9 @@ pub fn volume_size(fields: &mut Fields, field: &str, bytes: u64) -> Option<Volum
     if bytes == 0 { None } else { fields.take(field, VolumeSize::try_from(bytes)) }
 }
 
-fn nic(fields: &mut Fields, index: usize, nic: &v1::NicSpec) -> NicSpec {
-    let field = |name: &str| format!("spec.nics[{index}].{name}");
+/// A card of a request, which has it in `at`.
+pub fn nic(fields: &mut Fields, at: &str, nic: &v1::NicSpec) -> NicSpec {
+    let field = |name: &str| format!("{at}.{name}");
     let mut spec = NicSpec::default();
     if !nic.mac.is_empty() {
         spec.mac = fields.take(field("mac"), nic.mac.parse());
@@ -172,7 +173,8 @@ pub fn vm_spec(vdc: &Name, spec: Option<v1::VmSpec>) -> Result<VmSpec, Error> {
         Some(volume.name)
     });
     let volumes = volumes.collect();
-    let nics = spec.nics.iter().enumerate().map(|(index, one)| nic(&mut fields, index, one)).collect();
+    let nics =
+        (0..).zip(&spec.nics).map(|(at, one)| nic(&mut fields, &format!("spec.nics[{at}]"), one)).collect();
     let cmdline =
         if spec.cmdline.is_empty() { None } else { fields.take("spec.cmdline", spec.cmdline.try_into()) };
     let cloud_init = spec.cloud_init.map(|init| cloud_init(&mut fields, init));
@@ -413,6 +415,8 @@ pub fn vm_snapshot(view: &VdcSnapshotView) -> v1::VmSnapshot {
         pause: saved.map(|saved| Duration::from_nanos(saved.paused_ns).into()),
         volume_snapshots: view.parts.iter().map(part).collect(),
         deleting: view.record.state == Made::Deleting,
+        incremental: saved.is_some_and(|saved| !saved.bases.is_empty()),
+        parent: view.base.clone().unwrap_or_default(),
     }
 }
 

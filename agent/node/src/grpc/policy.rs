@@ -118,6 +118,10 @@ const METHODS: &[(&str, &[(&str, Access)])] = &[
             ("GetVm", Read),
             ("ListVms", Read),
             ("UpdateVm", Change),
+            ("AttachVolume", Change),
+            ("DetachVolume", Change),
+            ("AttachNic", Change),
+            ("DetachNic", Change),
             ("StartVm", Change),
             ("StopVm", Change),
             ("RebootVm", Change),
@@ -158,7 +162,13 @@ const METHODS: &[(&str, &[(&str, Access)])] = &[
     ),
     (
         "serio.v1.ImageService",
-        &[("ImportImage", Change), ("GetImage", Read), ("ListImages", Read), ("DeleteImage", Change)],
+        &[
+            ("ImportImage", Change),
+            ("GetImageUpload", Read),
+            ("GetImage", Read),
+            ("ListImages", Read),
+            ("DeleteImage", Change),
+        ],
     ),
     (
         "serio.v1.OperationService",

@@ -3,11 +3,11 @@
 use std::{pin::Pin, time::Duration};
 
 use serio_api::v1::{
-    ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest,
-    GetVmRequest, ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse,
-    Operation, PauseVmRequest, ReadLogRequest, RebootVmRequest, RestoreVmRequest, ResumeVmRequest,
-    SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVmRequest, Vm, VmSnapshot,
-    vm_service_server::VmService,
+    AttachNicRequest, AttachVolumeRequest, ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest,
+    DeleteVmResponse, DeleteVmSnapshotRequest, DetachNicRequest, DetachVolumeRequest, GetVmRequest,
+    ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
+    PauseVmRequest, ReadLogRequest, RebootVmRequest, RestoreVmRequest, ResumeVmRequest, SnapshotVmRequest,
+    StartVmRequest, StopVmRequest, UpdateVmRequest, Vm, VmSnapshot, vm_service_server::VmService,
 };
 use serio_types::resource;
 use tokio_stream::Stream;
@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     Context, console,
-    convert::{self, field, request_of},
+    convert::{self, Fields, field, request_of},
     machine, operation, page, unexpected,
 };
 use crate::{
@@ -26,6 +26,9 @@ use crate::{
 
 /// How long a guest may take after the power button, unless said.
 const STOP: Duration = Duration::from_secs(60);
+/// How long a guest may take to let go of a volume or card, unless said.
+const DETACH: Duration = Duration::from_secs(15);
+const DETACH_MAX: Duration = Duration::from_secs(120);
 const STOP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The service.
@@ -94,6 +97,45 @@ impl VmService for VmApi {
         let changes = machine::changes(&name.vdc, &message.fields, message.spec)?;
         let update = Mutation::UpdateVm { name, changes };
         Ok(one(self.0.mutate(update.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn attach_volume(&self, request: Request<AttachVolumeRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("AttachVolume", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let volume = field("volume", resource::parse_volume(&message.volume))?;
+        let attach = Mutation::AttachVolume { name, volume };
+        Ok(one(self.0.mutate(attach.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn detach_volume(&self, request: Request<DetachVolumeRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DetachVolume", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let volume = field("volume", resource::parse_volume(&message.volume))?;
+        let wait = convert::duration("timeout", message.timeout.as_ref(), DETACH, DETACH_MAX)?;
+        let detach = Mutation::DetachVolume { name, volume, wait };
+        Ok(one(self.0.mutate(detach.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn attach_nic(&self, request: Request<AttachNicRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("AttachNic", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let mut fields = Fields::default();
+        let nic = convert::nic(&mut fields, "nic", &message.nic.unwrap_or_default());
+        let attach = Mutation::AttachNic { name, nic: fields.done(Some(nic))? };
+        Ok(one(self.0.mutate(attach.at(message.expected_generation), id).await?)?)
+    }
+
+    async fn detach_nic(&self, request: Request<DetachNicRequest>) -> Result<Response<Vm>, Status> {
+        let message = request.into_inner();
+        let id = request_of!("DetachNic", &message)?;
+        let name = field("name", resource::parse_vm(&message.name))?;
+        let mac = field("mac", message.mac.parse())?;
+        let wait = convert::duration("timeout", message.timeout.as_ref(), DETACH, DETACH_MAX)?;
+        let detach = Mutation::DetachNic { name, mac, wait };
+        Ok(one(self.0.mutate(detach.at(message.expected_generation), id).await?)?)
     }
 
     async fn list_vms(&self, request: Request<ListVmsRequest>) -> Result<Response<ListVmsResponse>, Status> {

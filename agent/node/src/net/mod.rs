@@ -59,6 +59,14 @@ pub fn tap_name(vm: Uuid, index: usize) -> String {
     format!("srt{}-{index}", short(vm))
 }
 
+/// The first of a VM's names for taps that no link has.
+#[must_use]
+pub fn free_tap_name(vm: Uuid) -> String {
+    let names = (0..).map(|index| tap_name(vm, index));
+    // Longer names than a link can have are not looked for: making it fails then, and says why.
+    names.take(100).find(|name| index(name).is_none()).unwrap_or_else(|| tap_name(vm, 0))
+}
+
 /// 8 hex digits of a uid that differ between uids made in the same moment (version 7 puts the time first).
 fn short(uid: Uuid) -> String {
     let text = uid.simple().to_string();

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use serio_types::Name;
+use serio_types::{MacAddr, Name};
+use uuid::Uuid;
 
 use super::sim_test::Sim;
 
@@ -27,6 +28,7 @@ impl Sim {
                 other => panic!("a VM stays {other}"),
             }
         }
+        self.assert_own_devices();
         for uid in self.world.run_files.iter().chain(self.world.processes.keys()) {
             assert!(model.vms.contains_key(uid), "an orphan");
         }
@@ -72,6 +74,18 @@ impl Sim {
         for vdc in model.vdcs.values() {
             let used = model.used(Some(vdc.uid));
             assert!(serio_vdc::admit_quota("", &vdc.quota, &used).is_ok(), "over quota");
+        }
+    }
+
+    /// No guest has a device that is not in its VM's rows.
+    fn assert_own_devices(&self) {
+        let model = self.state().model();
+        for (uid, process) in &self.world.processes {
+            let vm = model.vms.get(uid).expect("a process is of a VM");
+            let is_its = |volume: &Uuid| model.volumes.get(volume).is_some_and(|row| row.vm == Some(*uid));
+            assert!(process.volumes.iter().all(is_its), "a guest has a volume that its row does not have");
+            let is_its = |mac: &MacAddr| vm.spec.nics.iter().any(|nic| nic.mac == Some(*mac));
+            assert!(process.nics.iter().all(is_its), "a guest has a card that its row does not have");
         }
     }
 }

@@ -6,7 +6,9 @@ use serio_store::record::{
     EventRecord, ExportRecord, ImageRecord, OperationKind, OperationRecord, RequestRecord, SnapshotRecord,
     VdcRecord, VdcSnapshotRecord, VmRecord, VolumeRecord,
 };
-use serio_types::{Cmdline, Name, Quota, SnapshotName, VdcLimits, VdcName, VmSpec, VolumeSize, resource};
+use serio_types::{
+    Cmdline, MacAddr, Name, NicSpec, Quota, SnapshotName, VdcLimits, VdcName, VmSpec, VolumeSize, resource,
+};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -56,6 +58,14 @@ pub enum Mutation {
     CreateVmOn { name: VdcName, spec: Box<VmSpec>, root: VdcName, start: bool },
     /// All of it or nothing → [`Answer::Vm`].
     UpdateVm { name: VdcName, changes: Vec<VmChange> },
+    /// → [`Answer::Vm`].
+    AttachVolume { name: VdcName, volume: VdcName },
+    /// Its guest may take so long to let go of it → [`Answer::Vm`].
+    DetachVolume { name: VdcName, volume: VdcName, wait: Duration },
+    /// → [`Answer::Vm`].
+    AttachNic { name: VdcName, nic: NicSpec },
+    /// As with a volume → [`Answer::Vm`].
+    DetachNic { name: VdcName, mac: MacAddr, wait: Duration },
     /// → [`Answer::Vm`].
     StartVm { name: VdcName },
     /// → [`Answer::Vm`].
@@ -142,6 +152,10 @@ impl Mutation {
             Self::CreateVm { name, .. }
             | Self::CreateVmOn { name, .. }
             | Self::UpdateVm { name, .. }
+            | Self::AttachVolume { name, .. }
+            | Self::DetachVolume { name, .. }
+            | Self::AttachNic { name, .. }
+            | Self::DetachNic { name, .. }
             | Self::StartVm { name }
             | Self::StopVm { name, .. }
             | Self::RebootVm { name }
@@ -391,6 +405,8 @@ pub struct VdcSnapshotView {
     pub name: VdcName,
     /// As the API names it.
     pub resource: String,
+    /// Of a VM's, the one that it goes on from, as the API names it.
+    pub base: Option<String>,
     /// Its parts.
     pub parts: Vec<SnapshotView>,
 }

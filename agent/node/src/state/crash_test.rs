@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serio_store::record::Run;
-use serio_types::{Name, SnapshotName, VdcName};
+use serio_types::{MacAddr, Name, NicSpec, SnapshotName, VdcName};
 use uuid::Uuid;
 
 use super::{
@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{error::Error, supervise::EndKind};
 
+const SECOND: Duration = Duration::from_secs(1);
 const SEEDS: u64 = 150;
 const STEPS: usize = 400;
 /// How VMs end by themselves.
@@ -34,7 +35,7 @@ fn volume(rng: &mut StdRng) -> VdcName {
 
 fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
     let point: Name = format!("p{}", rng.random_range(0..2)).parse().unwrap();
-    match rng.random_range(0..34) {
+    match rng.random_range(0..37) {
         0..=4 => {
             let mut spec = spec(rng.random_range(1..4));
             if rng.random_bool(0.3) {
@@ -50,9 +51,7 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
             Mutation::CreateVm { name: name(rng, "vm"), spec, start: rng.random() }
         }
         5..=7 => Mutation::StartVm { name: name(rng, "vm") },
-        8..=9 => {
-            Mutation::StopVm { name: name(rng, "vm"), force: rng.random(), timeout: Duration::from_secs(1) }
-        }
+        8..=9 => Mutation::StopVm { name: name(rng, "vm"), force: rng.random(), timeout: SECOND },
         10 => Mutation::RebootVm { name: name(rng, "vm") },
         11..=12 => Mutation::DeleteVm {
             name: name(rng, "vm"),
@@ -97,9 +96,22 @@ fn mutation(rng: &mut StdRng, exports: &[Name]) -> Mutation {
         26 => Mutation::ResumeVm { name: name(rng, "vm") },
         27..=31 => of_vm_snapshots(rng, point),
         32 => Mutation::DeleteVdcSnapshot { name: name(rng, "all") },
+        33..=35 => of_devices(rng),
         _ => Mutation::DeleteExport {
             id: exports.choose(rng).cloned().unwrap_or_else(|| "none".parse().unwrap()),
         },
+    }
+}
+
+/// Volumes and cards that come and go.
+fn of_devices(rng: &mut StdRng) -> Mutation {
+    let (vm, wait) = (name(rng, "vm"), SECOND);
+    let mac = MacAddr::local([0, 0, 0, 0, rng.random_range(0..3)]);
+    match rng.random_range(0..4) {
+        0 => Mutation::AttachVolume { name: vm, volume: volume(rng) },
+        1 => Mutation::DetachVolume { name: vm, volume: volume(rng), wait },
+        2 => Mutation::AttachNic { name: vm, nic: NicSpec { mac: Some(mac), ..NicSpec::default() } },
+        _ => Mutation::DetachNic { name: vm, mac, wait },
     }
 }
 

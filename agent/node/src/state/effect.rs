@@ -40,6 +40,10 @@ pub enum Effect {
     Balloon { vm: Uuid, target_bytes: u64 },
     /// Has its machine keep to other limits. Nobody waits for it.
     Limits { vm: Uuid, limits: DevicePlan },
+    /// Gives the guest of that process a device → [`Input::Plugged`].
+    Plug { vm: Uuid, pid: u32, device: Device, position: u32, link: Link, limits: DevicePlan },
+    /// Has its guest let go of it → [`Input::Unplugged`].
+    Unplug { vm: Uuid, pid: u32, device: Device, link: Link, wait: Duration },
     /// Ends what may still run, removes run files → [`Input::Cleaned`].
     Clean { vm: Uuid },
     /// Removes a VM's kept files (log, seed) and its root volume's → [`Input::VmRemoved`].
@@ -60,7 +64,7 @@ pub enum Effect {
     /// Seals volumes at one instant → [`Input::VdcSnapshotted`].
     VdcSnapshot { group: Uuid, name: Name, consistency: Consistency, parts: Vec<Part> },
     /// Writes a VM's memory and state and seals its volumes at that point → [`Input::VmSaved`].
-    SaveVm { group: Uuid, vm: Uuid, pid: u32, name: Name, volumes: Vec<Uuid>, memory_bytes: u64 },
+    SaveVm(SaveOne),
     /// Removes what was saved of a VM. What stays is removed by the next start.
     RemoveSaved { vm: Uuid, group: Uuid },
     /// Makes the volumes of a new VM, all or none → [`Input::VolumeCreated`] of its root.
@@ -108,17 +112,40 @@ pub struct Restore {
     pub vm: Uuid,
     /// The point.
     pub group: Uuid,
+    /// The points that it goes on from, as in the row.
+    pub bases: Vec<Uuid>,
     /// Volumes that go back to it first.
     pub rollback: Vec<(Uuid, Name)>,
+}
+
+/// A VM to be saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveOne {
+    /// The point.
+    pub group: Uuid,
+    /// The VM.
+    pub vm: Uuid,
+    /// Its process.
+    pub pid: u32,
+    /// The point's name in each volume.
+    pub name: Name,
+    /// All its volumes.
+    pub volumes: Vec<Uuid>,
+    /// Its RAM.
+    pub memory_bytes: u64,
+    /// Points of which one may be gone on from, if the VM was last saved there.
+    pub bases: Vec<Uuid>,
 }
 
 /// How much was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SavedSize {
-    /// Bytes of memory that were not zero.
+    /// Bytes of memory that were written.
     pub memory_bytes: u64,
     /// How long the VM stood still.
     pub paused_ns: u64,
+    /// The point that it goes on from, if it is not whole.
+    pub base: Option<Uuid>,
 }
 
 /// How a merge ended.
@@ -251,6 +278,10 @@ pub enum Input {
     Troubled { vm: Uuid, pid: u32, troubles: Vec<TroubleReport> },
     /// A machine was reset, paused or resumed, or not.
     Ordered { vm: Uuid, order: Order, result: Result<(), Error> },
+    /// A guest has a device, or not.
+    Plugged { vm: Uuid, device: Device, result: PlugResult },
+    /// A guest has let go of a device and it is closed, or it has it still.
+    Unplugged { vm: Uuid, device: Device, result: Result<(), Error> },
     /// No process and no run files any more.
     Cleaned { vm: Uuid },
     /// A VM's kept files are gone, or some are not.
@@ -287,6 +318,35 @@ pub enum Input {
     Host(HostLimits),
 }
 
+/// What comes to a VM that runs, or leaves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// A volume.
+    Volume(Uuid),
+    /// The card with that address.
+    Nic(MacAddr),
+}
+
+/// What a card is connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// The vdc, for the bridge's name.
+    pub vdc: Uuid,
+    /// Bytes of its largest frame.
+    pub mtu: u32,
+}
+
+/// Whether a guest has a device now.
+#[derive(Debug)]
+pub enum PlugResult {
+    /// It has.
+    Done,
+    /// It has not.
+    Refused(Error),
+    /// Nobody knows.
+    InDoubt(Error),
+}
+
 /// What became of an earlier VMM.
 #[derive(Debug)]
 pub enum Adopted {
@@ -296,6 +356,10 @@ pub enum Adopted {
         pid: u32,
         /// Its guest stands still.
         paused: bool,
+        /// The volumes that it has; empty if it does not say what it has.
+        volumes: Vec<Uuid>,
+        /// The cards that it has.
+        nics: Vec<MacAddr>,
     },
     /// It is gone, with what it said.
     Gone(Option<EndRecord>),

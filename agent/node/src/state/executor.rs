@@ -249,7 +249,10 @@ impl Executor {
             cmdline: launch.cmdline,
             machine: launch.machine,
             limits: launch.limits,
-            restore: launch.restore.map(|from| self.saved_dir(from.vm, from.group)),
+            restore: launch.restore.map_or_else(Vec::new, |from| {
+                let all = std::iter::once(from.group).chain(from.bases);
+                all.map(|group| self.saved_dir(from.vm, group)).collect()
+            }),
         })
     }
 
@@ -284,7 +287,9 @@ impl Executor {
         let found = match self.supervisor.adopt(vm).await {
             Ok(Some((handle, paused))) => {
                 self.handles.with(|r| r.vms.insert(vm, handle.clone()));
-                let found = Adopted::Runs { pid: handle.pid(), paused };
+                let has = handle.status().await.map(|report| (report.volumes, report.nics));
+                let (volumes, nics) = has.unwrap_or_default();
+                let found = Adopted::Runs { pid: handle.pid(), paused, volumes, nics };
                 self.send(Input::Adopted { vm, found }).await;
                 return self.watch(vm, handle).await;
             }
@@ -322,8 +327,8 @@ impl Executor {
         let (doing, result) = match order {
             Order::Reset => ("resetting the VM", handle.reset().await),
             Order::Pause => ("pausing the VM", handle.pause().await),
-            // A save is an effect of its own.
-            Order::Resume | Order::Save => ("resuming the VM", handle.resume().await),
+            // The others are effects of their own.
+            Order::Resume | Order::Save | Order::Plug => ("resuming the VM", handle.resume().await),
         };
         result.map_err(|e| Error::Failed { doing, why: chain(&e) })
     }

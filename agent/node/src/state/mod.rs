@@ -44,6 +44,7 @@ pub mod orders;
 pub mod owner;
 mod phase;
 mod plan;
+mod plugs;
 pub mod recover;
 mod reshape;
 mod run;
@@ -187,6 +188,8 @@ impl State {
             Input::Ended { vm, pid, end } => self.ended(vm, pid, end),
             Input::Troubled { vm, pid, troubles } => self.troubled(vm, pid, troubles),
             Input::Ordered { vm, order, result } => self.ordered(vm, order, result),
+            Input::Plugged { vm, device, result } => self.plugged(vm, device, result),
+            Input::Unplugged { vm, device, result } => self.unplugged(vm, device, result),
             Input::Cleaned { vm } => self.cleaned(vm),
             Input::VmRemoved { vm, result } => self.vm_removed(vm, result),
             Input::Snapshotted { volume, result } => self.snapshotted(volume, result),
@@ -265,6 +268,10 @@ impl State {
                 self.create_vm_on(&name, (*spec, &root), start, op)
             }
             Mutation::UpdateVm { name, changes } => self.update_vm(&name, &changes, op),
+            Mutation::AttachVolume { name, volume } => self.attach_volume(&name, &volume, op),
+            Mutation::DetachVolume { name, volume, wait } => self.detach_volume(&name, &volume, wait, op),
+            Mutation::AttachNic { name, nic } => self.attach_nic(&name, nic, op),
+            Mutation::DetachNic { name, mac, wait } => self.detach_nic(&name, mac, wait, op),
             Mutation::StartVm { name } => self.start_vm(&name, op),
             Mutation::StopVm { name, force, timeout } => self.stop_vm(&name, force, timeout, op),
             Mutation::RebootVm { name } => self.order_vm(&name, Order::Reset, op),
@@ -433,6 +440,8 @@ mod clock_test;
 mod crash_test;
 #[cfg(test)]
 pub(crate) mod orders_test;
+#[cfg(test)]
+mod plugs_test;
 #[cfg(test)]
 mod sim_test;
 #[cfg(test)]

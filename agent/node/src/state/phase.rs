@@ -142,6 +142,8 @@ pub(super) enum VolumeOp {
     VdcSnapshot,
     /// Clones are being made from one of its snapshots.
     Lend { clones: BTreeSet<Uuid> },
+    /// A running VM gets it, or gives it back; the VM's order knows who waits for it.
+    Plug,
     /// After a start, or after work that `failed`: what do its headers say?
     Inspect { failed: Option<(Op, Error)> },
 }
@@ -156,6 +158,7 @@ impl VolumeOp {
             Self::Rollback { .. } => "a rollback",
             Self::VdcSnapshot => "a snapshot of its vdc or VM",
             Self::Lend { .. } => "a clone of it",
+            Self::Plug => "its coming to a VM or leaving one",
             Self::Inspect { .. } => "its check after a failure or the start of seriod",
         }
     }
@@ -168,7 +171,7 @@ impl VolumeOp {
             | Self::Resize(op)
             | Self::Rollback { op, .. }
             | Self::Inspect { failed: Some((op, _)) } => Some(op),
-            Self::VdcSnapshot | Self::Lend { .. } | Self::Inspect { failed: None } => None,
+            Self::VdcSnapshot | Self::Plug | Self::Lend { .. } | Self::Inspect { failed: None } => None,
         }
     }
 }

@@ -177,7 +177,12 @@ impl State {
                 let after = std::time::Duration::from_millis(after_ms);
                 self.out.push(Effect::Timer { after, timer: Timer::AdoptAgain { vm: uid } });
             }
-            Adopted::Runs { pid, paused } => self.found_running(uid, (pid, paused), run),
+            Adopted::Runs { pid, paused, volumes, nics } => {
+                self.found_running(uid, (pid, paused), run);
+                if matches!(self.phases.get(&uid), Some(Phase::Running { .. })) {
+                    self.complete_devices(uid, pid, (&volumes, &nics));
+                }
+            }
             Adopted::Gone(end) => self.found_gone(uid, end),
         }
     }

@@ -35,6 +35,8 @@ pub enum Order {
     Resume,
     /// Be saved: asked by its own effect, and kept here so that nothing else is asked meanwhile.
     Save,
+    /// Get a device or give one back: the same.
+    Plug,
 }
 
 impl Order {
@@ -44,6 +46,7 @@ impl Order {
             Self::Pause => "a pause",
             Self::Resume => "a resume",
             Self::Save => "a snapshot",
+            Self::Plug => "a change of its disks or cards",
         }
     }
 }
@@ -99,7 +102,7 @@ impl State {
             Order::Reset => check!(op, self.listening(&record)),
             Order::Pause if paused => return refuse(op, Error::precondition(resource, "is paused already")),
             Order::Resume if !paused => return refuse(op, Error::precondition(resource, "is not paused")),
-            Order::Pause | Order::Resume | Order::Save => {}
+            Order::Pause | Order::Resume | Order::Save | Order::Plug => {}
         }
         let mut changes: Vec<Change> = self.remember(&op, resource).into_iter().collect();
         if order == Order::Pause {
@@ -146,7 +149,7 @@ impl State {
                 let event = event("resumed", "its guest goes on");
                 self.record(vec![Self::run_as(record, Run::Running), event]);
             }
-            (Order::Save, Ok(())) => {}
+            (Order::Save | Order::Plug, Ok(())) => {}
             (_, Err(error)) => {
                 self.record(forget.into_iter().collect());
                 op.finish(Err(error));
@@ -160,15 +163,16 @@ impl State {
         op.finish(self.answer_vm(uid));
     }
 
-    /// Keeps other orders away while a VM is saved.
-    pub(super) fn hold_orders(&mut self, uid: Uuid, pid: u32) {
-        self.vm_orders.insert(uid, Pending { order: Order::Save, pid, op: Op::default() });
+    /// Keeps other orders away while a VM is saved or its devices change.
+    pub(super) fn hold_orders(&mut self, uid: Uuid, pid: u32, order: Order, op: Op) {
+        self.vm_orders.insert(uid, Pending { order, pid, op });
     }
 
-    /// It is saved, or not.
-    pub(super) fn release_orders(&mut self, uid: Uuid) {
-        if self.vm_orders.get(&uid).is_some_and(|pending| pending.order == Order::Save) {
-            self.vm_orders.remove(&uid);
+    /// That is done, or not: the process that it was for, and who waits for it.
+    pub(super) fn release_orders(&mut self, uid: Uuid, order: Order) -> Option<(u32, Op)> {
+        if self.vm_orders.get(&uid)?.order != order {
+            return None;
         }
+        self.vm_orders.remove(&uid).map(|Pending { pid, op, .. }| (pid, op))
     }
 }

@@ -7,7 +7,7 @@ use serio_store::{
     record::{ImageRecord, Made, Run, VdcRecord, VmRecord, VolumeRecord},
 };
 use serio_types::{
-    BootFrom, Desired, Generation, MacAddr, Name, Quota, VdcName, VmSpec, VolumeSize, resource,
+    BootFrom, Desired, Generation, MacAddr, Name, NicSpec, Quota, VdcName, VmSpec, VolumeSize, resource,
 };
 use serio_vdc::{Owner, Pool};
 use uuid::Uuid;
@@ -21,8 +21,8 @@ use super::{
 use crate::error::{Error, FieldError};
 
 /// The most cards of a VM, and the most volumes beside the root's: what fits its PCI bus with room to spare.
-const NICS_MAX: usize = 8;
-const VOLUMES_MAX: usize = 16;
+pub(super) const NICS_MAX: usize = 8;
+pub(super) const VOLUMES_MAX: usize = 16;
 
 impl State {
     /// The pools that something new in a vdc must fit.
@@ -191,36 +191,25 @@ impl State {
                 format!("{} cards: at most {NICS_MAX}", spec.nics.len()),
             ));
         }
-        let mut taken: BTreeSet<MacAddr> =
-            self.model.vms.values().flat_map(|r| &r.spec.nics).filter_map(|nic| nic.mac).collect();
+        let mut taken = self.macs();
         for (index, nic) in spec.nics.iter_mut().enumerate() {
-            let mac = match nic.mac {
-                Some(mac) if taken.contains(&mac) => {
-                    let field = format!("spec.nics[{index}].mac");
-                    return Err(Error::invalid(
-                        field,
-                        format!(
-                            "{mac} is the address of another card on this node: leave it empty to have one chosen"
-                        ),
-                    ));
-                }
-                Some(mac) => mac,
-                None => {
-                    let [.., a, b, c, d] = *vm.as_bytes();
-                    let last = u8::try_from(index).unwrap_or(u8::MAX);
-                    (last..=u8::MAX)
-                        .chain(0..last)
-                        .map(|e| MacAddr::local([a, b, c, d, e]))
-                        .find(|m| !taken.contains(m))
-                        .ok_or_else(|| {
-                            Error::invalid(format!("spec.nics[{index}].mac"), "no address is free: give one")
-                        })?
-                }
-            };
+            let mac = choose_mac(nic.mac, &taken, (vm, index));
+            let mac = mac.map_err(|problem| Error::invalid(format!("spec.nics[{index}].mac"), problem))?;
             taken.insert(mac);
             nic.mac = Some(mac);
         }
         Ok(spec)
+    }
+
+    /// Gives the card that comes to a VM at that place an address.
+    pub(super) fn with_mac(&self, nic: NicSpec, vm: Uuid, index: usize) -> Result<(NicSpec, MacAddr), Error> {
+        let mac = choose_mac(nic.mac, &self.macs(), (vm, index));
+        let mac = mac.map_err(|problem| Error::invalid("nic.mac", problem))?;
+        Ok((NicSpec { mac: Some(mac), ..nic }, mac))
+    }
+
+    fn macs(&self) -> BTreeSet<MacAddr> {
+        self.model.vms.values().flat_map(|r| &r.spec.nics).filter_map(|nic| nic.mac).collect()
     }
 
     pub(super) fn start_vm(&mut self, name: &VdcName, op: Op) -> Result<(), Refused> {
@@ -449,5 +438,25 @@ fn root_size(spec: &VmSpec, image: &ImageRecord) -> Result<VolumeSize, Error> {
             Err(Error::Invalid(vec![FieldError::new(FIELD, problem)]))
         }
         Some(size) => Ok(size),
+    }
+}
+
+/// The address that was asked for, or one made of the VM's id and the card's place; why not.
+fn choose_mac(
+    asked: Option<MacAddr>,
+    taken: &BTreeSet<MacAddr>,
+    (vm, index): (Uuid, usize),
+) -> Result<MacAddr, String> {
+    match asked {
+        Some(mac) if taken.contains(&mac) => Err(format!(
+            "{mac} is the address of another card on this node: leave it empty to have one chosen"
+        )),
+        Some(mac) => Ok(mac),
+        None => {
+            let [.., a, b, c, d] = *vm.as_bytes();
+            let last = u8::try_from(index).unwrap_or(u8::MAX);
+            let mut all = (last..=u8::MAX).chain(0..last).map(|e| MacAddr::local([a, b, c, d, e]));
+            all.find(|mac| !taken.contains(mac)).ok_or_else(|| "no address is free: give one".to_owned())
+        }
     }
 }

@@ -1,19 +1,21 @@
 //! Does the effects on volumes: the executor's other half.
 
 use serio_store::record::PointClass;
-use serio_types::Name;
+use serio_types::{MacAddr, Name};
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
     Executor, Handles,
-    effect::{Effect, Goal, Input, Merged, Part, SealedPart},
+    effect::{Device, Effect, Goal, Input, Link, Merged, Part, PlugResult, SealedPart},
     vdc_snapshots::Consistency,
 };
 use crate::{
     error::{Error, chain},
+    net,
     supervise::{
-        CloneSource, MergeEnd, MergeGoal, MergePlan, VdcPart, VdcSnapshotPlan, VmHandle, is_unlinkable,
+        CloneSource, JobError, MergeEnd, MergeGoal, MergePlan, NicPlan, VdcPart, VdcSnapshotPlan, VmHandle,
+        is_unlinkable,
     },
 };
 
@@ -83,7 +85,8 @@ impl Executor {
             Effect::CancelOperation { operation } => {
                 self.handles.token(operation).send_replace(true);
             }
-            Effect::SaveVm { .. } | Effect::RemoveSaved { .. } | Effect::CloneVolumes { .. } => {
+            Effect::Plug { .. } | Effect::Unplug { .. } => self.plug_work(effect).await,
+            Effect::SaveVm(_) | Effect::RemoveSaved { .. } | Effect::CloneVolumes { .. } => {
                 self.save_work(effect).await;
             }
             Effect::VdcSnapshot { group, name, consistency, parts } => {
@@ -98,6 +101,49 @@ impl Executor {
     fn holder(&self, vm: Option<Uuid>) -> Result<Option<VmHandle>, Error> {
         let gone = |vm: Uuid| Error::precondition(format!("vms/{vm}"), "ended just now: try again");
         vm.map(|vm| self.handles.vm(vm).ok_or_else(|| gone(vm))).transpose()
+    }
+
+    /// Devices that come to a VM or leave it.
+    async fn plug_work(&self, effect: Effect) {
+        match effect {
+            Effect::Plug { vm, pid, device, position, link, limits } => {
+                let result = match self.process(vm, pid) {
+                    Err(error) => PlugResult::Refused(error),
+                    Ok(handle) => {
+                        let done = match device {
+                            Device::Volume(volume) => handle.plug(volume, position, &limits).await,
+                            Device::Nic(mac) => {
+                                handle.plug_nic(&nic_plan(vm, mac, link), position, &limits).await
+                            }
+                        };
+                        done.map_or_else(plug_failed, |()| PlugResult::Done)
+                    }
+                };
+                self.send(Input::Plugged { vm, device, result }).await;
+            }
+            Effect::Unplug { vm, pid, device, link, wait } => {
+                let result = match self.process(vm, pid) {
+                    Err(error) => Err(error),
+                    Ok(handle) => {
+                        let result = match device {
+                            Device::Volume(volume) => handle.unplug(volume, wait).await,
+                            Device::Nic(mac) => {
+                                handle.unplug_nic(mac, net::bridge_name(link.vdc), wait).await
+                            }
+                        };
+                        result.map_err(|e| Error::from_job("taking the device away", &e))
+                    }
+                };
+                self.send(Input::Unplugged { vm, device, result }).await;
+            }
+            _ => {}
+        }
+    }
+
+    /// That process of a VM.
+    fn process(&self, vm: Uuid, pid: u32) -> Result<VmHandle, Error> {
+        let gone = || Error::precondition(format!("vms/{vm}"), "ended just now");
+        self.handles.vm(vm).filter(|handle| handle.pid() == pid).ok_or_else(gone)
     }
 
     async fn create_volume(&self, volume: Uuid, size_bytes: u64, image: Option<Uuid>) -> Result<(), Error> {
@@ -180,5 +226,21 @@ impl Executor {
             reason: s.reason,
         };
         Ok(sealed.into_iter().map(part).collect())
+    }
+}
+
+fn plug_failed(error: JobError) -> PlugResult {
+    let unsure = matches!(&error, JobError::Talk(talk) if talk.refusal().is_none());
+    let error = Error::from_job("giving the VM the device", &error);
+    if unsure { PlugResult::InDoubt(error) } else { PlugResult::Refused(error) }
+}
+
+/// A card that comes takes the first tap's name that is free: those of cards that have gone are.
+fn nic_plan(vm: Uuid, mac: MacAddr, link: Link) -> NicPlan {
+    NicPlan {
+        mac: mac.bytes(),
+        bridge: net::bridge_name(link.vdc),
+        tap: net::free_tap_name(vm),
+        mtu: link.mtu,
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serio_store::record::PointClass;
-use serio_types::Name;
+use serio_types::{MacAddr, Name};
 use uuid::Uuid;
 
 use super::effect::{Adopted, Effect, Goal, Input, Launch, Merged, Part, SealedPart, Started};
@@ -24,6 +24,7 @@ pub(super) struct Process {
     pub(super) balloon_bytes: u64,
     pub(super) limits: DevicePlan,
     pub(super) volumes: Vec<Uuid>,
+    pub(super) nics: Vec<MacAddr>,
 }
 
 /// A merge that goes on.
@@ -133,7 +134,7 @@ impl World {
     }
 
     /// Panics if somebody has the volume open.
-    fn assert_closed(&self, volume: Uuid) {
+    pub(super) fn assert_closed(&self, volume: Uuid) {
         assert!(
             !self.processes.values().any(|p| p.volumes.contains(&volume)),
             "a volume of a running VM is opened again"
@@ -165,6 +166,7 @@ impl World {
                 balloon_bytes: 0,
                 limits: launch.limits.clone(),
                 volumes,
+                nics: launch.nics.iter().map(|nic| nic.mac).collect(),
             },
         );
         self.pids
@@ -220,14 +222,6 @@ impl World {
                 Input::Launched { vm: launch.vm, result }
             }
             Effect::PowerButton { .. } | Effect::Timer { .. } => return None,
-            Effect::SaveVm { .. }
-            | Effect::RemoveSaved { .. }
-            | Effect::CloneVolumes { .. }
-            | Effect::Order { .. }
-            | Effect::Adopt { .. }
-            | Effect::Clean { .. }
-            | Effect::Balloon { .. }
-            | Effect::Limits { .. } => return self.perform_on_vm(effect),
             Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
             Effect::RemoveVm { vm, volume } => {
                 Input::VmRemoved { vm, result: volume.map_or(Ok(()), |volume| self.delete(volume)) }
@@ -249,6 +243,7 @@ impl World {
                 self.images.remove(&image);
                 Input::ImageRemoved { image, result: Ok(()) }
             }
+            on_vm => return self.perform_on_vm(on_vm),
         })
     }
 
@@ -296,7 +291,12 @@ impl World {
             return Adopted::Silent(error.to_string());
         }
         match self.processes.get(&vm) {
-            Some(process) => Adopted::Runs { pid: process.pid, paused: process.paused },
+            Some(process) => Adopted::Runs {
+                pid: process.pid,
+                paused: process.paused,
+                volumes: process.volumes.clone(),
+                nics: process.nics.clone(),
+            },
             None => Adopted::Gone(self.ends.get(&vm).cloned().filter(|_| self.run_files.contains(&vm))),
         }
     }

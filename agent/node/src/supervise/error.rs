@@ -211,6 +211,9 @@ pub enum JobError {
     /// serio-volumed did not start.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// A card's tap or bridge.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// It refused, or did not answer.
     #[error("the volume's process failed")]
     Talk(#[from] TalkError),

@@ -8,12 +8,18 @@
 //!  Launch                               from here on it goes on without us
 //! ```
 
-use std::{io, os::fd::OwnedFd, path::Path, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use prost::Message;
 use serio_control::{
     ChannelError,
-    message::{Body, Disk, Launch, LayerFds, Nic, OnReset, RestoreFrom, VmState},
+    message::{BaseFds, Body, Disk, Launch, LayerFds, Nic, OnReset, RestoreFrom, VmState},
 };
 use uuid::Uuid;
 
@@ -57,13 +63,7 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
         }
     }
     let control = make_run_dir(&run, &mut launch, &mut descriptors)?;
-    if let Some(saved) = &plan.restore {
-        let state_fd = descriptors.push(files::open(&saved.join("state"), true)?);
-        let memory_fd = descriptors.push(files::open(&saved.join("memory"), true)?);
-        // Its guest runs before its memory has been read; damage that is found then ends it.
-        launch.restore =
-            Some(RestoreFrom { state_fd, memory_fd, check_beside: true, ..RestoreFrom::default() });
-    }
+    launch.restore = restore_from(&plan.restore, &mut descriptors)?;
     machine::equip(&plan.machine, &run, (&mut launch, &mut descriptors))?;
     for nic in &plan.nics {
         let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
@@ -116,6 +116,24 @@ async fn send(run: &RunDir, watched: &Watched, launch: Launch, fds: &[OwnedFd]) 
         },
         Err(error) => Err(LaunchError::Talk(error)),
     }
+}
+
+/// The files that a VM goes on from. Its guest runs before its memory has been read; damage that is found then ends it.
+fn restore_from(dirs: &[PathBuf], descriptors: &mut Descriptors) -> Result<Option<RestoreFrom>, FileError> {
+    let mut all = Vec::with_capacity(dirs.len());
+    for dir in dirs {
+        let state_fd = descriptors.push(files::open(&dir.join("state"), true)?);
+        let memory_fd = descriptors.push(files::open(&dir.join("memory"), true)?);
+        all.push(BaseFds { state_fd, memory_fd });
+    }
+    let mut all = all.into_iter();
+    Ok(all.next().map(|BaseFds { state_fd, memory_fd }| RestoreFrom {
+        state_fd,
+        memory_fd,
+        stay_paused: false,
+        check_beside: true,
+        bases: all.collect(),
+    }))
 }
 
 /// Opens everything that is there already.

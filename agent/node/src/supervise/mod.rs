@@ -40,6 +40,7 @@ mod machine;
 mod merge;
 mod oom;
 mod plan;
+mod plug;
 mod process;
 mod reshape;
 mod rundir;

@@ -53,8 +53,8 @@ pub struct LaunchPlan {
     pub machine: MachineSpec,
     /// What disks and cards may do.
     pub limits: DevicePlan,
-    /// The directory where it was saved, if it is to go on from there.
-    pub restore: Option<PathBuf>,
+    /// The directory where it was saved, if it is to go on from there, and those of the points that this one goes on from.
+    pub restore: Vec<PathBuf>,
 }
 
 /// Where a kernel comes from.
@@ -213,6 +213,10 @@ pub struct VmReport {
     pub uptime: std::time::Duration,
     /// The VMM's version.
     pub version: String,
+    /// What its guest has; empty if it does not say.
+    pub volumes: Vec<Uuid>,
+    /// Its cards.
+    pub nics: Vec<serio_types::MacAddr>,
 }
 
 /// An image that was read in.

@@ -63,7 +63,7 @@ impl Bench {
             nics: Vec::new(),
             machine: serio_types::MachineSpec::default(),
             limits: DevicePlan::default(),
-            restore: None,
+            restore: Vec::new(),
         }
     }
 

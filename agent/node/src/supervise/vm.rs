@@ -100,6 +100,14 @@ impl VmHandle {
         self.shared.watched.process().pid()
     }
 
+    pub(super) fn run(&self) -> &RunDir {
+        &self.shared.run
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.shared.inner
+    }
+
     /// Where its VMM is asked.
     pub(super) fn control(&self) -> PathBuf {
         self.shared.run.control()
@@ -122,6 +130,8 @@ impl VmHandle {
             resets: status.resets,
             uptime: Duration::from_nanos(status.uptime_ns),
             version: status.version,
+            volumes: status.disks.iter().filter_map(|disk| disk.parse().ok()).collect(),
+            nics: status.nics.iter().filter_map(|nic| nic.parse().ok()).collect(),
         })
     }
 

@@ -1,9 +1,10 @@
 //! Bus 0: finds the function behind an ECAM or a BAR access.
 //!
 //! One function a device number, function number 0 only; the host bridge is device 0. Called from all vcpu
-//! threads: each function has its own lock, and a small table says where each BAR lies.
+//! threads: each device number has its own lock, and a small table says where each BAR lies. Functions come and go while
+//! the guest runs: a device number without one reads as ones.
 //!
-//! Lock order: function, then table. A BAR access reads the table, lets it go, locks the function and asks
+//! Lock order: homes, then device number, then table. A BAR access reads the table, lets it go, locks the function and asks
 //! it again, because the guest may have moved the BAR in between.
 
 use std::ops::Range;
@@ -66,6 +67,12 @@ pub enum BusError {
     /// All device numbers are taken.
     #[error("the PCI bus is full: a VM has at most {} devices", DEVICES - 1)]
     Full,
+    /// It is no number for a device, or another device has it.
+    #[error("there is no place for a device at 00:{slot:02x}.0")]
+    Taken {
+        /// The device number.
+        slot: u8,
+    },
     /// The window has no room for the BAR.
     #[error("the PCI window {window:#x?} has no room for {size:#x} more bytes")]
     Window {
@@ -76,54 +83,97 @@ pub enum BusError {
     },
 }
 
+type Slot = Option<Box<dyn PciFunction>>;
+
 /// The root bus with its functions.
 pub struct PciBus {
-    functions: Vec<Mutex<Box<dyn PciFunction>>>,
+    slots: [Mutex<Slot>; DEVICES],
     decoded: RwLock<[Option<Range<u64>>; DEVICES]>,
+    /// Where the BAR of each function lies after a reset.
+    homes: Mutex<[Option<Range<u32>>; DEVICES]>,
     window: Range<u32>,
-    next_bar: u32,
 }
 
 impl PciBus {
     /// A bus with its host bridge. BARs are placed in `window`, below 4 GiB; the guest may move them.
     #[must_use]
     pub fn new(window: Range<u32>) -> Self {
-        let next_bar = window.start;
-        let bridge: Box<dyn PciFunction> = Box::new(HostBridge::new());
+        let bridge =
+            |slot| -> Slot { (slot == 0).then(|| Box::new(HostBridge::new()) as Box<dyn PciFunction>) };
         Self {
-            functions: vec![Mutex::new(bridge)],
-            decoded: RwLock::new(Default::default()),
+            slots: std::array::from_fn(|slot| Mutex::new(bridge(slot))),
+            decoded: RwLock::default(),
+            homes: Mutex::default(),
             window,
-            next_bar,
         }
     }
 
-    /// Puts a function on the next free device number, and returns this number.
-    pub fn add(&mut self, mut function: Box<dyn PciFunction>) -> Result<u8, BusError> {
-        let number = self.functions.len();
-        let slot = u8::try_from(number).ok().filter(|_| number < DEVICES).ok_or(BusError::Full)?;
+    /// Puts a function on the first free device number, and returns this number.
+    pub fn add(&self, function: Box<dyn PciFunction>) -> Result<u8, BusError> {
+        let free = (0u8..).zip(&self.slots).find(|(_, slot)| lock(slot).is_none());
+        let (slot, _) = free.ok_or(BusError::Full)?;
+        self.insert(slot, function)?;
+        Ok(slot)
+    }
+
+    /// Puts a function on that device number, as after power-on.
+    pub fn insert(&self, slot: u8, mut function: Box<dyn PciFunction>) -> Result<(), BusError> {
+        let taken = BusError::Taken { slot };
+        let index = usize::from(slot);
+        let mut homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut place) = self.slots.get(index).map(lock).filter(|place| place.is_none()) else {
+            return Err(taken);
+        };
         let size = function.bar_size();
         if size > 0 {
-            let full = || BusError::Window { window: self.window.clone(), size };
-            let start = self.next_bar.checked_next_multiple_of(size).ok_or_else(full)?;
-            let end = start.checked_add(size).filter(|end| *end <= self.window.end).ok_or_else(full)?;
-            function.place_bar(start);
-            self.next_bar = end;
+            let home = self.room(&homes[..], size)?;
+            function.place_bar(home.start);
+            if let Some(entry) = homes.get_mut(index) {
+                *entry = Some(home);
+            }
         }
-        self.functions.push(Mutex::new(function));
-        Ok(slot)
+        self.note(index, function.decoded());
+        *place = Some(function);
+        Ok(())
+    }
+
+    /// Takes a function off the bus. Stopping it, which its end does, is left to the caller.
+    pub fn remove(&self, slot: u8) -> Option<Box<dyn PciFunction>> {
+        let index = usize::from(slot);
+        let mut homes = self.homes.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = lock(self.slots.get(index)?).take()?;
+        self.note(index, None);
+        if let Some(home) = homes.get_mut(index) {
+            *home = None;
+        }
+        Some(function)
+    }
+
+    /// The first aligned place in the window that no BAR has as its home.
+    fn room(&self, homes: &[Option<Range<u32>>], size: u32) -> Result<Range<u32>, BusError> {
+        let full = || BusError::Window { window: self.window.clone(), size };
+        let mut from = self.window.start;
+        loop {
+            let start = from.checked_next_multiple_of(size).ok_or_else(full)?;
+            let end = start.checked_add(size).filter(|end| *end <= self.window.end).ok_or_else(full)?;
+            match homes.iter().flatten().find(|home| home.start < end && start < home.end) {
+                None => return Ok(start..end),
+                // Further with each round, and there are few.
+                Some(home) => from = home.end,
+            }
+        }
     }
 
     /// How many functions there are, the host bridge included.
     pub fn functions(&self) -> usize {
-        self.functions.len()
+        self.slots.iter().filter(|slot| lock(slot).is_some()).count()
     }
 
     /// Reads ECAM at `offset` from its start. What is not there reads as ones.
     pub fn ecam_read(&self, offset: u64, out: &mut [u8]) {
-        match self.at(offset, out.len()) {
-            Some((slot, register)) => self.with(slot, |function| function.config_read(register, out)),
-            None => out.fill(0xff),
+        out.fill(0xff);
+        if let Some((slot, register)) = self.at(offset, out.len()) {
+            self.with(slot, |function| function.config_read(register, out));
         }
     }
 
@@ -132,7 +182,7 @@ impl PciBus {
         if let Some((slot, register)) = self.at(offset, data.len()) {
             self.with(slot, |function| {
                 function.config_write(register, data);
-                self.note(slot, function);
+                self.note(slot, function.decoded());
             });
         }
     }
@@ -149,10 +199,10 @@ impl PciBus {
 
     /// The machine was reset: all devices stop, all registers are as after power-on.
     pub fn reset(&self) {
-        for slot in 0..self.functions.len() {
+        for slot in 0..DEVICES {
             self.with(slot, |function| {
                 function.reset();
-                self.note(slot, function);
+                self.note(slot, function.decoded());
             });
         }
     }
@@ -181,9 +231,9 @@ impl PciBus {
         failures
     }
 
-    /// All functions' state in the order of their numbers. Only while suspended.
+    /// The state of all functions that there are, in the order of their numbers. Only while suspended.
     pub fn save(&self) -> Vec<FunctionState> {
-        let mut states = Vec::with_capacity(self.functions.len());
+        let mut states = Vec::with_capacity(DEVICES);
         let _: Result<(), std::convert::Infallible> = self.each(|_, function| {
             states.push(function.save());
             Ok(())
@@ -193,7 +243,7 @@ impl PciBus {
 
     /// Gives all functions of a new bus what was saved. They are suspended then; after an error the bus is of no use.
     pub fn restore(&self, states: &[FunctionState]) -> Result<(), BusRestoreError> {
-        let (saved, made) = (states.len(), self.functions.len());
+        let (saved, made) = (states.len(), self.functions());
         if saved != made {
             return Err(BusRestoreError::Count { saved, made });
         }
@@ -201,21 +251,23 @@ impl PciBus {
         self.each(|slot, function| {
             let Some(state) = states.next() else { return Ok(()) };
             function.restore(state).map_err(|source| BusRestoreError::Function { slot, source })?;
-            self.note(slot, function);
+            self.note(slot, function.decoded());
             Ok(())
         })
     }
 
     fn each<E>(&self, mut act: impl FnMut(usize, &mut dyn PciFunction) -> Result<(), E>) -> Result<(), E> {
-        (0..self.functions.len())
-            .try_for_each(|slot| self.lock(slot).map_or(Ok(()), |mut function| act(slot, &mut **function)))
+        self.slots.iter().enumerate().try_for_each(|(slot, place)| match &mut *lock(place) {
+            Some(function) => act(slot, &mut **function),
+            None => Ok(()),
+        })
     }
 
     /// Still under the function's lock, so that the table never falls behind.
-    fn note(&self, slot: usize, function: &dyn PciFunction) {
+    fn note(&self, slot: usize, range: Option<Range<u64>>) {
         let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = decoded.get_mut(slot) {
-            *entry = function.decoded();
+            *entry = range;
         }
     }
 
@@ -225,16 +277,11 @@ impl PciBus {
         let slot = number.checked_div(8).filter(|slot| number.is_multiple_of(8) && *slot < DEVICES)?;
         let register = offset % FUNCTION_BYTES;
         let end = register.checked_add(u64::try_from(len).ok()?)?;
-        (slot < self.functions.len() && end <= FUNCTION_BYTES)
-            .then_some((slot, u16::try_from(register).ok()?))
-    }
-
-    fn lock(&self, slot: usize) -> Option<MutexGuard<'_, Box<dyn PciFunction>>> {
-        self.functions.get(slot).map(|function| function.lock().unwrap_or_else(PoisonError::into_inner))
+        (end <= FUNCTION_BYTES).then_some((slot, u16::try_from(register).ok()?))
     }
 
     fn with(&self, slot: usize, act: impl FnOnce(&mut dyn PciFunction)) {
-        if let Some(mut function) = self.lock(slot) {
+        if let Some(function) = self.slots.get(slot).map(lock).as_deref_mut().and_then(Option::as_mut) {
             act(&mut **function);
         }
     }
@@ -244,13 +291,21 @@ impl PciBus {
             let decoded = self.decoded.read().unwrap_or_else(PoisonError::into_inner);
             decoded.iter().position(|range| range.as_ref().is_some_and(|range| range.contains(&address)))
         };
-        let Some(mut function) = slot.and_then(|slot| self.lock(slot)) else { return false };
-        let offset = function
-            .decoded()
-            .filter(|range| range.contains(&address))
-            .and_then(|range| address.checked_sub(range.start));
-        let Some(offset) = offset else { return false };
-        act(&mut **function, offset);
-        true
+        let mut answered = false;
+        if let Some(slot) = slot {
+            self.with(slot, |function| {
+                let range = function.decoded().filter(|range| range.contains(&address));
+                if let Some(offset) = range.and_then(|range| address.checked_sub(range.start)) {
+                    act(function, offset);
+                    answered = true;
+                }
+            });
+        }
+        answered
     }
+}
+
+/// A function is whole after each call, and a panic ends the process anyway.
+fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }

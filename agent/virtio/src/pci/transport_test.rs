@@ -78,7 +78,7 @@ impl Bench {
         let memory = memory(1 << 20);
         let platform = Arc::new(FakePlatform::default());
         let seen = Arc::new(Mutex::new(Seen::default()));
-        let mut bus = PciBus::new(0xc000_0000..0xd000_0000);
+        let bus = PciBus::new(0xc000_0000..0xd000_0000);
         let function =
             VirtioPci::new(Box::new(Probe(seen.clone())), platform.clone(), memory.clone()).unwrap();
         assert_eq!(bus.add(Box::new(function)).unwrap(), 1);

@@ -2,11 +2,12 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed,
-    Method, Name, Notify, ONE, Package, Path, ResourceTemplate, ZERO,
+    Method, MethodCall, Name, Notify, ONE, Package, Path, ResourceTemplate, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use super::hotplug::{self, hotplug};
 use super::{OEM, OEM_REVISION, OEM_TABLE};
 use crate::layout;
 
@@ -23,8 +24,9 @@ const GENERATION_CHANGED: u8 = 0x80;
 
 /// Builds the table.
 pub(super) fn dsdt() -> impl Aml {
-    let mut body = Vec::with_capacity(1024);
+    let mut body = Vec::with_capacity(8192);
     host_bridge(&mut body);
+    hotplug(&mut body);
     serial(&mut body);
     clock(&mut body);
     power_button(&mut body);
@@ -112,13 +114,13 @@ fn generation(sink: &mut dyn AmlSink) {
     Device::new(Path::new(GENERATION), vec![&hid, &cid, &ddn, &addr]).to_aml_bytes(sink);
 }
 
-/// The generic event device (ACPI 6.5 §5.6.9): one interrupt means that the power button was pressed, the other that
-/// there is a new generation identifier.
+/// The generic event device (ACPI 6.5 §5.6.9): one interrupt means that the power button was pressed, one that there
+/// is a new generation identifier, one that devices have come or shall go.
 fn event_device(sink: &mut dyn AmlSink) {
     let hid = Name::new("_HID".into(), &"ACPI0013");
     let uid = Name::new("_UID".into(), &ZERO);
-    let interrupts =
-        [layout::EVENT_GSI, layout::GENERATION_GSI].map(|gsi| Interrupt::new(true, true, false, false, gsi));
+    let interrupts = [layout::EVENT_GSI, layout::GENERATION_GSI, layout::HOTPLUG_GSI]
+        .map(|gsi| Interrupt::new(true, true, false, false, gsi));
     let resources = ResourceTemplate::new(interrupts.iter().map(|interrupt| interrupt as &dyn Aml).collect());
     let crs = Name::new("_CRS".into(), &resources);
     let (button, generation) = (Path::new(POWER_BUTTON), Path::new(GENERATION));
@@ -128,7 +130,10 @@ fn event_device(sink: &mut dyn AmlSink) {
     let is_generation = Equal::new(&Arg(0), &layout::GENERATION_GSI);
     let when_pressed = If::new(&is_button, vec![&pressed]);
     let when_changed = If::new(&is_generation, vec![&changed]);
-    let event = Method::new("_EVT".into(), 1, true, vec![&when_pressed, &when_changed]);
+    let scan = MethodCall::new(Path::new(hotplug::SCAN), Vec::new());
+    let is_hotplug = Equal::new(&Arg(0), &layout::HOTPLUG_GSI);
+    let when_plugged = If::new(&is_hotplug, vec![&scan]);
+    let event = Method::new("_EVT".into(), 1, true, vec![&when_pressed, &when_changed, &when_plugged]);
     Device::new(Path::new("\\_SB_.GED0"), vec![&hid, &uid, &crs, &event]).to_aml_bytes(sink);
 }
 

@@ -2,7 +2,7 @@
 //! interrupt controllers, no fixed power-management registers.
 //!
 //! ```text
-//!   RSDP → XSDT → FADT → DSDT   PCI host bridge, COM1, clock, event device with power button and generation id, S5
+//!   RSDP → XSDT → FADT → DSDT   PCI host bridge with hot-plug slots, COM1, clock, event device (power button, generation id, hot plug), S5
 //!               → MADT          one local APIC a vcpu, the IO-APIC
 //!               → MCFG          ECAM of bus 0
 //!               → WDAT          the watchdog
@@ -11,6 +11,7 @@
 //! Built as bytes, then placed at one address; the guest's own interpreter does the rest. Rebuilt at each boot.
 
 mod dsdt;
+mod hotplug;
 mod wdat;
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use crate::machine::Handle;
 /// All of it. Nobody is stopped for it: each number is some recent one.
 pub(super) fn counters(vm: &Handle, devices: &Devices) -> VmCounters {
     let (vcpus, failed) = vm.counters();
-    let disks = devices.disks.iter().map(disk).collect();
-    let nics = devices.nics.iter().map(nic).collect();
+    let disks = devices.disks().iter().map(|one| disk(one)).collect();
+    let nics = devices.nics().iter().map(|one| nic(one)).collect();
     VmCounters { vcpus, disks, nics, failed }
 }
 

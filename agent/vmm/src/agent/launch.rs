@@ -24,9 +24,9 @@ use super::limits::limits;
 use crate::boot::BootSource;
 use crate::console::Output;
 use crate::devices::{DeviceError, Devices, Disk, Nic};
-use crate::end::{End, EndSlot, chain};
+use crate::end::{End, EndSlot, chain as chain_of};
 use crate::machine::{self, Handle, MachineConfig, MachineError, MachineState, Running, WatchdogAction};
-use crate::snapshot::{self, ReadError, Sums};
+use crate::snapshot::{self, Link, PageSet, ReadError, Sums, chain};
 
 /// It reads into a buffer on the heap.
 const CHECK_STACK_BYTES: usize = 64 << 10;
@@ -79,11 +79,11 @@ impl LaunchError {
             LaunchError::Machine(error) => (error_code(error), error.field()),
             LaunchError::Kvm(_) | LaunchError::Host(_) => (Code::Io, ""),
         };
-        Failed { code: code.into(), message: chain(self), field: field.to_owned() }
+        Failed { code: code.into(), message: chain_of(self), field: field.to_owned() }
     }
 
     pub(super) fn record(&self) -> EndRecord {
-        EndRecord { kind: EndKind::LaunchFailed.into(), reason: chain(self) }
+        EndRecord { kind: EndKind::LaunchFailed.into(), reason: chain_of(self) }
     }
 }
 
@@ -154,18 +154,18 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     };
     let output = Arc::new(Output::new()?);
     let end = Arc::new(EndSlot::new()?);
-    let unchecked = saved.as_mut().and_then(|saved| saved.unchecked.take());
+    let unchecked = saved.as_mut().map(|saved| std::mem::take(&mut saved.unchecked));
     let running = match saved {
         None => machine::boot(&kvm, &config, &devices, output.clone(), end.clone())?,
         Some(saved) => {
             let slots = (output.clone(), end.clone());
-            machine::restore(&kvm, &config, &devices, slots, (saved.memory, &saved.state))?
+            machine::restore(&kvm, &config, &devices, slots, (saved.memory, &saved.state, saved.link))?
         }
     };
-    if let Some(unchecked) = unchecked {
-        unchecked.check_beside(running.handle())?;
+    if let Some(unchecked) = unchecked.filter(|files| !files.is_empty()) {
+        check_beside(unchecked, running.handle())?;
     }
-    if launch.restore.is_some_and(|from| !from.stay_paused) {
+    if launch.restore.as_ref().is_some_and(|from| !from.stay_paused) {
         running.handle().resume();
     }
     Ok(Launched {
@@ -196,77 +196,110 @@ fn check(launch: &Launch) -> Result<(), LaunchError> {
 struct Saved {
     memory: GuestMemory,
     state: MachineState,
+    /// How the next snapshot of it names this one.
+    link: Option<Link>,
     /// What is still to be checked, beside the guest.
-    unchecked: Option<Unchecked>,
+    unchecked: Vec<Unchecked>,
 }
 
 /// A memory's file, and what it should be.
 struct Unchecked {
     file: File,
     sums: Sums,
+    /// Of a diff: which of it.
+    pages: Option<PageSet>,
 }
 
-impl Unchecked {
-    /// Ends the VM if its memory is damaged. The thread ends with the VM.
-    fn check_beside(self, vm: &Handle) -> io::Result<()> {
-        let vm = vm.clone();
-        threads::spawn(Kind::Check, "check", CHECK_STACK_BYTES, move || {
-            if let Err(error) = self.sums.check(&self.file, || !vm.is_over()) {
-                vm.stop(End::HostError(chain(&error)));
+/// Ends the VM if its memory is damaged. The thread ends with the VM.
+fn check_beside(files: Vec<Unchecked>, vm: &Handle) -> io::Result<()> {
+    let vm = vm.clone();
+    threads::spawn(Kind::Check, "check", CHECK_STACK_BYTES, move || {
+        for one in files {
+            if let Err(error) = one.sums.check(&one.file, one.pages.as_ref(), || !vm.is_over()) {
+                vm.stop(End::HostError(chain_of(&error)));
             }
-        })
-        .map(drop)
-    }
+        }
+    })
+    .map(drop)
 }
 
-/// Opens the memory and the state, and checks both; the memory not yet, if that is wished.
+/// Opens the memory and the state, with all that they go on from, and checks them; the memory not yet, if that is wished.
 fn open_saved(launch: &Launch, from: &RestoreFrom, passed: &mut Passed) -> Result<Saved, LaunchError> {
-    let invalid = |error: ReadError| LaunchError::invalid("restore", chain(&error));
-    let state = File::from(passed.take("restore", from.state_fd)?);
-    let memory = passed.take("restore", from.memory_fd)?;
-    let saved = snapshot::read(&state).map_err(invalid)?;
-    if saved.memory_bytes != launch.memory_bytes {
+    let invalid = |error: ReadError| LaunchError::invalid("restore", chain_of(&error));
+    let mut layers = vec![open_layer((from.state_fd, from.memory_fd), passed)?];
+    for base in &from.bases {
+        layers.push(open_layer((base.state_fd, base.memory_fd), passed)?);
+    }
+    let memory_bytes = layers.first().map_or(0, |(saved, _)| saved.memory_bytes);
+    if memory_bytes != launch.memory_bytes {
         let what = format!(
-            "the VM was saved with {} bytes of memory, not {}: give it as many",
-            saved.memory_bytes, launch.memory_bytes
+            "the VM was saved with {memory_bytes} bytes of memory, not {}: give it as many",
+            launch.memory_bytes
         );
         return Err(LaunchError::invalid("restore", what));
     }
-    let file = File::from(memory.try_clone()?);
-    let memory = saved.open_memory(memory).map_err(invalid)?;
-    let unchecked = match saved.sums {
-        None => None,
-        Some(sums) if from.check_beside => Some(Unchecked { file, sums }),
-        Some(sums) => {
-            sums.check(&file, || true).map_err(|error| invalid(error.into()))?;
-            None
+    let memory = chain::open(&layers).map_err(invalid)?;
+    let mut unchecked = Vec::new();
+    let (mut state, mut link) = (None, None);
+    for (saved, file) in layers {
+        let pages = saved.base.map(|(_, pages)| pages);
+        match saved.sums {
+            None => {}
+            Some(sums) if from.check_beside => unchecked.push(Unchecked { file, sums, pages }),
+            Some(sums) => {
+                sums.check(&file, pages.as_ref(), || true).map_err(|error| invalid(error.into()))?;
+            }
         }
-    };
-    Ok(Saved { memory, state: saved.machine, unchecked })
+        if state.is_none() {
+            (state, link) = (Some(saved.machine), saved.link);
+        }
+    }
+    let state = state.ok_or_else(|| LaunchError::invalid("restore", "no state"))?;
+    Ok(Saved { memory, state, link, unchecked })
+}
+
+fn open_layer((state, memory): (u32, u32), passed: &mut Passed) -> Result<chain::Layer, LaunchError> {
+    let state = File::from(passed.take("restore", state)?);
+    let memory = File::from(passed.take("restore", memory)?);
+    let saved = snapshot::read(&state).map_err(|error| LaunchError::invalid("restore", chain_of(&error)))?;
+    Ok((saved, memory))
 }
 
 fn open_devices(launch: &Launch, passed: &mut Passed) -> Result<Devices, LaunchError> {
     let mut devices = Devices::new(launch.vcpus)?;
     for disk in &launch.disks {
-        let volume = open_volume(disk, passed)?;
-        if disk.direct
-            && let Err(why) = volume.go_direct()
-        {
-            super::say(format_args!("the disk {} goes through the page cache: {why}", disk.volume_id));
-        }
-        devices.disks.push(Disk::new(disk.volume_id.clone(), volume).with_limits(limits(disk.limits)));
+        devices.add_disk(open_disk(disk, passed)?);
     }
     for nic in &launch.nics {
-        let mac = <[u8; 6]>::try_from(nic.mac.as_slice())
-            .map_err(|_| LaunchError::invalid("nics", "a MAC address has six bytes"))?;
-        let mtu = u16::try_from(nic.mtu)
-            .map_err(|_| LaunchError::invalid("nics", format!("an MTU of {} is too large", nic.mtu)))?;
-        let tap = Tap::from_fd(passed.take("nics", nic.tap_fd)?)
-            .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
-        devices.nics.push(Nic::new(tap, mac, (mtu != 0).then_some(mtu), limits(nic.limits)));
+        devices.add_nic(open_nic(nic, passed)?);
     }
     devices.vsock = launch.vsock.as_ref().map(|vsock| open_vsock(vsock, passed)).transpose()?;
     Ok(devices)
+}
+
+/// A disk of these files.
+pub(super) fn open_disk(
+    disk: &serio_control::message::Disk,
+    passed: &mut Passed,
+) -> Result<Disk, LaunchError> {
+    let volume = open_volume(disk, passed)?;
+    if disk.direct
+        && let Err(why) = volume.go_direct()
+    {
+        super::say(format_args!("the disk {} goes through the page cache: {why}", disk.volume_id));
+    }
+    Ok(Disk::new(disk.volume_id.clone(), volume).with_limits(limits(disk.limits)))
+}
+
+/// A card on this tap.
+pub(super) fn open_nic(nic: &serio_control::message::Nic, passed: &mut Passed) -> Result<Nic, LaunchError> {
+    let mac = <[u8; 6]>::try_from(nic.mac.as_slice())
+        .map_err(|_| LaunchError::invalid("nics", "a MAC address has six bytes"))?;
+    let mtu = u16::try_from(nic.mtu)
+        .map_err(|_| LaunchError::invalid("nics", format!("an MTU of {} is too large", nic.mtu)))?;
+    let tap = Tap::from_fd(passed.take("nics", nic.tap_fd)?)
+        .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
+    Ok(Nic::new(tap, mac, (mtu != 0).then_some(mtu), limits(nic.limits)))
 }
 
 fn pages(launch: &Launch) -> Result<PageKind, LaunchError> {

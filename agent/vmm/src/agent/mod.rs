@@ -19,6 +19,7 @@ mod launch;
 mod limits;
 mod log;
 mod merge;
+mod plug;
 mod requests;
 mod save;
 mod state;
@@ -32,9 +33,13 @@ mod counters_test;
 #[cfg(test)]
 mod cut_test;
 #[cfg(test)]
+mod diff_test;
+#[cfg(test)]
 mod merge_test;
 #[cfg(test)]
 mod mini_test;
+#[cfg(test)]
+mod plug_test;
 #[cfg(test)]
 mod save_test;
 #[cfg(test)]
@@ -57,6 +62,7 @@ use serio_sandbox::{Kind, Start};
 
 use crate::cli::AgentArgs;
 use crate::end::{End, chain};
+use crate::machine::hotplug::REMIND;
 use connection::Connections;
 use console::ConsoleHub;
 use launch::Launched;
@@ -153,6 +159,8 @@ struct Agent {
 struct Vm {
     launched: Launched,
     console: ConsoleHub,
+    /// When the guest is told again of devices that it has not looked at.
+    remind_at: Option<Instant>,
 }
 
 /// What woke the main thread.
@@ -171,6 +179,12 @@ impl Agent {
     fn attend(&mut self) -> Result<(), AgentError> {
         let deadline = Instant::now() + LAUNCH_WAIT;
         loop {
+            if let Some(vm) = &mut self.vm
+                && vm.remind_at.is_none()
+                && vm.launched.handle().is_reminding()
+            {
+                vm.remind_at = Some(Instant::now() + REMIND);
+            }
             let ready = self.wait(deadline)?;
             if ready.listener {
                 self.connections.accept(&self.listener);
@@ -188,6 +202,10 @@ impl Agent {
                     vm.console.spread(&vm.launched.output.take());
                 }
                 vm.console.attend(&ready.console, &vm.launched.handle());
+                if vm.remind_at.is_some_and(|at| Instant::now() >= at) {
+                    vm.launched.handle().remind();
+                    vm.remind_at = None;
+                }
                 if ready.troubles {
                     let _ = vm.launched.troubles.read();
                     self.state.changed();
@@ -222,6 +240,9 @@ impl Agent {
                 fds.extend(vm.console.interests(room));
                 if !room && vm.console.has_clients() {
                     timeout = PollTimeout::from(INPUT_RETRY_MS);
+                } else if let Some(at) = vm.remind_at {
+                    let left = at.saturating_duration_since(Instant::now()).as_millis().saturating_add(1);
+                    timeout = PollTimeout::from(u16::try_from(left).unwrap_or(u16::MAX));
                 }
             }
             None => {
@@ -245,7 +266,7 @@ impl Agent {
     fn adopt(&mut self) {
         if let Some(mut launched) = self.state.take_launched() {
             let console = ConsoleHub::new(launched.console.take(), launched.log.take());
-            self.vm = Some(Vm { launched, console });
+            self.vm = Some(Vm { launched, console, remind_at: None });
         }
     }
 
@@ -265,6 +286,8 @@ impl Agent {
         vm.console.spread(&vm.launched.output.take());
         let mut record = end.record();
         if end == End::Reset && again {
+            // Nothing comes between the machine that is over and the next one.
+            let _alone = self.state.plugging();
             match vm.launched.boot_again() {
                 Ok(handle) => {
                     say("the guest was reset and boots again");

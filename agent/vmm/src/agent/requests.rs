@@ -1,4 +1,4 @@
-//! What each request does. One request, one answer. Only `PrepareSnapshot` may wait for the guest, within its time,
+//! What each request does. One request, one answer. Only `PrepareSnapshot` and `Unplug` may wait for the guest, within its time,
 //! and `Pause` and `SaveVm` for I/O under way; that costs nobody but their own connection's thread.
 
 use std::fs::File;
@@ -14,6 +14,7 @@ use super::counters;
 use super::cut;
 use super::launch::{self, Passed};
 use super::limits;
+use super::plug;
 use super::save;
 use super::state::State;
 use crate::devices::Devices;
@@ -95,6 +96,8 @@ pub(super) fn answer(state: &Arc<State>, body: Option<Body>, descriptors: Vec<Ow
             with_vm(state, |vm, devices| Body::VmCounters(counters::counters(vm, devices)))
         }
         Some(Body::SetLimits(request)) => with_vm(state, |_, devices| limits::set(devices, &request)),
+        Some(Body::Plug(request)) => plug::plug(state, &request, descriptors),
+        Some(Body::Unplug(request)) => plug::unplug(state, &request),
         Some(Body::SetVsockBroker(_)) => with_vm(state, |_, devices| set_broker(devices, descriptors)),
         _ => failed(Code::Invalid, "", "a VMM does not know this request: is this the right socket?"),
     }

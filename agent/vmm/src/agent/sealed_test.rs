@@ -132,7 +132,9 @@ fn each_thread_calls_what_its_table_says() {
         .args([
             "agent::agent_test::",
             "agent::mini_test::",
+            "agent::diff_test::a_chain",
             "agent::save_test::a_vm_saved",
+            "agent::plug_test::a_disk_comes",
             "--test-threads",
             "1",
         ])

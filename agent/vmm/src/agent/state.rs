@@ -30,6 +30,7 @@ pub(super) struct State {
     wake: EventFd,
     cuts: Arc<Cuts>,
     merges: Merges,
+    plugging: Mutex<()>,
 }
 
 struct Inner {
@@ -56,7 +57,18 @@ impl State {
     pub(super) fn new() -> std::io::Result<State> {
         let inner =
             Inner { phase: Phase::Waiting, vm_id: String::new(), resets: 0, since: None, bells: Vec::new() };
-        Ok(State { inner: Mutex::new(inner), wake: bell()?, cuts: Arc::default(), merges: Merges::default() })
+        Ok(State {
+            inner: Mutex::new(inner),
+            wake: bell()?,
+            cuts: Arc::default(),
+            merges: Merges::default(),
+            plugging: Mutex::default(),
+        })
+    }
+
+    /// Held while a device comes, and while a machine is made anew after a reset: so it is in each of them.
+    pub(super) fn plugging(&self) -> MutexGuard<'_, ()> {
+        self.plugging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Merges of layers.
@@ -186,10 +198,11 @@ impl State {
             Phase::Running { .. } => (VmState::Running, None),
             Phase::Over(record) => (VmState::Ended, Some(record.clone())),
         };
-        let troubles = match &inner.phase {
-            Phase::Running { devices, .. } => devices.troubles(),
-            _ => Vec::new(),
+        let devices = match &inner.phase {
+            Phase::Running { devices, .. } => Some(devices),
+            _ => None,
         };
+        let (disks, nics) = devices.map(|devices| (devices.disks(), devices.nics())).unwrap_or_default();
         VmStatus {
             vm_id: inner.vm_id.clone(),
             state: state.into(),
@@ -199,7 +212,9 @@ impl State {
                 .since
                 .map_or(0, |since| u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            troubles,
+            troubles: devices.map(|devices| devices.troubles()).unwrap_or_default(),
+            disks: disks.iter().map(|disk| disk.name.clone()).collect(),
+            nics: nics.iter().map(|nic| nic.name()).collect(),
         }
     }
 }

@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serio_hv::IoHandler;
 use serio_virtio::PciBus;
 
+use super::hotplug::Hotplug;
 use super::power;
 use super::watchdog::Watchdog;
+use crate::devices::Devices;
 use crate::end::EndSlot;
 use crate::layout;
 use serio_devices::count::Count;
@@ -30,6 +32,9 @@ pub(super) struct Bus {
     pub(super) clock: Rtc,
     pub(super) watchdog: Watchdog,
     pub(super) pci: PciBus,
+    pub(super) hotplug: Arc<Hotplug>,
+    /// For those that leave.
+    pub(super) devices: Arc<Devices>,
     pub(super) end: Arc<EndSlot>,
     pub(super) pci_address: AtomicU32,
 }
@@ -109,6 +114,14 @@ impl Bus {
         }
     }
 
+    /// The guest has let go of a device.
+    fn eject(&self, slot: u8) {
+        // Its threads end here. Its files stay open for as long as whoever asked for this holds them.
+        drop(self.pci.remove(slot));
+        self.devices.unplug(slot);
+        self.hotplug.left(slot);
+    }
+
     fn port_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(offset) = self.pci_offset(port, data.len()) {
@@ -116,6 +129,8 @@ impl Bus {
         } else if port == PCI_ADDRESS_PORT && data.len() == 4 {
             data.copy_from_slice(&self.pci_address.load(Ordering::SeqCst).to_le_bytes());
         } else if let Some(value) = self.watchdog_read(port, data.len()) {
+            data.copy_from_slice(&value.to_le_bytes());
+        } else if let Some(value) = self.hotplug.read(port, data.len()) {
             data.copy_from_slice(&value.to_le_bytes());
         } else if let [byte] = data {
             if let Some(offset) = Bus::serial_register(port) {
@@ -136,7 +151,9 @@ impl Bus {
                 self.pci_address.store(u32::from_le_bytes(bytes), Ordering::SeqCst);
             }
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data) {
-            self.watchdog_write(port, u32::from_le_bytes(bytes));
+            let value = u32::from_le_bytes(bytes);
+            self.watchdog_write(port, value);
+            self.hotplug.leaving(port, value).for_each(|slot| self.eject(slot));
         } else if let [byte] = data {
             if let Some(offset) = Bus::serial_register(port) {
                 self.serial.write(offset, *byte);

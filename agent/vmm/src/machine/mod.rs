@@ -12,8 +12,10 @@
 
 mod bus;
 pub mod generation;
+pub mod hotplug;
 mod power;
 mod state;
+mod track;
 mod vcpu;
 pub(crate) mod watchdog;
 
@@ -24,7 +26,7 @@ use std::thread::JoinHandle;
 use serio_control::message::{FailedDevice, VcpuCounters};
 use serio_hv::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 use serio_hv::{GuestMemory, IrqLine, Kvm, MemoryError, PageKind, Vcpu, Vm, VmError};
-use serio_virtio::{BusError, PciBus, VirtioDevice, VirtioPci, VirtioPciError};
+use serio_virtio::{BusError, PciBus, VirtioPci, VirtioPciError};
 
 use crate::acpi::Tables;
 use crate::boot::{self, BootError, BootSource};
@@ -33,10 +35,12 @@ use crate::devices::Devices;
 use crate::end::{End, EndSlot};
 use crate::layout;
 use bus::Bus;
+use hotplug::Hotplug;
 use serio_devices::rtc::Rtc;
 use serio_devices::serial::SerialPort;
 use state::Parts;
-pub use state::{MachineState, PauseError, PlatformState, SaveError, restore};
+pub use state::{MachineState, PauseError, PlatformState, SaveError, Saved, restore};
+use track::Track;
 use vcpu::{Gate, GateState, Vcpus};
 use watchdog::Watchdog;
 pub use watchdog::{WatchdogAction, WatchdogState};
@@ -73,9 +77,6 @@ pub enum MachineError {
     /// The kernel or what goes with it is not right.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A device could not be made.
-    #[error(transparent)]
-    Make(#[from] crate::devices::DeviceError),
     /// The saved state does not fit the machine.
     #[error("cannot restore the devices")]
     Restore(#[from] serio_virtio::BusRestoreError),
@@ -107,7 +108,6 @@ impl MachineError {
             MachineError::Memory(_) | MachineError::Backing(_) => "memory",
             MachineError::Boot(error) => error.field(),
             MachineError::Bus(_) | MachineError::Device(_) => "disks",
-            MachineError::Make(error) => error.field(),
             MachineError::Restore(_) | MachineError::Saved { .. } => "restore",
             MachineError::Vm(_) | MachineError::Generation(_) | MachineError::Host { .. } => "",
         }
@@ -140,19 +140,23 @@ pub struct Created {
     serial: Arc<SerialPort>,
     button: IrqLine,
     generation: IrqLine,
+    hotplug: IrqLine,
     watchdog: WatchdogAction,
+    track: Track,
 }
 
 /// A VM with its devices.
 pub struct Equipped {
     created: Created,
     pci: PciBus,
+    devices: Arc<Devices>,
 }
 
 /// A VM that could run now.
 pub struct Loaded {
     created: Created,
     pci: PciBus,
+    devices: Arc<Devices>,
     vcpus: Vec<Vcpu>,
 }
 
@@ -180,11 +184,11 @@ pub struct Handle {
 pub fn boot(
     kvm: &Kvm,
     config: &MachineConfig,
-    devices: &Devices,
+    devices: &Arc<Devices>,
     output: Arc<Output>,
     end: Arc<EndSlot>,
 ) -> Result<Running, MachineError> {
-    Created::new(kvm, config, output)?.equip(devices.make()?)?.load(kvm, config)?.start(end)
+    Created::new(kvm, config, output)?.equip(devices, &[])?.load(kvm, config)?.start(end)
 }
 
 impl Created {
@@ -211,25 +215,27 @@ impl Created {
     ) -> Result<Created, MachineError> {
         let button = vm.irq_line(layout::EVENT_GSI)?;
         let generation = vm.irq_line(layout::GENERATION_GSI)?;
-        Ok(Created { vm, memory, serial, button, generation, watchdog })
+        let hotplug = vm.irq_line(layout::HOTPLUG_GSI)?;
+        let track = Track::default();
+        Ok(Created { vm, memory, serial, button, generation, hotplug, watchdog, track })
     }
 
-    /// Puts the devices on the PCI bus, in the order that the guest will see them.
-    pub fn equip(self, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Equipped, MachineError> {
+    /// Puts the devices on the PCI bus, in the order that the guest will see them, or at `slots`.
+    pub fn equip(self, devices: &Arc<Devices>, slots: &[u8]) -> Result<Equipped, MachineError> {
         // Both ends lie below 4 GiB by the layout.
-        let mut pci = PciBus::new(layout::BAR_WINDOW_BASE as u32..layout::BAR_WINDOW_END as u32);
-        for device in devices {
+        let pci = PciBus::new(layout::BAR_WINDOW_BASE as u32..layout::BAR_WINDOW_END as u32);
+        for (slot, device) in devices.make_at(slots) {
             let function = VirtioPci::new(device, Arc::new(self.vm.clone()), self.memory.clone())?;
-            pci.add(Box::new(function))?;
+            pci.insert(slot, Box::new(function))?;
         }
-        Ok(Equipped { created: self, pci })
+        Ok(Equipped { created: self, pci, devices: devices.clone() })
     }
 }
 
 impl Equipped {
     /// Fills memory: ACPI tables, kernel, initrd, command line. Makes the vcpus.
     pub fn load(self, kvm: &Kvm, config: &MachineConfig) -> Result<Loaded, MachineError> {
-        let Equipped { created, pci } = self;
+        let Equipped { created, pci, devices } = self;
         let tables = Tables::new(config.vcpus);
         created
             .memory
@@ -245,7 +251,7 @@ impl Equipped {
         if let Some(first) = vcpus.first() {
             first.set_boot_registers(&registers)?;
         }
-        Ok(Loaded { created, pci, vcpus })
+        Ok(Loaded { created, pci, devices, vcpus })
     }
 }
 
@@ -262,7 +268,7 @@ impl Loaded {
         gate: GateState,
         platform: &PlatformState,
     ) -> Result<Running, MachineError> {
-        let Loaded { created, pci, vcpus } = self;
+        let Loaded { created, pci, devices, vcpus } = self;
         let serial = created.serial.clone();
         let kicks = vcpus.iter().map(Vcpu::kick).collect();
         let exits = vcpus.iter().map(|_| bus::Exits::default()).collect();
@@ -272,15 +278,17 @@ impl Loaded {
             clock: Rtc::restored(platform.clock_index.to_le_bytes()[0], &platform.clock_memory),
             watchdog: Watchdog::new(created.watchdog, end.clone(), all.clone()),
             pci,
+            hotplug: Arc::new(Hotplug::new(created.hotplug, platform.plugged)),
+            devices,
             end: end.clone(),
             pci_address: AtomicU32::new(platform.pci_address),
         });
         if let Some(saved) = &platform.watchdog {
             bus.watchdog.restore(saved);
         }
-        let (vm, memory) = (created.vm, created.memory);
+        let (vm, memory, track) = (created.vm, created.memory, created.track);
         let memory_bytes = memory.iter().map(|region| region.len()).sum();
-        let parts = Arc::new(Parts { bus: bus.clone(), vm, memory, life: Mutex::new(()) });
+        let parts = Arc::new(Parts { bus: bus.clone(), vm, memory, life: Mutex::new(track) });
         let handle = Handle {
             vcpus: all.clone(),
             end: end.clone(),

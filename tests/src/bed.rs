@@ -120,7 +120,8 @@ pub fn eventually(seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     while !so() {
         assert!(Instant::now() < deadline, "{what}: not within {seconds} s");
-        std::thread::sleep(Duration::from_millis(100));
+        // What is waited for needs the processor too, the more of it the longer it may take.
+        std::thread::sleep(Duration::from_millis(100 + seconds));
     }
 }
 
@@ -276,12 +277,17 @@ impl Host {
         self.serio(&[&["vm", "console", vm], &until[..], &["--timeout", "180s"]].concat()).ok();
     }
 
-    /// Waits for `until` (a regular expression) on the console of a guest that boots for minutes; what was printed. A kernel that
-    /// dies on the way ends the attempt: [`on_debian_host`].
+    /// Waits for each of `untils` (regular expressions), one after the other, on the console of a guest that boots for minutes; what was
+    /// printed. A kernel that dies on the way ends the attempt: [`on_debian_host`].
     #[track_caller]
-    pub fn wait_for_guest(&self, vm: &str, until: &str) -> String {
-        let either = format!("{until}|{GUEST_DEATH}");
-        let said = self.serio(&["vm", "console", vm, "--until", &either, "--timeout", "3600s"]).ok();
+    pub fn wait_for_guest(&self, vm: &str, untils: &[&str]) -> String {
+        let mut args = ["vm", "console", vm, "--timeout", "3600s"].map(str::to_owned).to_vec();
+        // A kernel says twice that it dies, and nobody waits for three things.
+        assert!(untils.len() <= 2, "{untils:?}");
+        for until in untils {
+            args.extend(["--until".to_owned(), format!("{until}|{GUEST_DEATH}")]);
+        }
+        let said = self.serio(&args.iter().map(String::as_str).collect::<Vec<_>>()).ok();
         if said.contains(GUEST_DEATH) {
             std::panic::panic_any(GuestDied(self.serio(&["vm", "log", vm]).out));
         }

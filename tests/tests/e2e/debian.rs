@@ -37,7 +37,7 @@ fn its_file_systems_are_frozen_for_a_snapshot_that_asks() {
         let user_data = user_data.to_str().unwrap();
         host.serio(&["vm", "run", &vm, "--image", "debian", "--memory", "1GiB", "--user-data", user_data])
             .ok();
-        host.wait_for_guest(&vm, "churn-started");
+        host.wait_for_guest(&vm, &["churn-started"]);
         for (name, options, class) in [
             ("crash", &[][..], "POINT_CLASS_CRASH"),
             ("app", &["--consistency", "app", "--require-app"][..], "POINT_CLASS_APP"),

@@ -45,10 +45,10 @@ fn two_guests_work_and_one_powers_off() {
             host.serio(&[&words[..], &["--user-data", user_data], more].concat()).ok();
         };
         guest(&server, "address=192.168.7.10/24", &serves, &[]);
-        host.wait_for_guest(&server, "server-is-up");
+        host.wait_for_guest(&server, &["server-is-up"]);
         host.serio(&["volume", "create", &data, "--size", "128MiB"]).ok();
         guest(&client, "address=192.168.7.11/24", &works, &["--volume", &data]);
-        let said = host.wait_for_guest(&client, "work-ended=[0-9]+");
+        let said = host.wait_for_guest(&client, &["work-ended=[0-9]+"]);
         assert!(said.contains("work-ended=0"), "{}", host.serio(&["vm", "log", &client]).ok());
         eventually(300, "it has powered off", || host.state(&client) == "STOPPED");
         let shown = host.json(&["vm", "show", &client]);

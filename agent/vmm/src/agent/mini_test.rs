@@ -258,10 +258,11 @@ fn a_guest_sees_its_disk_grow() {
     let mut lines = Lines::of(&bench);
     let resize =
         |size_bytes| Body::ResizeVolume(ResizeVolume { volume_id: "a".to_owned(), size_bytes, key: None });
-    // The first line may have come before we listened.
+    let mut seen = |mib: u64| while lines.wait("grow: ") != format!("{} sectors", mib << 11) {};
+    seen(SIZE >> 20);
     for mib in [9, 64, 1 << 20] {
         done(&mut channel, resize(mib << 20));
-        while lines.wait("grow: ") != format!("{} sectors", mib << 11) {}
+        seen(mib);
     }
     match channel.call(resize(1 << 20), &[]) {
         Err(ChannelError::Refused(failed)) => {

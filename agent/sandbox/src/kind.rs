@@ -6,6 +6,8 @@
 pub enum Kind {
     /// The main thread of a VMM: waits, spreads the console, boots again after a reset.
     Agent,
+    /// The main thread of a VMM that a person has started: its terminal instead of a control socket.
+    Run,
     /// One control connection of a VMM.
     Control,
     /// One processor of the guest.
@@ -38,8 +40,9 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 15] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Agent,
+        Kind::Run,
         Kind::Control,
         Kind::Vcpu,
         Kind::Blk,

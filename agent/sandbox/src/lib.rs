@@ -4,8 +4,8 @@
 //!   start ─► only known descriptors ─► limits ─► namespaces, empty root, user ─► no capabilities ─► Landlock ─► filters
 //! ```
 //!
-//! - All of it happens in [`seal_at_start`], first thing in the process, while it has one thread: what it needs from outside comes
-//!   later, as descriptors over a socket that it was started with.
+//! - All of it happens in [`seal_at_start`], while the process has one thread. One that is started by seriod does so first thing, and gets
+//!   what it needs from outside later, as descriptors over a socket that it was started with; one that a person starts opens it before.
 //! - Owns the order of these steps. Each one is final: nothing here gives anything back.
 //! - Threads of a sealed process are made by [`threads::spawn`], each with the filter of its [`Kind`].
 //! - A process that seals nothing (tests, a command for a person) makes its threads by the same function, without filters.
@@ -88,8 +88,8 @@ pub fn own_uid(first: u32) -> u32 {
 /// What a process keeps when it is sealed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Start<'a> {
-    /// The descriptors that it keeps, besides the standard streams.
-    pub keep: &'a [RawFd],
+    /// The descriptors that it keeps, besides the standard streams; `None`: all, because it has opened them itself.
+    pub keep: Option<&'a [RawFd]>,
     /// The user and group that it becomes when it starts as root; 0 stays who it is.
     pub uid: u32,
     /// How many descriptors it may have open.
@@ -100,10 +100,12 @@ pub struct Start<'a> {
     pub main: Kind,
 }
 
-/// First thing in a process: gives up all but what is named, for ever. Returns what this host or this user did not allow to
+/// While the process has one thread: gives up all but what is named, for ever. Returns what this host or this user did not allow to
 /// be given up, in words for a log; for root on a usual host that is nothing.
 pub fn seal_at_start(seal: &Start<'_>) -> Result<Vec<&'static str>, SandboxError> {
-    sys::close_others(seal.keep).map_err(step("close unknown descriptors"))?;
+    if let Some(keep) = seal.keep {
+        sys::close_others(keep).map_err(step("close unknown descriptors"))?;
+    }
     std::panic::set_hook(Box::new(tell_panic));
     sys::use_one_heap();
     limit(seal)?;

@@ -45,8 +45,13 @@ fn the_process() {
     let Ok(case) = std::env::var(CASE) else { return };
     let (kind, what) = case.split_once(' ').expect("two words");
     let kind = Kind::ALL[kind.parse::<usize>().expect("a number")];
-    let seal =
-        Start { keep: &[], uid: 1_999_999_000, descriptors_max: 64, threads_max: 64, main: Kind::Agent };
+    let seal = Start {
+        keep: Some(&[]),
+        uid: 1_999_999_000,
+        descriptors_max: 64,
+        threads_max: 64,
+        main: Kind::Agent,
+    };
     serio_sandbox::seal_at_start(&seal).expect("sealed");
     let what = what.to_owned();
     match kind {

@@ -15,7 +15,8 @@ Examples:
   A stock kernel with its initrd, the console on this terminal (ctrl-A x ends it):
     serio-vmm run --kernel vmlinuz --initrd initrd.img --memory 256MiB --cpus 1 \\
                   --cmdline \"console=ttyS0 root=/dev/vda1\" --disk disk.raw --net tap0
-  (On a terminal, ctrl-A p presses the power button.)
+  (On a terminal, ctrl-A p presses the power button. When all files are open the process seals itself: another user if root
+  starts it, an empty root, no network, system-call filters.)
   A second disk that the guest cannot write:
     serio-vmm run --kernel vmlinuz --memory 1GiB --cpus 2 --disk disk.raw --disk seed.img,readonly
 
@@ -74,7 +75,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub console: Option<PathBuf>,
     /// Stream connections between the guest, whose address is CID (3 or more), and Unix sockets: clients connect to PATH
-    /// and write "CONNECT PORT"; the guest's connections to port N go to PATH_N
+    /// and write "CONNECT PORT"; the guest's connections to port N go to PATH_N. The process does not seal itself then
     #[arg(long, value_name = "CID,PATH")]
     pub vsock: Option<VsockArg>,
     /// Do not pass standard input to the guest's serial port

@@ -223,6 +223,31 @@ pub struct Devices {
     pub entropy: Arc<Limiter>,
 }
 
+/// What a command line names, opened: a sealed process opens nothing.
+#[derive(Debug)]
+pub struct Files {
+    disks: Vec<File>,
+    nics: Vec<Nic>,
+    consoles: Vec<Arc<ConsoleEnds>>,
+    vsock: Option<VsockHost>,
+}
+
+impl Files {
+    /// Opens all of it. No thread is made, and no disk is looked into.
+    pub fn open(args: &RunArgs) -> Result<Files, DeviceError> {
+        Ok(Files {
+            disks: args
+                .disks
+                .iter()
+                .map(|disk| open_file(&disk.path, disk.read_only))
+                .collect::<Result<_, _>>()?,
+            nics: args.nets.iter().map(open_nic).collect::<Result<_, _>>()?,
+            consoles: args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?,
+            vsock: args.vsock.as_ref().map(open_vsock).transpose()?,
+        })
+    }
+}
+
 impl Devices {
     /// None yet, for a machine with so many vcpus.
     pub fn new(vcpus: u32) -> Result<Devices, DeviceError> {
@@ -240,12 +265,11 @@ impl Devices {
         })
     }
 
-    /// Opens what the command line names.
-    pub fn open(args: &RunArgs) -> Result<Devices, DeviceError> {
-        let disks: Vec<Disk> = args.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
-        let nics: Vec<Nic> = args.nets.iter().map(open_nic).collect::<Result<_, _>>()?;
-        let consoles = args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?;
-        let vsock = args.vsock.as_ref().map(open_vsock).transpose()?;
+    /// The devices of a command line, from its files, in order.
+    pub fn of_files(args: &RunArgs, files: Files) -> Result<Devices, DeviceError> {
+        let Files { disks, nics, consoles, vsock } = files;
+        let disks = args.disks.iter().zip(disks);
+        let disks: Vec<Disk> = disks.map(|(disk, file)| open_disk(disk, file)).collect::<Result<_, _>>()?;
         let mut devices = Devices { consoles, vsock, ..Devices::new(args.cpus)? };
         disks.into_iter().for_each(|disk| devices.add_disk(disk));
         nics.into_iter().for_each(|nic| devices.add_nic(nic));
@@ -316,8 +340,7 @@ fn open_file(path: &Path, read_only: bool) -> Result<File, DeviceError> {
     })
 }
 
-fn open_disk(disk: &DiskArg) -> Result<Disk, DeviceError> {
-    let file = open_file(&disk.path, disk.read_only)?;
+fn open_disk(disk: &DiskArg, file: File) -> Result<Disk, DeviceError> {
     let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let name = disk.path.display().to_string();
     let volume = Volume::open_raw(file, access)

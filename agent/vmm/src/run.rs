@@ -2,6 +2,9 @@
 //!
 //! One thread, this one, waits for everything: output of the guest, keys, signals, the end. A reset makes a new machine
 //! from the same files, with the volumes still open, so that nobody else takes them in between.
+//!
+//! It opens what its command line names, and then seals itself as the process that seriod starts does: the guest may be
+//! anybody's. Not with `--vsock`: a guest's connections go to sockets that are looked for by their names.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,16 +16,21 @@ use std::sync::Arc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Uid;
 use serio_hv::Kvm;
+use serio_sandbox::{Kind, Start};
 
+use crate::agent::{DESCRIPTORS_MAX, THREADS_MAX};
 use crate::boot::BootSource;
 use crate::cli::{OnReset, RunArgs};
 use crate::console::Output;
-use crate::devices::Devices;
+use crate::devices::{Devices, Files};
 use crate::end::{End, EndSlot, chain};
 use crate::machine::{self, Handle, MachineConfig, MachineError};
 use crate::terminal::{Keys, RawTerminal, Wish};
 
+/// Users of single processes that root starts by hand; seriod's own begin at another number.
+const FIRST_UID: u32 = 0x7800_0000;
 /// How often a guest that does not take its input is offered it again.
 const INPUT_RETRY_MS: u16 = 20;
 
@@ -43,6 +51,8 @@ enum RunError {
     Memory { asked: u64, total: u64 },
     #[error(transparent)]
     Device(#[from] crate::devices::DeviceError),
+    #[error(transparent)]
+    Sandbox(#[from] serio_sandbox::SandboxError),
     #[error(transparent)]
     Kvm(#[from] serio_hv::OpenError),
     #[error("{}", field_prefix(.0))]
@@ -112,20 +122,24 @@ fn run(args: RunArgs) -> Result<End, RunError> {
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .map_err(RunError::host("receive signals"))?;
 
-    check_memory(args.memory.bytes())?;
-    let devices = Arc::new(Devices::open(&args)?);
+    let files = Files::open(&args)?;
     let config = MachineConfig {
         vcpus: args.cpus,
         memory_bytes: args.memory.bytes(),
         boot: BootSource {
             kernel: open("kernel", &args.kernel)?,
             initrd: args.initrd.as_deref().map(|path| open("initrd", path)).transpose()?,
-            cmdline: args.cmdline,
+            cmdline: args.cmdline.clone(),
         },
         watchdog: args.watchdog,
         pages: args.pages,
     };
     let mut kvm = Kvm::open()?;
+    if args.vsock.is_none() {
+        seal()?;
+    }
+    check_memory(args.memory.bytes())?;
+    let devices = Arc::new(Devices::of_files(&args, files)?);
     kvm.set_baseline(args.cpu)?;
     let stdin = std::io::stdin();
     let mut seat = Seat { raw: None, keys: Keys::default(), input_open: !args.no_serial_input, signals };
@@ -140,6 +154,23 @@ fn run(args: RunArgs) -> Result<End, RunError> {
 /// Refuses what the host does not have at all: backing is lazy, so nothing else would notice before it is too late.
 pub(crate) fn host_memory_bytes() -> Option<u64> {
     nix::sys::sysinfo::sysinfo().ok().map(|info| info.ram_total())
+}
+
+/// From here on the process is what it has open.
+fn seal() -> Result<(), RunError> {
+    let missing = serio_sandbox::seal_at_start(&Start {
+        keep: None,
+        uid: if Uid::effective().is_root() { serio_sandbox::own_uid(FIRST_UID) } else { 0 },
+        descriptors_max: DESCRIPTORS_MAX,
+        threads_max: THREADS_MAX,
+        main: Kind::Run,
+    })?;
+    // Who is not root stays who it is: that is no news.
+    let missing: Vec<&str> = missing.into_iter().filter(|what| *what != "a user of its own").collect();
+    if !missing.is_empty() {
+        eprintln!("serio-vmm: sealed, but for what this host did not allow: {}", missing.join(", "));
+    }
+    Ok(())
 }
 
 fn check_memory(asked: u64) -> Result<(), RunError> {

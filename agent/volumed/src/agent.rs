@@ -85,7 +85,7 @@ impl Agent {
 pub fn main(control_fd: RawFd, first_uid: u32) -> anyhow::Result<()> {
     let listener = UnixListener::from(serio_sandbox::take_descriptor(control_fd)?);
     let missing = serio_sandbox::seal_at_start(&Start {
-        keep: &[control_fd],
+        keep: Some(&[control_fd]),
         uid: serio_sandbox::own_uid(first_uid),
         descriptors_max: DESCRIPTORS_MAX,
         threads_max: THREADS_MAX,

@@ -1,4 +1,5 @@
-//! Requests of `ioctl` by name, as the kernel's headers number them: `linux/kvm.h`, `linux/if_tun.h`, `linux/fs.h`.
+//! Requests of `ioctl` by name, as the kernel's headers number them: `linux/kvm.h`, `linux/if_tun.h`, `linux/fs.h`,
+//! `asm-generic/ioctls.h`.
 
 /// The guest runs: nearly all calls of a vcpu are this one, so it stands alone.
 pub(super) const RUN: &[(&str, u64)] = &[("KVM_RUN", 0xae80)];
@@ -36,6 +37,9 @@ pub(super) const STATE: &[(&str, u64)] = &[("KVM_GET_REGS", 0x8090_ae81), ("KVM_
 /// A socket that does not block.
 pub(super) const NONBLOCK: &[(&str, u64)] = &[("FIONBIO", 0x5421)];
 
+/// A terminal is looked at, made raw, and put back.
+pub(super) const TTY: &[(&str, u64)] = &[("TCGETS", 0x5401), ("TCSETSW", 0x5403)];
+
 /// A tap: what it is, and what its guest takes.
 pub(super) const TAP: &[(&str, u64)] = &[
     ("TUNGETIFF", 0x8004_54d2),
@@ -43,6 +47,9 @@ pub(super) const TAP: &[(&str, u64)] = &[
     ("TUNSETOFFLOAD", 0x4004_54d0),
     ("TUNSETVNETHDRSZ", 0x4004_54d8),
 ];
+
+/// What the state of a vcpu consists of.
+pub(super) const REGISTERS: &[(&str, u64)] = &[("KVM_GET_MSR_INDEX_LIST", 0xc004_ae02)];
 
 /// The state of a VM is taken out, or put back.
 pub(super) const SAVED: &[(&str, u64)] = &[

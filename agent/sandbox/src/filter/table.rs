@@ -4,7 +4,7 @@
 //! a call: to the group of the thing that needs it, with the reason; a new group when it is for one kind only.
 
 use super::Allowed;
-use super::ioctls::{DEVICES, HOST, MACHINE, NONBLOCK, RUN, SAVED, STATE, TAP};
+use super::ioctls::{DEVICES, HOST, MACHINE, NONBLOCK, REGISTERS, RUN, SAVED, STATE, TAP, TTY};
 use crate::Kind;
 
 /// `allow!(SYS_read, "why")`
@@ -96,6 +96,21 @@ const CONSOLE: &[Allowed] = &[
     allow!(SYS_lseek, "the log turns over").rare("a log longer than its bound"),
     allow!(SYS_signalfd4, "signals as a descriptor, after the seal"),
     allow!(SYS_eventfd2, "bells"),
+];
+
+/// A VM on a person's terminal.
+const TERMINAL: &[Allowed] = &[
+    allow!(SYS_poll, "waits for keys, output, signals and the end"),
+    allow!(SYS_read, "eventfds, signals, keys"),
+    allow!(SYS_ioctl, "KVM: which registers a vcpu of this host has").one_of(1, REGISTERS),
+    allow!(SYS_ioctl, "the terminal is raw while the guest runs").one_of(1, TTY).rare("it is a terminal"),
+    allow!(SYS_rt_sigaction, "the signal that takes vcpus out of the guest"),
+    allow!(SYS_sysinfo, "whether the host has the memory at all"),
+    allow!(SYS_statx, "how long a disk is").rare("a VM with disks"),
+    allow!(SYS_fcntl, "who may write a disk: locks; descriptors for several owners")
+        .one_of(1, &[LOCK, DUPLICATE])
+        .rare("a VM with disks"),
+    allow!(SYS_clock_nanosleep, "whether they let go of it").rare("a disk that somebody else has"),
 ];
 
 /// What the host can do, at the first launch.
@@ -361,6 +376,7 @@ const SEALING: &[Allowed] = &[
 pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
     match kind {
         Kind::Agent => &[DOOR, CONSOLE, MAKE_VM, SAVE, CLOSE, ALWAYS],
+        Kind::Run => &[TERMINAL, MAKE_VM, TAP_LAUNCH, ALWAYS],
         Kind::Control => {
             &[TALK, OPEN, DIRECT, SAVE, FILES, ASK_KVM, MAKE_VM, START, RING_SETUP, KICKS, TAP_LAUNCH, ALWAYS]
         }
@@ -396,6 +412,7 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
             KEEPER,
             DOOR,
             CONSOLE,
+            TERMINAL,
             TALK,
             FILES,
             MAKE_VM,

@@ -69,9 +69,9 @@ use launch::Launched;
 use state::State;
 
 /// What a VM may have open: its devices' files, eventfds and queues, with room to spare.
-const DESCRIPTORS_MAX: u64 = 4096;
+pub(crate) const DESCRIPTORS_MAX: u64 = 4096;
 /// Vcpus, and a few for each device.
-const THREADS_MAX: u64 = 1024;
+pub(crate) const THREADS_MAX: u64 = 1024;
 /// How long connections have at the end to send their last event.
 const FAREWELL: Duration = Duration::from_millis(500);
 /// How often a guest that does not take its input is offered it again.
@@ -115,7 +115,7 @@ pub fn main(args: &AgentArgs) -> ExitCode {
 fn start(args: &AgentArgs) -> Result<(), AgentError> {
     let listener = UnixListener::from(serio_sandbox::take_descriptor(args.control_fd)?);
     let missing = serio_sandbox::seal_at_start(&Start {
-        keep: &[args.control_fd],
+        keep: Some(&[args.control_fd]),
         uid: serio_sandbox::own_uid(args.first_uid),
         descriptors_max: DESCRIPTORS_MAX,
         threads_max: THREADS_MAX,

@@ -52,7 +52,11 @@ impl Ring {
     /// A ring for `slots` operations of which each may have a few primitives under way.
     pub(super) fn new(slots: u32, event: BorrowedFd<'_>) -> io::Result<Ring> {
         let entries = slots.next_power_of_two().clamp(8, 4096);
-        let ring = IoUring::builder().setup_clamp().setup_cqsize(entries * 8).build(entries)?;
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(entries * 8);
+        // Answers are taken when this queue's thread enters the kernel anyway: nobody has to interrupt it for each. Since Linux 5.19.
+        let polite = builder.clone().setup_coop_taskrun().build(entries);
+        let ring = polite.or_else(|_| builder.build(entries))?;
         // Without these two features of Linux 5.5 memory and completions would need other care.
         if !(ring.params().is_feature_submit_stable() && ring.params().is_feature_nodrop()) {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));

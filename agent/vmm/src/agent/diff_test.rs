@@ -89,7 +89,16 @@ fn disks() -> Vec<Disk> {
 }
 
 fn restore(bench: &Bench, source: &Bench, names: &[&str]) -> Result<Channel, String> {
-    let mut files = Vec::from(disk(source));
+    restore_with(bench, source, names, disks(), Vec::from(disk(source)))
+}
+
+fn restore_with(
+    bench: &Bench,
+    source: &Bench,
+    names: &[&str],
+    disks: Vec<Disk>,
+    mut files: Vec<File>,
+) -> Result<Channel, String> {
     let mut pairs = Vec::new();
     for name in names {
         let at = u32::try_from(files.len()).expect("few") + 5;
@@ -101,7 +110,7 @@ fn restore(bench: &Bench, source: &Bench, names: &[&str]) -> Result<Channel, Str
     let from = RestoreFrom { state_fd, memory_fd, bases: pairs, ..RestoreFrom::default() };
     let set = |launch: &mut Launch| {
         (launch.vcpus, launch.memory_bytes, launch.restore) = (1, MEMORY_BYTES, Some(from));
-        launch.disks = disks();
+        launch.disks = disks;
     };
     bench.launch_as_is(set, &files)
 }
@@ -143,6 +152,43 @@ fn a_chain_of_diffs_is_the_memory_of_the_vm() {
     assert_same(&memory(&next, &names), &memory(&next, &["whole"]));
     done(&mut channel, Body::Stop(Empty {}));
     next.agent_ended();
+}
+
+/// Two diffs over a whole one, under fifty VMs that all write: each has its own memory, and the snapshots are what they were.
+#[test]
+fn many_vms_go_on_from_one_diff_side_by_side() {
+    let Some(bench) = Bench::mini() else { return };
+    let memory_of = |launch: &mut Launch| launch.memory_bytes = MEMORY_BYTES;
+    let mut channel = bench.launch_mini("mini.test=heartbeat", memory_of, &[]);
+    let mut lines = Lines::of(&bench);
+    lines.number("heartbeat ");
+    save(&bench, &mut channel, ("a", 1), &[], false);
+    for (name, id) in [("b", 2), ("c", 3)] {
+        lines.number("heartbeat ");
+        assert_eq!(save(&bench, &mut channel, (name, id), &[id - 1], false).base, [id - 1; 16]);
+    }
+    let at = lines.number("heartbeat ");
+    let before = memory(&bench, &["c", "b", "a"]);
+    let mut clones: Vec<_> = (0..50)
+        .map(|_| {
+            let clone = beside(&bench);
+            let channel = restore_with(&clone, &bench, &["c", "b", "a"], Vec::new(), Vec::new());
+            let lines = Lines::of(&clone);
+            (clone, channel.expect("restored"), lines)
+        })
+        .collect();
+    for (_, _, lines) in &mut clones {
+        let first = lines.number("heartbeat ");
+        assert!(first + 1 >= at && first < at + 600, "{at}, then {first}");
+        assert_eq!(lines.number("heartbeat "), first + 1, "its timer goes on");
+    }
+    for (clone, mut channel, _) in clones {
+        done(&mut channel, Body::Stop(Empty {}));
+        clone.agent_ended();
+    }
+    assert_same(&memory(&bench, &["c", "b", "a"]), &before);
+    done(&mut channel, Body::Stop(Empty {}));
+    bench.agent_ended();
 }
 
 /// Whoever has not the last snapshot any more, or asks for a guest that has booted again, gets a whole one.

@@ -18,6 +18,7 @@ pub mod hostile;
 pub mod limit;
 pub mod net;
 mod notice;
+mod patience;
 pub mod ports;
 pub mod rng;
 pub mod rtc;

@@ -204,6 +204,12 @@ impl IoQueue {
         }
     }
 
+    /// Whether the kernel has answered something that [`IoQueue::reap`] has not seen yet. Costs no system call, so it can be asked
+    /// again and again for a moment. `false` proves nothing: what else is to be reaped, only [`IoQueue::event_fd`] says.
+    pub fn has_answer(&mut self) -> bool {
+        self.driver.has_answer()
+    }
+
     /// Waits until [`IoQueue::event_fd`] is readable.
     pub fn wait(&self) {
         // An interruption only means one look too many.

@@ -3,7 +3,7 @@
 //! ```text
 //!  asleep ── kick or completions ──► drain the ring → submit → one system call
 //!    ▲                                reap → status bytes, used ring → one interrupt, if the driver wants it
-//!    └── nothing left, kicks on ◄──── again
+//!    └── nothing left, kicks on ◄──── again; if sleep was short of late, a few µs longer
 //! ```
 //!
 //! - A slot is a request under way; its number is the tag. There are as many slots as descriptors, so only a
@@ -31,6 +31,7 @@ use super::slot::{Slot, kind_of};
 use super::{QueueLeft, SERIAL_BYTES};
 use crate::count::{DiskOp, DiskQueueCounts, QueueHandle};
 use crate::limit::{Gate, Limiter};
+use crate::patience::Patience;
 use crate::worker::{Poller, STOP, Worker};
 use crate::{Notices, Trouble};
 
@@ -88,6 +89,7 @@ pub(super) struct QueueWorker {
     failure: DeviceFailure,
     gate: Gate,
     held: Held,
+    patience: Patience,
     /// Held requests may be tried now.
     probe: bool,
     /// The volume's event was reported and not yet answered with a reap.
@@ -142,6 +144,7 @@ impl QueueWorker {
             failure,
             gate,
             held,
+            patience: Patience::default(),
             probe: false,
             completions: false,
             broken: false,
@@ -170,6 +173,7 @@ impl QueueWorker {
                 *completions |= token == COMPLETIONS;
                 *probe |= token == HELD;
             });
+            self.patience.woken();
             if waited.is_err() {
                 self.failure.mark();
                 break;
@@ -230,7 +234,7 @@ impl QueueWorker {
                     self.ring.interrupt.trigger();
                 }
             }
-            if taken || reaped {
+            if taken || reaped || self.look() {
                 continue;
             }
             // With all slots taken the next completion brings us back here, behind a closed gate its timer.
@@ -238,6 +242,18 @@ impl QueueWorker {
                 return Ok(());
             }
         }
+    }
+
+    /// Looks a little longer before the thread sleeps, if that was worth it of late: the guest need not kick meanwhile, and nobody has to
+    /// wake us. `true`: there is something to do.
+    fn look(&mut self) -> bool {
+        let takes = !self.requests.free.is_empty() && !self.gate.is_closed();
+        let (io, queue, completions) = (&mut self.io, &self.ring.queue, &mut self.completions);
+        self.patience.look(|| {
+            *completions |= io.has_answer();
+            // An error is met again, and told, by whoever takes the next request.
+            *completions || takes && queue.waiting().is_ok_and(|waiting| waiting > 0)
+        })
     }
 
     /// Takes requests off the ring while there is room. `true`: there was at least one.

@@ -359,6 +359,15 @@ impl Driver {
         }
     }
 
+    /// Whether [`Driver::poll`] would find something. Costs no system call.
+    pub(crate) fn has_answer(&mut self) -> bool {
+        let waits = match &mut self.engine {
+            Engine::Ring(ring) => ring.has_answer(),
+            Engine::Inline(done) => !done.is_empty(),
+        };
+        waits || !self.answered.is_empty()
+    }
+
     /// Whether [`Driver::poll`] has left answers for the next time.
     pub(crate) fn is_behind(&self) -> bool {
         !self.answered.is_empty()

@@ -55,7 +55,7 @@ impl Ring {
         let mut builder = IoUring::builder();
         builder.setup_clamp().setup_cqsize(entries * 8);
         // Answers are taken when this queue's thread enters the kernel anyway: nobody has to interrupt it for each. Since Linux 5.19.
-        let polite = builder.clone().setup_coop_taskrun().build(entries);
+        let polite = builder.clone().setup_coop_taskrun().setup_taskrun_flag().build(entries);
         let ring = polite.or_else(|_| builder.build(entries))?;
         // Without these two features of Linux 5.5 memory and completions would need other care.
         if !(ring.params().is_feature_submit_stable() && ring.params().is_feature_nodrop()) {
@@ -129,6 +129,11 @@ impl Ring {
                 Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Whether there is an answer, or one that comes with the next system call. Makes none itself.
+    pub(super) fn has_answer(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     pub(super) fn poll(&mut self, answers: &mut impl Extend<Answer>) {

@@ -80,7 +80,8 @@ apt_lists() {
 }
 
 apt_install() {
-	local options=(-y -q --no-install-recommends) p extra=()
+	# Without --no-remove apt makes room for one of them by removing another that was there before.
+	local options=(-y -q --no-install-recommends --no-remove) p extra=()
 	export DEBIAN_FRONTEND=noninteractive
 	apt_lists
 	apt-get install "${options[@]}" "$@" && return 0

@@ -231,7 +231,7 @@ def cells(found, where, prefix, rounds, seconds):
         least = min(statistics.median(values) for values in clients.values())
         first = len(rows)
         rows += [row(case, name, round(statistics.median(values), 1), unit, True) for name, values in rates.items()]
-        rows += [row(case, "floor: a server that costs nothing", round(threads * 1e6 / least * of_one, 1), unit, True)]
+        rows += [row(case, "floor a server that costs nothing", round(threads * 1e6 / least * of_one, 1), unit, True)]
         for who, used in (("server", cpus), ("client", clients)):
             rows += [row(f"{case}: {who}'s CPU", name, round(statistics.median(values), 2), "µs/op")
                      for name, values in used.items()]

@@ -8,6 +8,8 @@
 //! - A bucket may go below zero: a request is never cut up, the next ones wait for what it took. So the rate holds over
 //!   time whatever the sizes, and a burst is how much may pass at once after a rest.
 //! - Buckets outlive resets of the device: a guest does not get a new burst by resetting it.
+//! - Threads of one device share its buckets without a lock: a bucket is one number, the time at which it is empty, and
+//!   taking from it moves that time on. Two threads that look at once may both go; what they took is waited for afterwards.
 //! - A thread that waits sleeps on a timer, an idle device has none armed. However long the wait is it looks again after
 //!   [`SLEEP_MAX`], since limits may be changed meanwhile.
 //!
@@ -15,8 +17,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serio_virtio::ActivateError;
@@ -25,6 +27,8 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::worker::Poller;
 
 const SECOND_NS: u128 = 1_000_000_000;
+/// Buckets count in these parts of a nanosecond: fine enough for a byte of 32 GB/s, and 9 years fit.
+const TICKS_PER_NS: u128 = 32;
 /// The burst where none is given is what passes in this part of a second.
 const DEFAULT_BURST_PART: u64 = 10;
 /// The shortest sleep: below, waking costs more than waiting.
@@ -50,77 +54,87 @@ pub struct Limits {
     pub operations: Rate,
 }
 
-/// A bucket of tokens. Its content is kept in units times nanoseconds: nothing is lost by rounding.
-#[derive(Clone, Copy, Debug)]
+/// A bucket of tokens, as the time at which it is empty: what it holds is the time since then, at most that of a burst.
+/// All times in ticks since the limiter was made.
+#[derive(Debug, Default)]
 struct Bucket {
-    per_second: u64,
-    full: i128,
-    content: i128,
-    filled_ns: u128,
+    /// 0: no limit, and the rest means nothing.
+    per_second: AtomicU64,
+    /// What a full one holds.
+    full: AtomicI64,
+    empty_at: AtomicI64,
 }
 
 impl Bucket {
-    /// Full. `None`: no limit.
-    fn new(rate: Rate) -> Option<Bucket> {
-        if rate.per_second == 0 {
-            return None;
-        }
+    fn is_limit(&self) -> bool {
+        self.per_second.load(Ordering::Acquire) != 0
+    }
+
+    /// Full, at this time; but left as it is if it has that rate and size already.
+    fn set(&self, rate: Rate, now_ns: u64) {
         let part = (rate.per_second / DEFAULT_BURST_PART).max(1);
-        let burst = if rate.burst == 0 { part } else { rate.burst };
-        let full = scaled(burst);
-        Some(Bucket { per_second: rate.per_second, full, content: full, filled_ns: 0 })
+        let full = cost(if rate.burst == 0 { part } else { rate.burst }, rate.per_second);
+        let same = (self.per_second.load(Ordering::Acquire), self.full.load(Ordering::Acquire))
+            == (rate.per_second, full);
+        if !same {
+            // Whoever looks in between gets one request wrong.
+            self.full.store(full, Ordering::Release);
+            self.empty_at.store(ticks(now_ns).saturating_sub(full), Ordering::Release);
+            self.per_second.store(rate.per_second, Ordering::Release);
+        }
     }
 
     /// How long until something may pass at this time; zero: now.
-    fn wait(&mut self, now_ns: u128) -> Duration {
-        let elapsed = now_ns.saturating_sub(self.filled_ns);
-        self.filled_ns = self.filled_ns.max(now_ns);
-        let more = i128::try_from(elapsed.saturating_mul(u128::from(self.per_second))).unwrap_or(i128::MAX);
-        self.content = self.content.saturating_add(more).min(self.full);
+    fn wait(&self, now_ns: u64) -> Duration {
+        let per_second = self.per_second.load(Ordering::Acquire);
+        if per_second == 0 {
+            return Duration::ZERO;
+        }
         // One unit at least: a bucket that has just reached zero is still empty.
-        let missing = u128::try_from(scaled(1).saturating_sub(self.content)).unwrap_or(0);
-        let wait_ns = missing.div_ceil(u128::from(self.per_second.max(1)));
-        Duration::from_nanos(u64::try_from(wait_ns).unwrap_or(u64::MAX))
+        let open_at = self.empty_at.load(Ordering::Acquire).saturating_add(cost(1, per_second));
+        let missing = u128::try_from(open_at.saturating_sub(ticks(now_ns))).unwrap_or(0);
+        Duration::from_nanos(u64::try_from(missing.div_ceil(TICKS_PER_NS)).unwrap_or(u64::MAX))
     }
 
-    /// Whether it has the same rate and size.
-    fn is_like(&self, other: &Bucket) -> bool {
-        (self.per_second, self.full) == (other.per_second, other.full)
-    }
-
-    fn take(&mut self, units: u64) {
-        self.content = self.content.saturating_sub(scaled(units));
+    fn take(&self, now_ns: u64, units: u64) {
+        let per_second = self.per_second.load(Ordering::Acquire);
+        if per_second == 0 {
+            return;
+        }
+        let oldest = ticks(now_ns).saturating_sub(self.full.load(Ordering::Acquire));
+        let cost = cost(units, per_second);
+        let moved = |empty_at: i64| Some(empty_at.max(oldest).saturating_add(cost));
+        // Never refused.
+        let _ = self.empty_at.fetch_update(Ordering::AcqRel, Ordering::Acquire, moved);
     }
 }
 
-fn scaled(units: u64) -> i128 {
-    i128::try_from(u128::from(units).saturating_mul(SECOND_NS)).unwrap_or(i128::MAX)
+fn ticks(now_ns: u64) -> i64 {
+    i64::try_from(u128::from(now_ns).saturating_mul(TICKS_PER_NS)).unwrap_or(i64::MAX)
 }
 
-#[derive(Debug)]
-struct Buckets {
-    bytes: Option<Bucket>,
-    operations: Option<Bucket>,
+/// How long so many units take, rounded up: a limit is never exceeded.
+fn cost(units: u64, per_second: u64) -> i64 {
+    let ticks = u128::from(units).saturating_mul(SECOND_NS.saturating_mul(TICKS_PER_NS));
+    i64::try_from(ticks.div_ceil(u128::from(per_second.max(1)))).unwrap_or(i64::MAX)
 }
 
 /// The buckets of one device, shared by its queues. What they let through can be changed at any time.
 #[derive(Debug)]
 pub struct Limiter {
     start: Instant,
-    buckets: Mutex<Buckets>,
-    /// Whether there is a bucket: without one nobody takes the lock.
-    limits: AtomicBool,
+    bytes: Bucket,
+    operations: Bucket,
+    /// One change at a time; no request takes it.
+    change: Mutex<()>,
 }
 
 impl Limiter {
     /// Full buckets.
     #[must_use]
     pub fn new(limits: Limits) -> Arc<Limiter> {
-        let limiter = Limiter {
-            start: Instant::now(),
-            buckets: Mutex::new(Buckets { bytes: None, operations: None }),
-            limits: AtomicBool::new(false),
-        };
+        let (bytes, operations) = (Bucket::default(), Bucket::default());
+        let limiter = Limiter { start: Instant::now(), bytes, operations, change: Mutex::new(()) };
         limiter.set(limits);
         Arc::new(limiter)
     }
@@ -128,48 +142,34 @@ impl Limiter {
     /// These count from now on, with full buckets where a limit is another than before: who waits learns of it within
     /// a quarter of a second.
     pub fn set(&self, limits: Limits) {
-        let now_ns = self.start.elapsed().as_nanos();
-        let mut buckets = self.lock();
-        let Buckets { bytes, operations } = &mut *buckets;
-        for (bucket, rate) in [(bytes, limits.bytes), (operations, limits.operations)] {
-            let fresh = Bucket::new(rate).map(|fresh| Bucket { filled_ns: now_ns, ..fresh });
-            // The same again: no new burst.
-            let same = matches!((&*bucket, &fresh), (Some(old), Some(new)) if old.is_like(new));
-            if !same {
-                *bucket = fresh;
-            }
-        }
-        let limited = buckets.bytes.is_some() || buckets.operations.is_some();
-        self.limits.store(limited, Ordering::Release);
+        let _alone = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let now_ns = self.now_ns();
+        self.bytes.set(limits.bytes, now_ns);
+        self.operations.set(limits.operations, now_ns);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Buckets> {
-        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// How long to wait before the next request, and when that was asked; none: there is no limit.
+    fn look(&self) -> Option<(Duration, u64)> {
+        if !self.bytes.is_limit() && !self.operations.is_limit() {
+            return None;
+        }
+        let now_ns = self.now_ns();
+        Some((self.bytes.wait(now_ns).max(self.operations.wait(now_ns)), now_ns))
+    }
+
+    fn charge(&self, now_ns: u64, bytes: u64) {
+        self.bytes.take(now_ns, bytes);
+        self.operations.take(now_ns, 1);
     }
 
     /// How long to wait before the next request; zero: it may go.
+    #[cfg(test)]
     pub(crate) fn wait(&self) -> Duration {
-        if !self.limits.load(Ordering::Acquire) {
-            return Duration::ZERO;
-        }
-        let now_ns = self.start.elapsed().as_nanos();
-        let mut buckets = self.lock();
-        let bytes = buckets.bytes.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now_ns));
-        let operations = buckets.operations.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now_ns));
-        bytes.max(operations)
-    }
-
-    fn charge(&self, bytes: u64) {
-        if !self.limits.load(Ordering::Acquire) {
-            return;
-        }
-        let mut buckets = self.lock();
-        if let Some(bucket) = &mut buckets.bytes {
-            bucket.take(bytes);
-        }
-        if let Some(bucket) = &mut buckets.operations {
-            bucket.take(1);
-        }
+        self.look().map_or(Duration::ZERO, |(wait, _)| wait)
     }
 }
 
@@ -178,17 +178,23 @@ pub(crate) struct Gate {
     limiter: Arc<Limiter>,
     timer: TimerFd,
     closed: bool,
+    /// When the limiter was last asked.
+    asked_ns: u64,
 }
 
 impl Gate {
     /// A gate whose timer the poller reports as `token`.
     pub(crate) fn new(limiter: Arc<Limiter>, poller: &Poller, token: u64) -> Result<Gate, ActivateError> {
-        Ok(Gate { limiter, timer: poller.timer(token)?, closed: false })
+        Ok(Gate { limiter, timer: poller.timer(token)?, closed: false, asked_ns: 0 })
     }
 
     /// Whether the next request may go now. If not, the timer is set for when it may.
     pub(crate) fn is_open(&mut self) -> bool {
-        let wait = self.limiter.wait();
+        let Some((wait, now_ns)) = self.limiter.look() else {
+            self.closed = false;
+            return true;
+        };
+        self.asked_ns = now_ns;
         self.closed = !wait.is_zero();
         if self.closed && self.timer.reset(wait.clamp(SLEEP_MIN, SLEEP_MAX), None).is_err() {
             // The kernel takes every time that we give it. If it did not, better no limit than a device that stands still.
@@ -202,9 +208,9 @@ impl Gate {
         self.closed
     }
 
-    /// Takes note of a request.
+    /// Takes note of a request that was let through.
     pub(crate) fn charge(&self, bytes: u64) {
-        self.limiter.charge(bytes);
+        self.limiter.charge(self.asked_ns, bytes);
     }
 }
 

@@ -2,13 +2,22 @@
 
 use crate::message::Disk;
 
+/// The most queue pairs of a card: beyond, threads cost more than they bring.
+pub const NIC_PAIRS_MAX: u32 = 4;
+
+/// How many queue pairs a card gets in a VM with so many vcpus.
+#[must_use]
+pub fn nic_pairs(vcpus: u32) -> u32 {
+    vcpus.clamp(1, NIC_PAIRS_MAX)
+}
+
 /// A NIC of a VM.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Nic {
     /// Six bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub mac: Vec<u8>,
-    /// An open tap with `IFF_VNET_HDR`.
+    /// An open tap with `IFF_VNET_HDR`: the queue of the card's first pair.
     #[prost(uint32, tag = "2")]
     pub tap_fd: u32,
     /// Bytes.
@@ -17,6 +26,9 @@ pub struct Nic {
     /// What it may do, in each direction.
     #[prost(message, optional, tag = "4")]
     pub limits: Option<Limits>,
+    /// Further queues of the same tap, in their order: one for each further queue pair. At most [`NIC_PAIRS_MAX`] with the first.
+    #[prost(uint32, repeated, tag = "5")]
+    pub more_tap_fds: Vec<u32>,
 }
 
 /// Bounds of a device, each with what may pass at once after a rest. 0: no bound, or the usual burst.

@@ -1,7 +1,9 @@
 //! The messages. Written as prost structs by hand: both ends are built from this file, and the tags below are
 //! never reused, because a new `seriod` must talk to the VMMs that an older one started.
 
-pub use crate::device::{DiskLimits, Limits, Nic, NicLimits, Plug, SetLimits, Unplug};
+pub use crate::device::{
+    DiskLimits, Limits, NIC_PAIRS_MAX, Nic, NicLimits, Plug, SetLimits, Unplug, nic_pairs,
+};
 pub use crate::{bootdisk::*, counters::*, devices::*, machine::*, volumes::*};
 
 /// One frame: a request, its reply, or an event.

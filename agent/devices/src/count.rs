@@ -211,13 +211,65 @@ pub struct PacketCounts {
     pub drops: Count,
 }
 
-/// A network card's counters. The guest's point of view: received is what it got.
+/// One queue pair of a network card. The guest's point of view: received is what it got.
 #[derive(Debug, Default)]
-pub struct NicCounts {
+pub struct PairCounts {
     /// To the guest.
     pub received: PacketCounts,
     /// From the guest.
     pub sent: PacketCounts,
+}
+
+/// A network card's counters, a set for each of its queue pairs; clones are the same.
+#[derive(Debug, Clone)]
+pub struct NicCounts(Arc<[Arc<PairCounts>]>);
+
+/// What one direction has counted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct PacketTotals {
+    /// As in [`PacketCounts`].
+    pub packets: u64,
+    /// As in [`PacketCounts`].
+    pub bytes: u64,
+    /// As in [`PacketCounts`].
+    pub drops: u64,
+}
+
+/// All queue pairs of a network card together.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct NicTotals {
+    /// To the guest.
+    pub received: PacketTotals,
+    /// From the guest.
+    pub sent: PacketTotals,
+}
+
+impl NicCounts {
+    /// For a card with so many pairs.
+    #[must_use]
+    pub fn new(pairs: u16) -> NicCounts {
+        NicCounts((0..pairs).map(|_| Arc::default()).collect())
+    }
+
+    /// What the pair with this number counts with; a card that was made with fewer loses what it counts.
+    pub(crate) fn pair(&self, index: usize) -> Arc<PairCounts> {
+        self.0.get(index).cloned().unwrap_or_default()
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn totals(&self) -> NicTotals {
+        let mut totals = NicTotals::default();
+        for pair in self.0.iter() {
+            let NicTotals { received, sent } = &mut totals;
+            for (total, counts) in [(received, &pair.received), (sent, &pair.sent)] {
+                total.packets = total.packets.saturating_add(counts.packets.get());
+                total.bytes = total.bytes.saturating_add(counts.bytes.get());
+                total.drops = total.drops.saturating_add(counts.drops.get());
+            }
+        }
+        totals
+    }
 }
 
 #[cfg(test)]

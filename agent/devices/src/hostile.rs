@@ -4,7 +4,7 @@
 
 pub use crate::balloon::hostile::requests as balloon;
 pub use crate::blk::hostile::requests as blk;
-pub use crate::net::hostile::buffers as net;
+pub use crate::net::hostile::{buffers as net, commands as net_control};
 pub use crate::ports::hostile::messages as ports;
 pub use crate::vsock::hostile::packets as vsock;
 
@@ -27,6 +27,11 @@ mod tests {
         #[test]
         fn no_receive_buffer_does_harm(data in prop::collection::vec(any::<u8>(), 0..300)) {
             super::net(&data);
+        }
+
+        #[test]
+        fn no_command_to_a_card_does_harm(data in prop::collection::vec(any::<u8>(), 0..300)) {
+            super::net_control(&data);
         }
 
         #[test]

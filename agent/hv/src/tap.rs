@@ -1,4 +1,4 @@
-//! A tap interface as a descriptor: opening, what it must be, and its offloads.
+//! One queue of a tap interface as a descriptor: opening, what it must be, its offloads, whether it gets packets.
 //!
 //! Each packet starts with a `virtio_net_hdr` of 12 bytes (`struct virtio_net_hdr_v1`), which is what a guest's
 //! virtio-net driver speaks too: checksum and segmentation requests pass through without being touched.
@@ -7,6 +7,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of the header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 12;
@@ -47,19 +48,38 @@ pub struct TapOffloads {
     pub tso6: bool,
 }
 
-/// An open tap, non-blocking.
+/// An open queue of a tap, non-blocking.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
+    /// As the kernel has it: asking for what is so already is an error.
+    attached: AtomicBool,
 }
 
 impl Tap {
-    /// Opens (and makes, if the caller may) the interface `name`. The descriptor form is [`Tap::from_fd`].
-    pub fn open(name: &str) -> Result<Tap, TapError> {
+    /// Opens up to `queues` queues of the interface `name`, and makes it if it is not there and the caller may. One that somebody
+    /// made without `IFF_MULTI_QUEUE` gives one. The descriptor form is [`Tap::from_fd`].
+    pub fn open(name: &str, queues: u16) -> Result<Vec<Tap>, TapError> {
         let bytes = name.as_bytes();
         if bytes.is_empty() || bytes.len() >= libc::IFNAMSIZ || bytes.contains(&0) {
             return Err(TapError::Name(name.to_owned()));
         }
+        let wanted = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let mut flag = wanted;
+        let first = Tap::open_queue(bytes, flag).or_else(|error| match &error {
+            // How many queues it may have was settled when it was made.
+            TapError::Io { source, .. } if source.raw_os_error() == Some(libc::EINVAL) => {
+                flag = wanted ^ libc::IFF_MULTI_QUEUE;
+                Tap::open_queue(bytes, flag)
+            }
+            _ => Err(error),
+        })?;
+        let more = if flag == 0 { 1 } else { queues };
+        let rest = (1..more).map(|_| Tap::open_queue(bytes, flag));
+        std::iter::once(Ok(first)).chain(rest).collect()
+    }
+
+    fn open_queue(name: &[u8], flag: libc::c_int) -> Result<Tap, TapError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -68,14 +88,14 @@ impl Tap {
             .map_err(|source| TapError::Io { what: "open /dev/net/tun: load the module tun", source })?;
         let fd = OwnedFd::from(file);
         let mut request = empty_request();
-        for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+        for (to, from) in request.ifr_name.iter_mut().zip(name) {
             *to = from.cast_signed();
         }
-        request.ifr_ifru.ifru_flags = FLAGS as libc::c_short;
+        request.ifr_ifru.ifru_flags = (FLAGS | flag) as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives during the call.
         let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         check("attach to the tap interface: does it exist, and may this user open it?", done)?;
-        Tap::finish(fd)
+        Tap::finish(fd, true)
     }
 
     /// Takes over a descriptor that somebody else opened.
@@ -95,15 +115,15 @@ impl Tap {
         // SAFETY: no memory is involved.
         let done = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, old | libc::O_NONBLOCK) };
         check("make the tap non-blocking", done)?;
-        Tap::finish(fd)
+        Tap::finish(fd, flags & libc::IFF_DETACH_QUEUE == 0)
     }
 
-    fn finish(fd: OwnedFd) -> Result<Tap, TapError> {
+    fn finish(fd: OwnedFd, attached: bool) -> Result<Tap, TapError> {
         let bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int, which lives during the call.
         let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) };
         check("set the tap's header size", done)?;
-        Ok(Tap { fd })
+        Ok(Tap { fd, attached: AtomicBool::new(attached) })
     }
 
     /// Sets what packets may look like that are read from now on.
@@ -117,6 +137,24 @@ impl Tap {
         let done =
             unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Whether the kernel steers packets to this queue (`TUNSETQUEUE`). Those that wait in it are lost when it is detached; what
+    /// is written to it goes out all the same. `EINVAL`: the interface has one queue, or is gone.
+    pub fn set_attached(&self, attached: bool) -> io::Result<()> {
+        if self.attached.load(Ordering::Acquire) == attached {
+            return Ok(());
+        }
+        let mut request = empty_request();
+        let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        request.ifr_ifru.ifru_flags = flag as libc::c_short;
+        // SAFETY: TUNSETQUEUE reads one `ifreq`, which lives during the call.
+        let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.attached.store(attached, Ordering::Release);
+        Ok(())
     }
 }
 
@@ -141,8 +179,8 @@ mod tests {
 
     #[test]
     fn what_is_no_tap_is_refused() {
-        assert!(matches!(Tap::open(""), Err(TapError::Name(_))));
-        assert!(matches!(Tap::open("a-name-too-long-by-far"), Err(TapError::Name(_))));
+        assert!(matches!(Tap::open("", 1), Err(TapError::Name(_))));
+        assert!(matches!(Tap::open("a-name-too-long-by-far", 2), Err(TapError::Name(_))));
         let file = std::fs::File::open("/dev/null").expect("null");
         assert!(matches!(Tap::from_fd(file.into()), Err(TapError::Io { .. })));
     }

@@ -62,12 +62,19 @@ pub fn spawn_in_session(command: &mut Command, passed: BorrowedFd<'_>) -> io::Re
     command.spawn()
 }
 
-/// Makes (or opens) a tap with one queue, no packet information header and a virtio-net header. It is gone when
-/// the last descriptor of it is closed.
+/// Makes a tap with so many queues, no packet information header and a virtio-net header. It is gone when the last descriptor of
+/// it is closed.
 ///
 /// # Errors
-/// The name is too long, /dev/net/tun is missing, or the kernel's.
-pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+/// The name is too long or taken, /dev/net/tun is missing, or the kernel's.
+pub fn make_tap(name: &str, queues: u32) -> io::Result<Vec<OwnedFd>> {
+    let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    // The first makes it: else its further queues could be had by whoever knows its name, or be those of another VM's.
+    let flags = |queue| several | if queue == 0 { libc::IFF_TUN_EXCL } else { 0 };
+    (0..queues.max(1)).map(|queue| open_queue(name, flags(queue))).collect()
+}
+
+fn open_queue(name: &str, more_flags: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: an all-zero ifreq is a valid value of this plain C struct.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.is_empty() || name.len() >= request.ifr_name.len() {
@@ -76,7 +83,9 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
     for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *slot = byte as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more_flags;
+    // The field has 16 bits, and the highest is one of the flags.
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     let tun: File = OpenOptions::new()
         .read(true)
         .write(true)

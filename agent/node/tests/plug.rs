@@ -126,7 +126,7 @@ async fn a_card_comes_to_a_running_guest_stays_and_leaves() {
         return eprintln!("skipped: there is no /dev/net/tun");
     }
     let mut vms = VmServiceClient::new(channel);
-    let listening = VmSpec { cmdline: "mini.test=plug".to_owned(), ..spec() };
+    let listening = VmSpec { cmdline: "mini.test=plug".to_owned(), vcpus: 2, ..spec() };
     let cards = listening.nics.len();
     let uid = run(&mut vms, "web", listening).await.uid;
     says(&seriod, &uid, "plug: ready with 1 disks", 1).await;
@@ -134,6 +134,9 @@ async fn a_card_comes_to_a_running_guest_stays_and_leaves() {
     let vm = vms.attach_nic(attach.clone()).await.unwrap().into_inner();
     says(&seriod, &uid, "plug: device of type 1 came to", 1).await;
     assert_eq!(taps(&uid).len(), cards + 1);
+    let queues = std::fs::read_dir(format!("/sys/class/net/{}/queues", taps(&uid)[cards])).unwrap();
+    let names = queues.map(|queue| queue.unwrap().file_name().into_string().unwrap());
+    assert_eq!(names.filter(|name| name.starts_with("rx-")).count(), 2, "one for each vcpu");
     let mac = vm.spec.unwrap().nics.last().unwrap().mac.clone();
 
     seriod.kill();

@@ -37,4 +37,7 @@ pub use pci::host_bridge::HostBridge;
 pub use pci::transport::{VirtioPci, VirtioPciError};
 pub use platform::{MsiMessage, MsiRoute, Platform};
 pub use queue::{Chain, QueueError, SEGMENTS_MAX, Segment, VirtQueue};
-pub use state::{BusRestoreError, BusSuspendError, DeviceState, FunctionState, RestoreError, SuspendError};
+pub use state::{
+    BusRestoreError, BusSuspendError, DeviceState, FunctionState, QueueState, RestoreError, SuspendError,
+    VirtioState,
+};

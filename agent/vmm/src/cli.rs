@@ -68,7 +68,8 @@ pub struct RunArgs {
     /// A disk: a raw file or a block device; again for more, in the order vda, vdb, …
     #[arg(long = "disk", value_name = "FILE[,readonly][,iops=N][,bandwidth=SIZE]")]
     pub disks: Vec<DiskArg>,
-    /// A network card on this tap device, which exists and may be opened; again for more
+    /// A network card on this tap device, which exists and may be opened; again for more. One that was made with `multi_queue` gives
+    /// it a queue pair for each vcpu, up to four
     #[arg(long = "net", value_name = "TAP[,mac=MAC][,packets=N][,bandwidth=SIZE]")]
     pub nets: Vec<NetArg>,
     /// A virtio console (hvc0 in Linux) on this pseudo-terminal, pipe or file

@@ -16,7 +16,7 @@ use serio_devices::blk::{Blk, BlkConfig, CapacityBell};
 use serio_devices::console::{Console, ConsoleEnds};
 use serio_devices::count::{DiskCounts, NicCounts};
 use serio_devices::limit::{Limiter, Limits};
-use serio_devices::net::{Net, NetConfig};
+use serio_devices::net::{COMMAND_LIMITS, Link, Net, NetConfig};
 use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::{self, Rng};
 use serio_devices::vsock::{Outgoing, Vsock, VsockHost};
@@ -158,32 +158,42 @@ impl Disk {
 /// A network card whose tap stays open.
 #[derive(Debug)]
 pub struct Nic {
-    /// Its cable.
-    pub tap: Arc<Tap>,
+    /// Its cables, one for each queue pair: queues of one tap.
+    taps: Vec<Arc<Tap>>,
     /// Its address.
     pub mac: [u8; 6],
     /// Bytes of its largest packet, without the header, if the guest shall be told.
     pub mtu: Option<u16>,
     /// What it may receive and send. Kept here, so that a reset fills no bucket.
     pub limiters: [Arc<Limiter>; 2],
+    /// How often it may use more or fewer queue pairs. Kept here for the same reason.
+    commands: Arc<Limiter>,
     /// For a cable that was pulled.
     pub notices: Notices,
     /// Since it was.
     pub trouble: Trouble,
     /// What went through since the launch.
-    pub counts: Arc<NicCounts>,
+    pub counts: NicCounts,
     /// Its device number on the bus, once it has one.
     slot: OnceLock<u8>,
 }
 
 impl Nic {
-    /// A card on this tap; its limits hold in each direction.
+    /// A card on these queues of a tap; its limits hold in each direction.
     #[must_use]
-    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: Limits) -> Nic {
+    pub fn new(taps: Vec<Tap>, mac: [u8; 6], mtu: Option<u16>, limits: Limits) -> Nic {
         let notices = notices(format!("nic {}", mac_text(mac)));
         let limiters = [Limiter::new(limits), Limiter::new(limits)];
-        let (trouble, counts) = (Trouble::default(), Arc::default());
-        Nic { tap: Arc::new(tap), mac, mtu, limiters, notices, trouble, counts, slot: OnceLock::new() }
+        let commands = Limiter::new(COMMAND_LIMITS);
+        let counts = NicCounts::new(u16::try_from(taps.len()).unwrap_or(u16::MAX));
+        let (taps, trouble) = (taps.into_iter().map(Arc::new).collect(), Trouble::default());
+        let slot = OnceLock::new();
+        Nic { taps, mac, mtu, limiters, commands, notices, trouble, counts, slot }
+    }
+
+    /// How many queue pairs it has.
+    pub fn pairs(&self) -> usize {
+        self.taps.len()
     }
 
     /// Its address, in words.
@@ -241,7 +251,7 @@ impl Files {
                 .iter()
                 .map(|disk| open_file(&disk.path, disk.read_only))
                 .collect::<Result<_, _>>()?,
-            nics: args.nets.iter().map(open_nic).collect::<Result<_, _>>()?,
+            nics: args.nets.iter().map(|net| open_nic(net, args.cpus)).collect::<Result<_, _>>()?,
             consoles: args.console.iter().map(|path| open_console(path)).collect::<Result<_, _>>()?,
             vsock: args.vsock.as_ref().map(open_vsock).transpose()?,
         })
@@ -292,8 +302,10 @@ impl Devices {
     pub fn net(nic: &Nic) -> Box<dyn VirtioDevice> {
         let config = NetConfig { mac: nic.mac, mtu: nic.mtu };
         let [receive, send] = nic.limiters.clone();
-        let net = Net::new(nic.tap.clone(), config)
+        let links = nic.taps.iter().map(|tap| tap.clone() as Arc<dyn Link>);
+        let net = Net::new(links.collect(), config)
             .with_limiters(receive, send)
+            .with_command_limiter(nic.commands.clone())
             .with_notices(nic.notices.clone())
             .with_trouble(nic.trouble.clone())
             .with_counts(nic.counts.clone());
@@ -350,9 +362,12 @@ fn open_disk(disk: &DiskArg, file: File) -> Result<Disk, DeviceError> {
     Ok(Disk::new(serial, volume).with_limits(disk.limits))
 }
 
-fn open_nic(net: &NetArg) -> Result<Nic, DeviceError> {
-    let tap = Tap::open(&net.tap).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
-    Ok(Nic::new(tap, net.mac, None, net.limits))
+fn open_nic(net: &NetArg, vcpus: u32) -> Result<Nic, DeviceError> {
+    // At most four.
+    let pairs = message::nic_pairs(vcpus) as u16;
+    let taps =
+        Tap::open(&net.tap, pairs).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
+    Ok(Nic::new(taps, net.mac, None, net.limits))
 }
 
 fn open_vsock(vsock: &VsockArg) -> Result<VsockHost, DeviceError> {

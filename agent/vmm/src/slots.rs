@@ -12,14 +12,17 @@ use std::sync::{Arc, MutexGuard, OnceLock, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 use serio_devices::Trouble;
-use serio_virtio::VirtioDevice;
+use serio_virtio::{FunctionState, VirtioDevice};
 
 use super::{Devices, Disk, Nic};
+use crate::machine::MachineState;
 
 /// Device numbers of a bus but the host bridge's.
 const SLOTS: std::ops::Range<u8> = 1..32;
 /// No device number: the bus refuses it.
 const NO_SLOT: u8 = u8::MAX;
+/// The device type of a network card (virtio 1.3 §5).
+const NET: u32 = 1;
 
 /// What comes and goes, and where the rest is.
 #[derive(Debug, Default)]
@@ -91,6 +94,30 @@ impl Devices {
     /// The card with this address.
     pub fn nic(&self, mac: &[u8]) -> Option<Arc<Nic>> {
         self.lock().nics.iter().find(|nic| nic.mac.as_slice() == mac).cloned()
+    }
+
+    /// Gives each card as many queue pairs as it was saved with, before the machine is made that goes on from there. Only one is
+    /// fewer than it was given: what older programs saved. Else says why not.
+    pub fn fit(&mut self, state: &MachineState) -> Result<(), String> {
+        let mut plugged = self.lock();
+        let disks = plugged.disks.len();
+        for (at, nic) in plugged.nics.iter_mut().enumerate() {
+            let Some(nic) = Arc::get_mut(nic) else { continue };
+            // Another number of devices is found out later, and says so.
+            let place = disks.saturating_add(at);
+            let Some(saved) = saved_pairs(&state.platform.slots, &state.functions, place) else { continue };
+            match (saved, nic.pairs()) {
+                (saved, given) if saved == given => {}
+                (1, _) => nic.taps.truncate(1),
+                (saved, given) => {
+                    let name = nic.name();
+                    return Err(format!(
+                        "the card {name} was saved with {saved} queue pairs, and has {given} now: give the VM as many vcpus as it had"
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// One more disk, before the first boot.
@@ -171,6 +198,19 @@ impl Devices {
     }
 }
 
+/// The queue pairs that the card at that place among all devices was saved with; none: no card was there.
+fn saved_pairs(slots: &[u8], functions: &[FunctionState], place: usize) -> Option<usize> {
+    // Functions are in the order of their numbers, behind the host bridge.
+    let before = match slots.get(place) {
+        Some(slot) => slots.iter().filter(|other| *other < slot).count(),
+        None if slots.is_empty() => place,
+        None => return None,
+    };
+    let virtio = functions.get(before.saturating_add(1))?.virtio.as_ref();
+    // With several pairs there is a control queue behind them.
+    virtio.filter(|virtio| virtio.device_id == NET).map(|virtio| (virtio.queues.len() / 2).max(1))
+}
+
 impl Disk {
     /// Its device number, once it has one.
     pub fn slot(&self) -> Option<u8> {
@@ -182,5 +222,33 @@ impl Nic {
     /// Its device number, once it has one.
     pub fn slot(&self) -> Option<u8> {
         self.slot.get().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serio_virtio::{QueueState, VirtioState};
+
+    use super::*;
+
+    fn function(device_id: u32, queues: usize) -> FunctionState {
+        let queues = vec![QueueState::default(); queues];
+        let virtio = VirtioState { device_id, queues, ..VirtioState::default() };
+        FunctionState { config: Vec::new(), virtio: Some(virtio) }
+    }
+
+    #[test]
+    fn saved_cards_are_found_where_they_were() {
+        // The bridge, a card that came into the first gap, a disk, entropy, the first card.
+        let (bridge, card) = (FunctionState::default(), |queues| function(NET, queues));
+        let functions = [bridge, card(5), function(2, 4), function(4, 1), card(9)];
+        // A disk, two cards, the rest: in the order of their making.
+        let slots = [2, 7, 1, 3];
+        let found = |place| saved_pairs(&slots, &functions, place);
+        assert_eq!([0, 1, 2, 3, 4].map(found), [None, Some(4), Some(2), None, None]);
+        // Older programs: one after the other, and one pair each.
+        let functions = [FunctionState::default(), function(2, 4), card(2), function(4, 1)];
+        let found = |place| saved_pairs(&[], &functions, place);
+        assert_eq!([0, 1, 2, 3].map(found), [None, Some(1), None, None]);
     }
 }

@@ -161,7 +161,8 @@ pub struct VmArgs {
     /// One more volume, VDC/NAME; may be repeated
     #[arg(long = "volume", value_name = "VDC/NAME", value_parser = in_vdc)]
     pub volumes: Vec<VdcName>,
-    /// A network card: `auto`, or mac=..,address=192.168.7.10/24,gateway=..; may be repeated
+    /// A network card: `auto`, or mac=..,address=192.168.7.10/24,gateway=..; may be repeated. It has a queue pair for each vcpu,
+    /// up to four
     #[arg(long = "nic", value_name = "KEY=VALUE,…")]
     pub nics: Vec<NicArg>,
     /// A public key, or a file of them, for the guest's first user; may be repeated

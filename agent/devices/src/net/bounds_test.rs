@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 
 use super::net_test::{Card, HEADER, RX_DATA, cable, packet};
 use super::*;
-use crate::count::PacketCounts;
+use crate::count::PacketTotals;
 use crate::limit::{Limits, Rate};
 
 fn limiter(bytes: Rate, operations: Rate) -> Arc<Limiter> {
@@ -40,7 +40,7 @@ fn packets_sent_are_limited_and_none_is_lost() {
 #[test]
 fn bytes_received_are_limited_and_the_other_direction_is_not() {
     let (link, peer) = cable();
-    let counts = Arc::new(NicCounts::default());
+    let counts = NicCounts::new(1);
     let kept = counts.clone();
     // The header does not count.
     let limit = limiter(Rate { per_second: 10_000, burst: 1000 }, Rate::default());
@@ -65,8 +65,9 @@ fn bytes_received_are_limited_and_the_other_direction_is_not() {
     for _ in 0..4 {
         assert_eq!(card.received().1 as usize, 1000 + HEADER);
     }
-    let of = |counts: &PacketCounts| (counts.packets.get(), counts.bytes.get(), counts.drops.get());
-    assert_eq!((of(&counts.received), of(&counts.sent)), ((4, 4000, 0), (100, 100_000, 0)));
+    let of = |totals: PacketTotals| (totals.packets, totals.bytes, totals.drops);
+    let totals = counts.totals();
+    assert_eq!((of(totals.received), of(totals.sent)), ((4, 4000, 0), (100, 100_000, 0)));
     let took = start.elapsed();
     assert!(took >= Duration::from_millis(180), "3 packets behind the burst took {took:?}");
 }
@@ -80,8 +81,8 @@ fn a_tap_that_is_removed_is_a_link_that_is_down() {
     let ip = |arguments: &str| {
         std::process::Command::new("ip").args(arguments.split(' ')).status().is_ok_and(|done| done.success())
     };
-    let tap = match Tap::open("seriotest1") {
-        Ok(tap) => tap,
+    let tap = match Tap::open("seriotest1", 1) {
+        Ok(mut taps) => taps.remove(0),
         Err(error) => {
             println!("skipped: a tap cannot be made here: {error}");
             return;

@@ -2,6 +2,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use serio_hv::GuestMemory;
@@ -18,6 +19,7 @@ const TX_DATA: u64 = 0x20_0000;
 pub(super) struct Cable {
     fd: OwnedFd,
     offloads: Mutex<Vec<TapOffloads>>,
+    pub(super) attached: AtomicBool,
 }
 
 impl AsFd for Cable {
@@ -29,6 +31,11 @@ impl AsFd for Cable {
 impl Link for Cable {
     fn set_offloads(&self, offloads: TapOffloads) -> io::Result<()> {
         self.offloads.lock().unwrap().push(offloads);
+        Ok(())
+    }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        self.attached.store(attached, Ordering::Release);
         Ok(())
     }
 }
@@ -53,7 +60,7 @@ impl Card {
         change: impl FnOnce(Net) -> Net,
     ) -> Self {
         let memory = memory(8 << 20);
-        let net = change(Net::new(link, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None }));
+        let net = change(Net::new(vec![link], NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None }));
         let rx = DriverQueue::new(&memory, 0x1000, 32);
         let tx = DriverQueue::new(&memory, 0x1_0000, 32);
         let queues = vec![rx.queue(event_idx), tx.queue(event_idx)];
@@ -94,7 +101,8 @@ impl Card {
 pub(super) fn cable() -> (Arc<Cable>, OwnedFd) {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-    (Arc::new(Cable { fd: ours, offloads: Mutex::default() }), theirs)
+    let cable = Cable { fd: ours, offloads: Mutex::default(), attached: AtomicBool::new(true) };
+    (Arc::new(cable), theirs)
 }
 
 pub(super) fn packet(len: usize, seed: u8) -> Vec<u8> {
@@ -284,7 +292,7 @@ fn a_card_suspended_in_traffic_goes_on_as_another_one() {
         sent += u8::from(card.tx.offer(&[Buffer::readable(at, 112)]).is_some());
         let queues = card.net.suspend().unwrap();
         assert_eq!(queues.len(), 2);
-        card.net = Net::new(link.clone(), NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+        card.net = Net::new(vec![link.clone()], NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
         card.net.activate(card.rig.again(queues, features)).unwrap();
         card.received();
         let slot = u64::from(round) % 6;
@@ -313,8 +321,8 @@ fn a_real_tap_answers_arp() {
         println!("skipped: a network namespace cannot be made here: {error}");
         return;
     }
-    let tap = match Tap::open("seriotest0") {
-        Ok(tap) => tap,
+    let tap = match Tap::open("seriotest0", 1) {
+        Ok(mut taps) => taps.remove(0),
         Err(error) => {
             println!("skipped: a tap cannot be made here: {error}");
             return;

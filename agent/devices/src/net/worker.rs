@@ -1,4 +1,5 @@
-//! The thread of a network card: both directions, in turns of a bounded number of packets.
+//! The thread of a queue pair: both directions, in turns of a bounded number of packets; that of the first pair serves the
+//! control queue too.
 //!
 //! ```text
 //!  asleep ── packets, buffers posted, packets offered ──► receive ≤ 64 → one interrupt
@@ -9,9 +10,9 @@
 //! - The tap is watched for edges: after `EAGAIN` it is left alone until the kernel says it is ready again. While
 //!   the guest posts no buffers the tap is not read, and the kernel drops what does not fit its queue.
 //! - A packet that the tap refuses is dropped, as a cable would. A full tap keeps it for later.
-//! - Each direction has its own limits. What they hold back stays in the ring or in the tap, and the thread sleeps on a timer.
+//! - Each direction has its own limits, which are the card's: all its pairs share them. What they hold back stays in the ring or in the tap, and the thread sleeps on a timer.
 //! - A tap that was removed is a cable that was pulled: link down, packets are lost, the VM goes on.
-//! - A broken ring sets DEVICE_NEEDS_RESET; neither ring is touched after it.
+//! - A broken ring sets DEVICE_NEEDS_RESET; no ring of the card is touched after it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,8 +26,9 @@ use serio_virtio::{ActivateError, ActiveQueue, Chain, ConfigInterrupt, DeviceFai
 use vmm_sys_util::epoll::EventSet;
 
 use super::Link;
+use super::control::{Control, Pairs};
 use super::rx::{Posts, Rules};
-use crate::count::NicCounts;
+use crate::count::PairCounts;
 use crate::limit::{Gate, Limiter};
 use crate::trouble::Raised;
 use crate::worker::{Poller, STOP, Worker};
@@ -38,16 +40,20 @@ const LINK: u64 = 2;
 /// The limits let packets through again.
 const RX_LIMITS: u64 = 3;
 const TX_LIMITS: u64 = 4;
+const CONTROL_KICK: u64 = 5;
+const CONTROL_LIMITS: u64 = 6;
 /// Packets in one direction before the other has its turn.
 const BATCH: usize = 64;
 
 /// The driver broke a ring, or gave buffers that are no memory.
 #[derive(Debug, thiserror::Error)]
-enum Broken {
+pub(super) enum Broken {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error("a receive buffer is too short for its header, or outside of guest memory")]
     Buffer,
+    #[error("a control command has no room for its answer, or none in guest memory")]
+    Control,
 }
 
 pub(super) struct NetWorker {
@@ -63,16 +69,24 @@ pub(super) struct NetWorker {
     link_writable: bool,
     rx_gate: Gate,
     tx_gate: Gate,
-    cable: Cable,
-    counts: Arc<NicCounts>,
+    cable: Arc<Cable>,
+    counts: Arc<PairCounts>,
+    control: Option<Control>,
+    /// There may be commands.
+    commanded: bool,
 }
 
-/// What the card shares with its thread besides the queues.
+/// What the threads of a card share.
 pub(super) struct Shared {
     pub(super) rx_limiter: Arc<Limiter>,
     pub(super) tx_limiter: Arc<Limiter>,
-    pub(super) cable: Cable,
-    pub(super) counts: Arc<NicCounts>,
+    /// Of the control queue.
+    pub(super) commands: Arc<Limiter>,
+    pub(super) cable: Arc<Cable>,
+    pub(super) pairs: Arc<Pairs>,
+    /// Pairs whose rings the driver has made.
+    pub(super) usable: u16,
+    pub(super) rules: Rules,
     pub(super) failure: DeviceFailure,
 }
 
@@ -107,43 +121,60 @@ enum Turn {
 }
 
 impl NetWorker {
+    /// Starts the pair with this number, on the cable with this number.
     pub(super) fn start(
-        link: Arc<dyn Link>,
-        rx: ActiveQueue,
-        tx: ActiveQueue,
-        rules: Rules,
-        shared: Shared,
-    ) -> Result<Worker<[ActiveQueue; 2]>, ActivateError> {
+        index: usize,
+        [rx, tx]: [ActiveQueue; 2],
+        control: Option<ActiveQueue>,
+        counts: Arc<PairCounts>,
+        shared: &Shared,
+    ) -> Result<Worker<Vec<ActiveQueue>>, ActivateError> {
+        let link = shared.pairs.links().get(index).cloned();
+        let link = link.ok_or_else(|| ActivateError::io("find the cable")(io::ErrorKind::NotFound.into()))?;
         let poller = Poller::new().map_err(ActivateError::io("make an epoll"))?;
-        poller.add_event(&rx.kick, RX_KICK).map_err(ActivateError::io("watch a queue"))?;
-        poller.add_event(&tx.kick, TX_KICK).map_err(ActivateError::io("watch a queue"))?;
+        let watched = ActivateError::io("watch a queue");
+        poller
+            .add_event(&rx.kick, RX_KICK)
+            .and_then(|()| poller.add_event(&tx.kick, TX_KICK))
+            .map_err(watched)?;
         poller.add_both(link.as_fd(), LINK).map_err(ActivateError::io("watch the tap"))?;
+        let control = control
+            .map(|ring| {
+                poller.add_event(&ring.kick, CONTROL_KICK).map_err(ActivateError::io("watch a queue"))?;
+                let gate = Gate::new(shared.commands.clone(), &poller, CONTROL_LIMITS)?;
+                Ok(Control::new(ring, gate, shared.pairs.clone(), shared.usable))
+            })
+            .transpose()?;
         let worker = NetWorker {
-            rx_gate: Gate::new(shared.rx_limiter, &poller, RX_LIMITS)?,
-            tx_gate: Gate::new(shared.tx_limiter, &poller, TX_LIMITS)?,
-            cable: shared.cable,
-            counts: shared.counts,
+            rx_gate: Gate::new(shared.rx_limiter.clone(), &poller, RX_LIMITS)?,
+            tx_gate: Gate::new(shared.tx_limiter.clone(), &poller, TX_LIMITS)?,
+            cable: shared.cable.clone(),
+            counts,
             link,
             memory: rx.queue.memory().clone(),
             rx,
             tx,
-            posts: Posts::new(rules),
+            posts: Posts::new(shared.rules),
             outgoing: Chain::default(),
             outgoing_waits: false,
             link_readable: true,
             link_writable: true,
+            control,
+            commanded: true,
         };
-        let failure = shared.failure;
-        Worker::spawn(Kind::Net, "net".to_owned(), poller, move |poller| worker.run(&poller, &failure))
+        let failure = shared.failure.clone();
+        let name = format!("net-pair{index}");
+        Worker::spawn(Kind::Net, name, poller, move |poller| worker.run(&poller, &failure))
     }
 
-    fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> [ActiveQueue; 2] {
+    fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Vec<ActiveQueue> {
         let mut stop = false;
         while !stop {
             if !failure.is_marked() && self.work().is_err() {
                 failure.mark();
             }
             let (readable, writable) = (&mut self.link_readable, &mut self.link_writable);
+            let commanded = &mut self.commanded;
             let waited = poller.wait(|token, ready| match token {
                 STOP => stop = true,
                 LINK => {
@@ -151,6 +182,7 @@ impl NetWorker {
                     *readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
                     *writable |= ready.contains(EventSet::OUT);
                 }
+                CONTROL_KICK | CONTROL_LIMITS => *commanded = true,
                 _ => {}
             });
             if waited.is_err() {
@@ -161,11 +193,14 @@ impl NetWorker {
         // For the next one: buffers that hold no packet, and the packet that the tap did not take.
         self.rx.queue.put_back(self.posts.give_up());
         self.tx.queue.put_back(u16::from(self.outgoing_waits));
-        [self.rx, self.tx]
+        [self.rx, self.tx].into_iter().chain(self.control.map(Control::into_ring)).collect()
     }
 
     /// Both directions in turns, until neither can go on.
     fn work(&mut self) -> Result<(), Broken> {
+        if let Some(control) = self.control.as_mut().filter(|_| std::mem::take(&mut self.commanded)) {
+            control.serve()?;
+        }
         loop {
             let received = self.receive()?;
             let sent = self.send()?;

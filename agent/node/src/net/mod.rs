@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Owns: bridges named `srv-…`, made with the first card of a vdc on this host and removed with the last; taps,
-//! which are never persistent: the VMM holds the only descriptor, so a tap ends with its VM whatever happens to
+//! which are never persistent: the VMM holds the only descriptors, so a tap ends with its VM whatever happens to
 //! seriod. Never: addresses, routes, filters; any other link of the host.
 
 use std::{io, os::fd::OwnedFd};
@@ -81,15 +81,21 @@ pub struct Net {
 }
 
 impl Net {
-    /// Makes a tap on a bridge (made too when it is not there); both are up when it returns. The tap lives as long
-    /// as its descriptor is open somewhere.
+    /// Makes a tap with so many queues on a bridge (made too when it is not there); both are up when it returns. The tap lives
+    /// as long as one of its descriptors, a queue each, is open somewhere.
     ///
     /// # Errors
     /// [`NetError`]; then the tap is gone, and the bridge too if nothing else is on it.
-    pub async fn attach(&self, bridge: &str, tap: &str, mtu: u32) -> Result<OwnedFd, NetError> {
+    pub async fn attach(
+        &self,
+        bridge: &str,
+        tap: &str,
+        mtu: u32,
+        queues: u32,
+    ) -> Result<Vec<OwnedFd>, NetError> {
         let _change = self.change.lock().await;
         let links = Links::connect()?;
-        let attached = try_attach(&links, bridge, tap, mtu).await;
+        let attached = try_attach(&links, bridge, tap, mtu, queues).await;
         if attached.is_err() {
             links.remove_if_empty(bridge).await;
         }
@@ -113,19 +119,26 @@ impl Net {
     }
 }
 
-async fn try_attach(links: &Links, bridge: &str, tap: &str, mtu: u32) -> Result<OwnedFd, NetError> {
+async fn try_attach(
+    links: &Links,
+    bridge: &str,
+    tap: &str,
+    mtu: u32,
+    queues: u32,
+) -> Result<Vec<OwnedFd>, NetError> {
     let bridge_index = match index(bridge) {
         Some(index) => index,
         None => links.add_bridge(bridge).await?,
     };
-    let descriptor = sys::open_tap(tap).map_err(|source| NetError::Tap { tap: tap.to_owned(), source })?;
+    let made = sys::make_tap(tap, queues);
+    let descriptors = made.map_err(|source| NetError::Tap { tap: tap.to_owned(), source })?;
     // The host has no business of its own on a tenant's network: no link-local address, no router discovery.
     silence(tap);
     let failed = |source| NetError::Link { doing: "set up", link: tap.to_owned(), source };
     let tap_index = index(tap).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
     let message = LinkUnspec::new_with_index(tap_index).mtu(mtu).controller(bridge_index).up().build();
     links.handle.link().set(message).execute().await.map_err(|e| failed(to_io(e)))?;
-    Ok(descriptor)
+    Ok(descriptors)
 }
 
 /// A connection to rtnetlink, for one change.

@@ -11,7 +11,7 @@ fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'stati
             eprintln!("skipped: no network namespace can be made here ({error})");
             return;
         }
-        if let Err(error) = sys::open_tap("probe0") {
+        if let Err(error) = sys::make_tap("probe0", 1) {
             eprintln!("skipped: no tap can be made here ({error})");
             return;
         }
@@ -33,8 +33,8 @@ fn a_tap_joins_its_bridge_and_both_go() {
         let net = Net::default();
         let bridge = bridge_name(Uuid::new_v4());
         let (first, second) = (tap_name(Uuid::new_v4(), 0), tap_name(Uuid::new_v4(), 1));
-        let tap = net.attach(&bridge, &first, 1400).await.unwrap();
-        let other = net.attach(&bridge, &second, 1500).await.unwrap();
+        let tap = net.attach(&bridge, &first, 1400, 2).await.unwrap();
+        let other = net.attach(&bridge, &second, 1500, 1).await.unwrap();
         let link = ip(&["-d", "link", "show", &first]);
         if !link.is_empty() {
             assert!(link.contains("mtu 1400") && link.contains(&format!("master {bridge}")), "{link}");
@@ -42,10 +42,16 @@ fn a_tap_joins_its_bridge_and_both_go() {
                 link.contains("UP") && link.contains("vnet_hdr on") && link.contains("persist off"),
                 "{link}"
             );
+            assert!(link.contains("multi_queue numqueues 2"), "{link}");
+            assert!(!ip(&["-d", "link", "show", &second]).contains("multi_queue"));
             assert!(!ip(&["addr", "show", &bridge]).contains("inet6"));
         }
+        assert_eq!((tap.len(), other.len()), (2, 1));
+        let mut tap = tap.into_iter();
+        drop(tap.next());
+        assert!(index(&first).is_some(), "its other queue is open");
         drop(tap);
-        assert_eq!(index(&first), None, "the tap ends with its descriptor");
+        assert_eq!(index(&first), None, "the tap ends with its last descriptor");
         net.release(std::slice::from_ref(&bridge)).await;
         assert!(index(&bridge).is_some(), "a bridge with a port stays");
         drop(other);
@@ -58,11 +64,14 @@ fn a_tap_joins_its_bridge_and_both_go() {
 fn a_tap_that_is_taken_is_refused_and_nothing_is_left() {
     in_namespace(|| async {
         let net = Net::default();
-        let _held = sys::open_tap("taken").unwrap();
-        let error = net.attach("srv-00000001", "taken", 1500).await.unwrap_err();
-        assert!(matches!(error, NetError::Tap { .. }), "{error}");
-        assert_eq!(index("srv-00000001"), None);
-        let error = net.attach("srv-00000001", "much-too-long-a-name", 1500).await.unwrap_err();
+        // Of one that may have several queues nobody gets one more either: they would be another VM's packets.
+        for (held, queues) in [(1, 1), (2, 2), (1, 2), (2, 1)] {
+            let _held = sys::make_tap("taken", held).unwrap();
+            let error = net.attach("srv-00000001", "taken", 1500, queues).await.unwrap_err();
+            assert!(matches!(error, NetError::Tap { .. }), "{error}");
+            assert_eq!(index("srv-00000001"), None);
+        }
+        let error = net.attach("srv-00000001", "much-too-long-a-name", 1500, 1).await.unwrap_err();
         assert!(matches!(error, NetError::Tap { .. }), "{error}");
         assert_eq!(index("srv-00000001"), None);
     });
@@ -72,7 +81,7 @@ fn a_tap_that_is_taken_is_refused_and_nothing_is_left() {
 fn links_of_others_are_left_alone() {
     in_namespace(|| async {
         let net = Net::default();
-        let _tap = sys::open_tap("br-other").unwrap();
+        let _tap = sys::make_tap("br-other", 1).unwrap();
         net.release(&["br-other".to_owned(), "nonexistent".to_owned()]).await;
         assert!(index("br-other").is_some());
     });

@@ -334,6 +334,8 @@ pub struct Link {
     pub vdc: Uuid,
     /// Bytes of its largest frame.
     pub mtu: u32,
+    /// The VM's, for the number of queue pairs.
+    pub vcpus: u32,
 }
 
 /// Whether a guest has a device now.

@@ -10,6 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use serio_control::message::nic_pairs;
 use serio_types::Name;
 use tokio::{
     runtime,
@@ -229,6 +230,7 @@ impl Executor {
             mac: nic.mac.bytes(),
             bridge: net::bridge_name(launch.vdc),
             tap: net::tap_name(launch.vm, index),
+            pairs: nic_pairs(launch.vcpus),
             mtu: launch.machine.mtu(),
         };
         Ok(LaunchPlan {

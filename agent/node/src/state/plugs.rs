@@ -337,5 +337,5 @@ impl State {
 }
 
 fn link_of(vm: &VmRecord) -> Link {
-    Link { vdc: vm.vdc, mtu: vm.spec.machine.mtu() }
+    Link { vdc: vm.vdc, mtu: vm.spec.machine.mtu(), vcpus: vm.spec.vcpus.into() }
 }

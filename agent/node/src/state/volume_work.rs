@@ -1,5 +1,6 @@
 //! Does the effects on volumes: the executor's other half.
 
+use serio_control::message::nic_pairs;
 use serio_store::record::PointClass;
 use serio_types::{MacAddr, Name};
 use tokio::sync::watch;
@@ -241,6 +242,7 @@ fn nic_plan(vm: Uuid, mac: MacAddr, link: Link) -> NicPlan {
         mac: mac.bytes(),
         bridge: net::bridge_name(link.vdc),
         tap: net::free_tap_name(vm),
+        pairs: nic_pairs(link.vcpus),
         mtu: link.mtu,
     }
 }

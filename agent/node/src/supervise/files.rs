@@ -14,12 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serio_control::message::LayerFds;
+use serio_control::message::{LayerFds, Nic};
 use uuid::Uuid;
 
 use super::{
+    DevicePlan, NicPlan,
     error::{FileError, JobError, VolumeFilesError},
-    rundir,
+    machine, rundir,
 };
 
 /// Descriptors for one frame, numbered as they are pushed.
@@ -38,6 +39,19 @@ impl Descriptors {
 
     pub(super) fn as_slice(&self) -> &[OwnedFd] {
         &self.list
+    }
+
+    /// A card on these queues of its tap.
+    pub(super) fn push_nic(&mut self, plan: &NicPlan, taps: Vec<OwnedFd>, limits: &DevicePlan) -> Nic {
+        let mut taps = taps.into_iter().map(|tap| self.push(tap));
+        Nic {
+            mac: plan.mac.to_vec(),
+            // A tap has at least one.
+            tap_fd: taps.next().unwrap_or(u32::MAX),
+            more_tap_fds: taps.collect(),
+            mtu: plan.mtu,
+            limits: limits.nic(plan.mac).and_then(machine::limits),
+        }
     }
 
     /// Opens all layers of a volume, oldest first.

@@ -19,7 +19,7 @@ use std::{
 use prost::Message;
 use serio_control::{
     ChannelError,
-    message::{BaseFds, Body, Disk, Launch, LayerFds, Nic, OnReset, RestoreFrom, VmState},
+    message::{BaseFds, Body, Disk, Launch, LayerFds, OnReset, RestoreFrom, VmState},
 };
 use uuid::Uuid;
 
@@ -66,13 +66,8 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
     launch.restore = restore_from(&plan.restore, &mut descriptors)?;
     machine::equip(&plan.machine, &run, (&mut launch, &mut descriptors))?;
     for nic in &plan.nics {
-        let tap = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu).await?;
-        launch.nics.push(Nic {
-            mac: nic.mac.to_vec(),
-            tap_fd: descriptors.push(tap),
-            mtu: nic.mtu,
-            limits: plan.limits.nic(nic.mac).and_then(machine::limits),
-        });
+        let taps = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu, nic.pairs).await?;
+        launch.nics.push(descriptors.push_nic(nic, taps, &plan.limits));
     }
     let watched =
         spawn::spawn(&inner.settings.vmm_path, inner.settings.first_uid, control, &run.stderr()).await?;

@@ -135,6 +135,8 @@ pub struct NicPlan {
     pub bridge: String,
     /// The tap, made for this run: see [`crate::net::tap_name`].
     pub tap: String,
+    /// Its queues, one for each queue pair of the card: see [`serio_control::message::nic_pairs`].
+    pub pairs: u32,
     /// Bytes, for example 1500.
     pub mtu: u32,
 }

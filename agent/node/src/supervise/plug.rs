@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use serio_control::message::{Body, Disk, Nic, Plug, Unplug};
+use serio_control::message::{Body, Disk, Plug, Unplug};
 use serio_types::MacAddr;
 use uuid::Uuid;
 
@@ -53,17 +53,12 @@ impl VmHandle {
     pub async fn plug_nic(&self, plan: &NicPlan, position: u32, limits: &DevicePlan) -> Result<(), JobError> {
         let inner = self.inner();
         self.remember_bridge(&plan.bridge)?;
-        let tap = inner.net.attach(&plan.bridge, &plan.tap, plan.mtu).await?;
+        let taps = inner.net.attach(&plan.bridge, &plan.tap, plan.mtu, plan.pairs).await?;
         let mut descriptors = Descriptors::default();
-        let nic = Nic {
-            mac: plan.mac.to_vec(),
-            tap_fd: descriptors.push(tap),
-            mtu: plan.mtu,
-            limits: limits.nic(plan.mac).and_then(machine::limits),
-        };
+        let nic = descriptors.push_nic(plan, taps, limits);
         let body = Body::Plug(Plug { disk: None, nic: Some(nic), position });
         let answer = self.ask(body, descriptors.as_slice(), PLUG_WAIT).await;
-        // Without it nobody has the tap who does not want it.
+        // Without them nobody has the tap who does not want it.
         drop(descriptors);
         let done = answer.map_err(JobError::from).and_then(|answer| jobs::done(&answer));
         if done.is_err() {

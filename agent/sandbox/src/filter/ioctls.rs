@@ -51,6 +51,9 @@ pub(super) const TAP: &[(&str, u64)] = &[
 /// What the state of a vcpu consists of.
 pub(super) const REGISTERS: &[(&str, u64)] = &[("KVM_GET_MSR_INDEX_LIST", 0xc004_ae02)];
 
+/// Which queues of a tap get packets.
+pub(super) const STEER: &[(&str, u64)] = &[("TUNSETQUEUE", 0x4004_54d9)];
+
 /// The state of a VM is taken out, or put back.
 pub(super) const SAVED: &[(&str, u64)] = &[
     ("KVM_GET_REGS", 0x8090_ae81),

@@ -4,7 +4,7 @@
 //! a call: to the group of the thing that needs it, with the reason; a new group when it is for one kind only.
 
 use super::Allowed;
-use super::ioctls::{DEVICES, HOST, MACHINE, NONBLOCK, REGISTERS, RUN, SAVED, STATE, TAP, TTY};
+use super::ioctls::{DEVICES, HOST, MACHINE, NONBLOCK, REGISTERS, RUN, SAVED, STATE, STEER, TAP, TTY};
 use crate::Kind;
 
 /// `allow!(SYS_read, "why")`
@@ -251,6 +251,7 @@ const START: &[Allowed] = &[
     allow!(SYS_ioctl, "a tap takes what the guest's driver asks")
         .one_of(1, TAP)
         .rare("a VM with a network card"),
+    allow!(SYS_ioctl, "a tap begins with one queue").one_of(1, STEER).rare("a card of several queue pairs"),
     allow!(SYS_eventfd2, "bells of a device that starts"),
     allow!(SYS_timerfd_create, "when a limit, which may come later, lets the next request start"),
     allow!(SYS_epoll_create1, "what a device's thread sleeps on"),
@@ -279,6 +280,9 @@ const NET: &[Allowed] = &[
     allow!(SYS_readv, "packets from the tap").rare("a VM with a network card"),
     allow!(SYS_writev, "packets to the tap").rare("a VM with a network card"),
     allow!(SYS_read, "bells").rare("a VM with a network card"),
+    allow!(SYS_ioctl, "the guest uses more or fewer queue pairs")
+        .one_of(1, STEER)
+        .rare("a card of several queue pairs"),
 ];
 
 const PORTS: &[Allowed] = &[

@@ -1,7 +1,7 @@
 //! What this process has counted, as a message.
 
 use serio_control::message::{DiskCounters, NicCounters, OpCounters, PacketCounters, VmCounters};
-use serio_devices::count::{OpTotals, PacketCounts};
+use serio_devices::count::{OpTotals, PacketTotals};
 
 use crate::devices::{Devices, Disk, Nic};
 use crate::machine::Handle;
@@ -37,14 +37,15 @@ fn op(totals: &OpTotals) -> OpCounters {
 }
 
 fn nic(nic: &Nic) -> NicCounters {
-    let packets = |counts: &PacketCounts| PacketCounters {
-        packets: counts.packets.get(),
-        bytes: counts.bytes.get(),
-        drops: counts.drops.get(),
+    let packets = |totals: PacketTotals| PacketCounters {
+        packets: totals.packets,
+        bytes: totals.bytes,
+        drops: totals.drops,
     };
+    let totals = nic.counts.totals();
     NicCounters {
         mac: nic.name(),
-        received: Some(packets(&nic.counts.received)),
-        sent: Some(packets(&nic.counts.sent)),
+        received: Some(packets(totals.received)),
+        sent: Some(packets(totals.sent)),
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use nix::sys::eventfd::EventFd;
 use prost::Message;
 use serio_control::message::{
-    Code, EndKind, EndRecord, Failed, Launch, OnReset, OnWatchdog, RestoreFrom, VdcKey,
+    Code, EndKind, EndRecord, Failed, Launch, NIC_PAIRS_MAX, OnReset, OnWatchdog, RestoreFrom, VdcKey,
 };
 use serio_devices::vsock::{Outgoing, VsockHost};
 use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap};
@@ -140,8 +140,11 @@ pub(super) fn launch(launch: &Launch, mut passed: Passed, exit: File) -> Result<
     let mut devices = open_devices(launch, &mut passed)?;
     let troubles = Arc::new(super::state::bell()?);
     devices.watch_troubles(&troubles);
-    let devices = Arc::new(devices);
     let mut saved = launch.restore.as_ref().map(|from| open_saved(launch, from, &mut passed)).transpose()?;
+    if let Some(saved) = &saved {
+        devices.fit(&saved.state).map_err(|what| LaunchError::invalid("nics", what))?;
+    }
+    let devices = Arc::new(devices);
     // What was passed and not named is closed before the guest runs.
     drop(passed);
 
@@ -291,15 +294,23 @@ pub(super) fn open_disk(
     Ok(Disk::new(disk.volume_id.clone(), volume).with_limits(limits(disk.limits)))
 }
 
-/// A card on this tap.
+/// A card on these queues of a tap.
 pub(super) fn open_nic(nic: &serio_control::message::Nic, passed: &mut Passed) -> Result<Nic, LaunchError> {
     let mac = <[u8; 6]>::try_from(nic.mac.as_slice())
         .map_err(|_| LaunchError::invalid("nics", "a MAC address has six bytes"))?;
     let mtu = u16::try_from(nic.mtu)
         .map_err(|_| LaunchError::invalid("nics", format!("an MTU of {} is too large", nic.mtu)))?;
-    let tap = Tap::from_fd(passed.take("nics", nic.tap_fd)?)
-        .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
-    Ok(Nic::new(tap, mac, (mtu != 0).then_some(mtu), limits(nic.limits)))
+    let mut taps = Vec::with_capacity(NIC_PAIRS_MAX as usize);
+    for index in std::iter::once(&nic.tap_fd).chain(&nic.more_tap_fds) {
+        if taps.len() >= NIC_PAIRS_MAX as usize {
+            let what = format!("a card has at most {NIC_PAIRS_MAX} queue pairs");
+            return Err(LaunchError::invalid("nics", what));
+        }
+        let tap = Tap::from_fd(passed.take("nics", *index)?)
+            .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
+        taps.push(tap);
+    }
+    Ok(Nic::new(taps, mac, (mtu != 0).then_some(mtu), limits(nic.limits)))
 }
 
 fn pages(launch: &Launch) -> Result<PageKind, LaunchError> {

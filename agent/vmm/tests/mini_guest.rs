@@ -7,6 +7,8 @@
 
 #[path = "mini_guest/devices.rs"]
 mod devices;
+#[path = "guest/echo.rs"]
+mod echo;
 #[path = "mini_guest/hostile.rs"]
 mod hostile;
 #[path = "mini_guest/life.rs"]

@@ -21,6 +21,7 @@ mod cpu;
 mod grow;
 mod mem;
 mod modes;
+mod multiqueue;
 mod net;
 mod pair;
 mod pci;

@@ -7,7 +7,8 @@ use crate::mem::Dma;
 use crate::pci::Bus;
 use crate::suite::{self, Machine};
 use crate::{
-    apic, bench, blk, cases, churn, clock, cpu, grow, mem, net, pair, plug, println, serial, virtio, writer,
+    apic, bench, blk, cases, churn, clock, cpu, grow, mem, multiqueue, net, pair, plug, println, serial,
+    virtio, writer,
 };
 
 /// Does what the command line asks for, then powers off.
@@ -47,6 +48,7 @@ pub fn run(boot: Boot) -> ! {
         "heartbeat" => heartbeat(),
         "writer" => writer::run(&machine),
         "pair" => pair::run(&mut machine),
+        "multiqueue" => multiqueue::run(&mut machine),
         "churn" => churn::run(&mut machine),
         "grow" => grow::run(&mut machine),
         "plug" => plug::run(&mut machine),

@@ -88,12 +88,14 @@ fn a_vmm_that_dies_is_noticed_and_started_again_if_wanted() {
 }
 
 #[test]
-fn several_processors_and_disks() {
+fn several_processors_disks_and_queue_pairs() {
     on_host("e2e", &[], |host| {
         let vdc = host.vdc("smp");
         let extra = vdc.at("extra");
         host.serio(&["volume", "create", &extra, "--size", "64MiB"]).ok();
-        let vm = vdc.run_tiny("two", &["--vcpus", "2", "--disk-size", "128MiB", "--volume", &extra]);
+        let devices: [&str; 6] =
+            ["--disk-size", "128MiB", "--volume", &extra, "--nic", "address=192.168.7.2/24"];
+        let vm = vdc.run_tiny("two", &[&["--vcpus", "2"], &devices[..]].concat());
         vdc.wait_ready(&vm);
         host.type_line(&vm, "echo cpus=$(grep -c ^processor /proc/cpuinfo)", "^cpus=2");
         host.type_line(
@@ -101,6 +103,10 @@ fn several_processors_and_disks() {
             "echo vda=$(cat /sys/block/vda/size) vdb=$(cat /sys/block/vdb/size)",
             "^vda=262144 vdb=131072",
         );
+        // The guest uses a pair for each of its processors, and the host steers to as many.
+        host.type_line(&vm, "echo pairs=$(ls /sys/class/net/eth0/queues | grep -c rx)", "^pairs=2");
+        let steered = host.shell("ls -d /sys/class/net/srt*/queues/rx-* | wc -l").ok();
+        assert_eq!(steered.trim(), "2");
         let written = "dd if=/dev/urandom of=/dev/vdb bs=1M count=4 oflag=direct 2>/dev/null; \
                        a=$(dd if=/dev/vdb bs=1M count=4 iflag=direct 2>/dev/null | md5sum); \
                        echo 3 > /proc/sys/vm/drop_caches; b=$(head -c 4194304 /dev/vdb | md5sum); [ \"$a\" = \"$b\" ] && echo same=yes";

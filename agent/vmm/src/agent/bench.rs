@@ -19,6 +19,8 @@ use serio_control::message::{Body, Empty, EndRecord, Launch, VmState, VmStatus};
 use serio_control::{Channel, ChannelError};
 use tempfile::TempDir;
 
+#[path = "../../tests/guest/echo.rs"]
+pub(super) mod echo;
 #[path = "../../tests/guest/mod.rs"]
 pub(super) mod guest;
 

@@ -39,6 +39,8 @@ mod merge_test;
 #[cfg(test)]
 mod mini_test;
 #[cfg(test)]
+mod net_test;
+#[cfg(test)]
 mod plug_test;
 #[cfg(test)]
 mod save_test;

@@ -49,6 +49,7 @@ fn each_thread_calls_what_its_table_says() {
             "agent::mini_test::",
             "agent::diff_test::a_chain",
             "agent::save_test::a_vm_saved",
+            "agent::net_test::",
             "agent::plug_test::a_disk_comes",
             "--test-threads",
             "1",

@@ -35,10 +35,10 @@ fn share(part: usize) -> (Done, bool) {
     for name in ["disk", "console"] {
         File::create(path(name)).expect("a file in our own folder").set_len(8 << 20).expect("sparse");
     }
-    let tap = Tap::make(&format!("mh{part}n"));
+    let tap = Tap::make(&format!("mh{part}n"), true);
     let (disk, console) = (path("disk"), path("console"));
     let mut arguments =
-        vec!["--memory=256MiB", "--cpus=1", "--on-reset=exit", "--disk", &disk, "--console", &console];
+        vec!["--memory=256MiB", "--cpus=2", "--on-reset=exit", "--disk", &disk, "--console", &console];
     arguments.extend(tap.iter().flat_map(|tap| ["--net", tap.name()]));
     (run(Entry::Pvh, &format!("mini.test=hostile mini.part={part}/{PARTS}"), &arguments), tap.is_some())
 }
@@ -63,6 +63,8 @@ fn every_misuse_on_every_device() {
             println!("skipped: the network card's part, since no tap can be made here");
         }
         assert!(!with_net || counts.contains_key("net"), "{counts:?}");
+        let of_commands = |case: &&str| case.ends_with(".net.2");
+        assert!(!with_net || cases(&done).iter().any(of_commands), "no misuse of the control queue");
         all.extend(cases(&done).into_iter().map(str::to_owned));
     }
     assert!(all.len() >= CASES_MIN, "{} cases, at least {CASES_MIN} are wanted", all.len());

@@ -7,7 +7,7 @@ mod cpu;
 pub mod hostile;
 mod irq;
 mod memory;
-mod net;
+pub mod net;
 mod pci;
 mod port;
 mod rng;

@@ -4,7 +4,7 @@
 use crate::mem::Dma;
 use crate::net::{HEADER, Nic};
 use crate::suite::{Case, Failure, Machine, Outcome};
-use crate::virtio::{Result, Segment};
+use crate::virtio::{Queue, Result, Segment};
 use crate::{clock, ensure, skip};
 
 pub const CASES: &[Case] = &[
@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
     Case { group: "net", name: "transmit", run: transmit },
     Case { group: "net", name: "echo", run: echo },
     Case { group: "net", name: "echo-burst", run: echo_burst },
+    Case { group: "net", name: "pairs", run: pairs },
 ];
 
 const TYPE: [u8; 2] = [0x88, 0xb5];
@@ -23,7 +24,7 @@ fn open(machine: &mut Machine) -> core::result::Result<Nic, Failure> {
 
 impl Nic {
     /// A frame of `len` bytes with a number in it.
-    fn frame(&self, len: u64, number: u64) -> Dma {
+    pub fn frame(&self, len: u64, number: u64) -> Dma {
         let frame = Dma::new(HEADER + len);
         frame.copy_in(HEADER, &[0xff; 6]);
         frame.copy_in(HEADER + 6, &self.mac);
@@ -34,11 +35,12 @@ impl Nic {
         }
         frame
     }
-    fn send(&mut self, frame: Dma) -> Result<()> {
+    /// Sends a frame, and waits until the device has it.
+    pub fn send(&mut self, frame: Dma) -> Result<()> {
         self.transmit.request(&[Segment::out(frame)]).map(|_| ())
     }
     /// The next frame of our type, as (number, whole and right); others are dropped.
-    fn next(&mut self, ms: u64) -> Option<(u64, bool)> {
+    pub fn next(&mut self, ms: u64) -> Option<(u64, bool)> {
         let mut answer = None;
         clock::poll(ms, || {
             while let Some((head, len)) = self.receive.take() {
@@ -138,4 +140,78 @@ fn echo_burst(machine: &mut Machine) -> Outcome {
     nic.device.reset()?;
     ensure!(back == count, "{back} of {count} frames came back");
     Ok(())
+}
+
+/// How many pairs the driver uses from now on (virtio 1.3 §5.1.6.5.5); what the device answers.
+pub fn set_pairs(control: &mut Queue, pairs: u16) -> Result<u8> {
+    let command = Dma::new(8);
+    offer_pairs(control, command, pairs)?;
+    control.kick();
+    control.wait(5000)?;
+    Ok(command.get8(4))
+}
+
+fn offer_pairs(control: &mut Queue, command: Dma, pairs: u16) -> Result<()> {
+    command.copy_in(0, &[4, 0]);
+    command.set16(2, pairs);
+    command.set8(4, 0xee);
+    let parts = [Segment::out(command.part(0, 4)), Segment::into(command.part(4, 1))];
+    control.add(&parts).map(|_| ()).ok_or_else(|| "the control queue is full".into())
+}
+
+/// Sends a frame on a pair until it comes back there: the host's side may still be coming up.
+pub fn round_trip(pair: &mut Nic, number: u64) -> Result<()> {
+    let frame = pair.frame(200, number);
+    for _ in 0..20 {
+        pair.send(frame)?;
+        loop {
+            match pair.next(500) {
+                Some((got, true)) if got == number => return Ok(()),
+                Some((got, false)) => return Err(alloc::format!("frame {got} came back damaged")),
+                Some(_) => {}
+                None => break,
+            }
+        }
+    }
+    Err(alloc::format!("frame {number} does not come back"))
+}
+
+fn pairs(machine: &mut Machine) -> Outcome {
+    let Some(&function) = machine.bus()?.virtio(1).first() else { skip!("no virtio-net") };
+    let Some((mut pairs, mut control)) = Nic::open_pairs(function, 32)? else { skip!("one queue pair") };
+    let all = pairs.len() as u16;
+    // A command before DRIVER_OK is for later.
+    let early = Dma::new(8);
+    offer_pairs(&mut control, early, all)?;
+    control.kick();
+    clock::delay_us(20_000);
+    ensure!(!control.has_used() && early.get8(4) == 0xee, "a command was obeyed before DRIVER_OK");
+    let device = pairs[0].device.clone();
+    device.driver_ok();
+    control.kick();
+    control.wait(5000)?;
+    ensure!(early.get8(4) == 0, "{all} pairs: answer {}", early.get8(4));
+    for wrong in [0, all + 1, 0x8000, 0xffff] {
+        let answer = set_pairs(&mut control, wrong)?;
+        ensure!(answer == 1, "{wrong} pairs of {all}: answer {answer}");
+    }
+    if machine.boot.option("mini.peer") == Some("echo") {
+        pairs.iter_mut().for_each(Nic::fill);
+        for number in 3000u64..3040 {
+            // The host answers where it was last spoken to.
+            let pair = number as usize % pairs.len();
+            round_trip(&mut pairs[pair], number)?;
+        }
+        for pairs_now in (1..all).rev() {
+            let answer = set_pairs(&mut control, pairs_now)?;
+            ensure!(answer == 0, "{pairs_now} pairs: answer {answer}");
+            for pair in 0..usize::from(pairs_now) {
+                round_trip(&mut pairs[pair], 4000 + 10 * u64::from(pairs_now) + pair as u64)?;
+            }
+            let unused = pairs.iter_mut().skip(pairs_now.into());
+            let got = unused.filter_map(|pair| pair.next(0)).count();
+            ensure!(got == 0, "{got} frames came to pairs that are not in use");
+        }
+    }
+    Ok(device.reset()?)
 }

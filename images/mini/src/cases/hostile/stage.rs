@@ -2,6 +2,7 @@
 
 use crate::blk::{self, Disk, feature, kind as request};
 use crate::mem::Dma;
+use crate::net::F_CTRL_VQ;
 use crate::pci::{Bar, COMMAND_MASTER, COMMAND_MEMORY, Function, Msix};
 use crate::port::Port;
 use crate::suite::{Failure, Machine, Outcome};
@@ -84,7 +85,9 @@ pub struct Places {
 fn targets(kind: Kind, queues: u16) -> Vec<Target> {
     let list: &[(u16, bool)] = match kind {
         Kind::Blk | Kind::Rng => &[(0, true)],
-        Kind::Net | Kind::Console => &[(1, true), (0, false)],
+        // The control queue, which a card of several queue pairs has.
+        Kind::Net => &[(1, true), (0, false), (2, true)],
+        Kind::Console => &[(1, true), (0, false)],
         Kind::Ports => &[(3, true), (2, false), (4, false), (5, true)],
         Kind::Other => &[(0, false), (1, false), (2, false)],
     };
@@ -219,6 +222,8 @@ impl Stage {
         let own = match self.kind {
             Kind::Blk => feature::FLUSH | feature::MULTI_QUEUE | feature::DISCARD | feature::WRITE_ZEROES,
             Kind::Ports => F_MULTIPORT,
+            // Without MQ the control queue is the third.
+            Kind::Net => F_CTRL_VQ,
             _ => 0,
         };
         self.device.negotiate(own | more)?;
@@ -272,6 +277,11 @@ impl Stage {
         let at = self.buffer.address;
         let data = at + 4096;
         self.buffer.part(0, 64).fill(0);
+        // One queue pair, which is what there is.
+        if let (Kind::Net, Some(Target { index: 2, .. })) = (self.kind, self.target) {
+            self.buffer.copy_in(0, &[4, 0, 1, 0]);
+            return (alloc::vec![(at, 4, 0), (at + 32, 1, WRITE)], 1);
+        }
         match (self.kind, self.target.map_or(0, |target| target.index)) {
             (Kind::Blk, _) => (alloc::vec![(at, 16, 0), (data, 512, WRITE), (at + 32, 1, WRITE)], 1),
             (Kind::Net, 1) => (alloc::vec![(data, 72, 0)], 0),

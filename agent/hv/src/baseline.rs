@@ -69,7 +69,8 @@ impl std::fmt::Display for Baseline {
 
 /// A register of a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reg {
+pub(crate) enum Reg {
+    Eax,
     Ebx,
     Ecx,
     Edx,
@@ -77,8 +78,9 @@ enum Reg {
 use Reg::{Ebx, Ecx, Edx};
 
 impl Reg {
-    fn of(self, leaf: &kvm_cpuid_entry2) -> u32 {
+    pub(crate) fn of(self, leaf: &kvm_cpuid_entry2) -> u32 {
         match self {
+            Reg::Eax => leaf.eax,
             Ebx => leaf.ebx,
             Ecx => leaf.ecx,
             Edx => leaf.edx,
@@ -183,6 +185,11 @@ pub(crate) fn apply(
         return Err(MissingFeatures { baseline, missing });
     }
     Ok(supported.iter().filter_map(|entry| filter(*entry, baseline)).collect())
+}
+
+/// The feature that a bit of a leaf tells of, if a baseline has it.
+pub(crate) fn name(leaf: u32, reg: Reg, bit: u32) -> Option<&'static str> {
+    FEATURES.iter().find(|known| (known.0, known.1, known.2) == (leaf, reg, bit)).map(|known| known.3)
 }
 
 /// What any VM may see at most, also one for which nobody names a baseline.

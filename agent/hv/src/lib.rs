@@ -23,6 +23,7 @@
 mod baseline;
 mod changes;
 mod cpuid;
+mod features;
 mod irq;
 mod kvm;
 mod memory;

@@ -26,6 +26,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
+use crate::features;
 use crate::kvm::Kvm;
 use crate::vm::{Vm, VmError};
 
@@ -217,6 +218,12 @@ pub(crate) fn restore(fd: &VcpuFd, state: &VcpuState, passed: Duration) -> Resul
     let leaves: Vec<kvm_cpuid_entry2> = list_from_bytes("CPUID", &state.cpuid)?;
     let cpuid = CpuId::from_entries(&leaves)
         .map_err(|_| VmError::kvm("hold a vcpu's CPUID")(errno::Error::new(libc::E2BIG)))?;
+    // What this one has been given says what the host has. KVM itself would take any.
+    let here = fd.get_cpuid2(ENTRIES_MAX).map_err(VmError::kvm("read a vcpu's CPUID"))?;
+    let missing = features::lacking(here.as_slice(), &leaves);
+    if !missing.is_empty() {
+        return Err(VmError::Features { missing });
+    }
     fd.set_cpuid2(&cpuid).map_err(VmError::kvm("set a vcpu's CPUID"))?;
     if state.tsc_khz != 0 && fd.get_tsc_khz().unwrap_or(0) != state.tsc_khz {
         // Refused where the host cannot scale; the guest then sees this host's frequency, as its clock source says.

@@ -60,6 +60,16 @@ pub enum VmError {
         /// KVM's.
         expected: usize,
     },
+    /// The guest knows of features that it would not find.
+    #[error(
+        "the guest was saved on a processor with {}, which this host's processor or KVM lacks: restore it on a host that has all of it, \
+         and give VMs that are to move a CPU baseline",
+        missing.join(", ")
+    )]
+    Features {
+        /// Their names.
+        missing: Vec<String>,
+    },
     /// A doorbell of a width that no bus has.
     #[error("a doorbell of {0} bytes: only 1, 2, 4, 8, or 0 for any width")]
     Width(u8),

@@ -181,6 +181,12 @@ fn a_saved_vcpu_goes_on_in_another_vm_over_private_memory() {
     let vm = Vm::new(&kvm, &create_memory(1 << 20).expect("memory")).expect("VM");
     let error = vm.vcpu(&kvm, 0, 1).expect("vcpu").restore(&short, Duration::ZERO).expect_err("refused");
     assert!(error.to_string().contains("registers has 143 bytes"), "{error}");
+    // Leaf 7 (`kvm_cpuid_entry2`: function, index, flags, eax, ebx, …) with more than any processor has.
+    let mut rich = state.clone();
+    let leaf = rich.cpuid.chunks_mut(40).find(|leaf| leaf[..4] == 7u32.to_le_bytes() && leaf[4] == 0);
+    leaf.expect("any processor for 64 bits has it")[16..20].fill(0xff);
+    let error = vm.vcpu(&kvm, 1, 2).expect("vcpu").restore(&rich, Duration::ZERO).expect_err("refused");
+    assert!(error.to_string().contains("of CPUID leaf 0x7.0"), "{error}");
 }
 
 /// The seconds for which it was away are no gap in its clocks, the paravirtual one and the processor's.

@@ -419,7 +419,9 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
     let Core { client, handles, supervisor, keys, audit, .. } = core;
     let trail = audit.clone();
     let Watchers { health, meter } = watchers;
-    let context = Context { state: client, handles, supervisor, reporter, node, keys, audit, health, meter };
+    let moves = crate::grpc::Moves::default();
+    let context =
+        Context { state: client, handles, supervisor, reporter, node, keys, audit, health, meter, moves };
     let routes = grpc::routes(&context).await?;
     Box::pin(serve(&config, tls, routes, trail)).await
 }

@@ -9,7 +9,8 @@
 //!                                      supervise ──▶ serio-vmm, serio-volumed (processes that outlive seriod)
 //! ```
 //!
-//! Owns: the wiring of these parts. Never: volume bytes, guest memory, `/dev/kvm` ioctls.
+//! Owns: the wiring of these parts. Never: `/dev/kvm` ioctls, the files of volumes; bytes of volumes and of guests' memory only
+//! pass through it, when a VM goes to another node.
 //! Threads: one tokio runtime with few workers; the store is used by one task only.
 #![deny(unsafe_code)]
 

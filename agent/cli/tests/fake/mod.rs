@@ -1,5 +1,6 @@
 //! A node that answers as the test wants: the services of the API over a Unix socket or TLS, without anything behind.
 
+mod archive;
 mod operation;
 
 use std::{
@@ -13,15 +14,16 @@ use serio_api::v1::{
     AttachNicRequest, AttachVolumeRequest, ConsoleInput, ConsoleOutput, CreateVdcRequest,
     CreateVdcSnapshotRequest, CreateVmRequest, DeleteImageRequest, DeleteImageResponse, DeleteVdcRequest,
     DeleteVdcResponse, DeleteVdcSnapshotRequest, DeleteVmRequest, DeleteVmResponse, DeleteVmSnapshotRequest,
-    DetachNicRequest, DetachVolumeRequest, Encryption, EraseVdcRequest, EraseVdcResponse, GetImageRequest,
-    GetImageUploadRequest, GetVdcRequest, GetVdcSnapshotRequest, GetVmRequest, Image, ImageUpload,
-    ImportImageRequest, ListImagesRequest, ListImagesResponse, ListUsageRequest, ListUsageResponse,
-    ListVdcSnapshotsRequest, ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse,
-    ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
-    OperationState, PauseVmRequest, PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt,
-    RestoreVmRequest, ResumeVmRequest, RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot,
-    SnapshotVmRequest, StartVmRequest, StopVmRequest, UpdateVdcRequest, UpdateVmRequest, Vdc, VdcSnapshot,
-    VdcUsage, Vm, VmSnapshot, VmSpec, VmState, VmStatus,
+    DetachNicRequest, DetachVolumeRequest, Encryption, EraseVdcRequest, EraseVdcResponse,
+    ExportVmSnapshotRequest, GetImageRequest, GetImageUploadRequest, GetVdcRequest, GetVdcSnapshotRequest,
+    GetVmRequest, Image, ImageUpload, ImportImageRequest, ImportVmSnapshotRequest, ListImagesRequest,
+    ListImagesResponse, ListUsageRequest, ListUsageResponse, ListVdcSnapshotsRequest,
+    ListVdcSnapshotsResponse, ListVdcsRequest, ListVdcsResponse, ListVmSnapshotsRequest,
+    ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation, OperationState, PauseVmRequest,
+    PointClass, Quota, ReadLogRequest, RebootVmRequest, Receipt, RestoreVmRequest, ResumeVmRequest,
+    RotateVdcKeyRequest, RotateVdcKeyResponse, Snapshot, SnapshotVmRequest, StartVmRequest, StopVmRequest,
+    UpdateVdcRequest, UpdateVmRequest, Vdc, VdcSnapshot, VdcUsage, Vm, VmArchivePiece, VmSnapshot, VmSpec,
+    VmState, VmStatus,
     image_service_server::{ImageService, ImageServiceServer},
     import_image_request::What,
     operation_service_server::OperationServiceServer,
@@ -336,6 +338,22 @@ impl VmService for Fake {
         _: Request<DeleteVmSnapshotRequest>,
     ) -> Result<Response<Operation>, Status> {
         Err(Status::not_found("vdcs/ardesio/vms/web/snapshots/none does not exist"))
+    }
+
+    type ExportVmSnapshotStream = Pinned<VmArchivePiece>;
+
+    async fn export_vm_snapshot(
+        &self,
+        request: Request<ExportVmSnapshotRequest>,
+    ) -> Result<Response<Self::ExportVmSnapshotStream>, Status> {
+        Ok(Response::new(Box::pin(tokio_stream::iter(archive::export(&request.get_ref().name)))))
+    }
+
+    async fn import_vm_snapshot(
+        &self,
+        request: Request<Streaming<ImportVmSnapshotRequest>>,
+    ) -> Result<Response<VmSnapshot>, Status> {
+        archive::import(request.into_inner()).await.map(Response::new)
     }
 
     async fn restore_vm(&self, request: Request<RestoreVmRequest>) -> Result<Response<Vm>, Status> {

@@ -266,7 +266,7 @@ fn proto_nic(nic: &NicSpec) -> v1::NicSpec {
     }
 }
 
-fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
+pub(super) fn proto_spec(vdc: &Name, spec: &VmSpec) -> v1::VmSpec {
     let policy = match spec.restart_policy {
         RestartPolicy::Never => v1::RestartPolicy::Never,
         RestartPolicy::OnFailure => v1::RestartPolicy::OnFailure,

@@ -2,7 +2,7 @@
 //!
 //! Owns: the servers (Unix socket, TCP with mutual TLS), who calls ([`auth`]) and who may ([`policy`]), conversion ([`convert`]), and one
 //! file per service. Never: decisions about resources (those are the state's), files other than logs and the parts
-//! of an image in import.
+//! of an image in import, and the files of a VM that goes to another node ([`archive`]).
 //!
 //! Limits: a message is at most 4 MiB, an image's chunk 1 MiB; connections, calls and streams are so many and of one peer so many
 //! ([`places`]), unfinished messages have so much room and time ([`intake`]),
@@ -11,6 +11,7 @@
 //! answer keep-alives, or takes nothing, is dropped.
 
 mod answers;
+mod archive;
 mod audit;
 pub mod auth;
 mod bounded;
@@ -38,6 +39,8 @@ pub mod usage;
 mod vdc;
 mod vm;
 mod volume;
+
+pub use archive::Moves;
 
 use std::{
     path::PathBuf,
@@ -87,6 +90,8 @@ pub struct Context {
     pub health: Health,
     /// What is used.
     pub meter: Meter,
+    /// VMs that go to other nodes, or come from them.
+    pub moves: Moves,
 }
 
 /// Who the node is.

@@ -131,6 +131,9 @@ const METHODS: &[(&str, &[(&str, Access)])] = &[
             ("ListVmSnapshots", Read),
             ("DeleteVmSnapshot", Change),
             ("RestoreVm", Change),
+            // Reads all that a guest has, so that it can be taken elsewhere.
+            ("ExportVmSnapshot", Change),
+            ("ImportVmSnapshot", Change),
             ("DeleteVm", Change),
             // Whoever types at a console changes what is behind it.
             ("AttachConsole", Change),

@@ -4,17 +4,18 @@ use std::{pin::Pin, time::Duration};
 
 use serio_api::v1::{
     AttachNicRequest, AttachVolumeRequest, ConsoleInput, ConsoleOutput, CreateVmRequest, DeleteVmRequest,
-    DeleteVmResponse, DeleteVmSnapshotRequest, DetachNicRequest, DetachVolumeRequest, GetVmRequest,
-    ListVmSnapshotsRequest, ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation,
-    PauseVmRequest, ReadLogRequest, RebootVmRequest, RestoreVmRequest, ResumeVmRequest, SnapshotVmRequest,
-    StartVmRequest, StopVmRequest, UpdateVmRequest, Vm, VmSnapshot, vm_service_server::VmService,
+    DeleteVmResponse, DeleteVmSnapshotRequest, DetachNicRequest, DetachVolumeRequest,
+    ExportVmSnapshotRequest, GetVmRequest, ImportVmSnapshotRequest, ListVmSnapshotsRequest,
+    ListVmSnapshotsResponse, ListVmsRequest, ListVmsResponse, Operation, PauseVmRequest, ReadLogRequest,
+    RebootVmRequest, RestoreVmRequest, ResumeVmRequest, SnapshotVmRequest, StartVmRequest, StopVmRequest,
+    UpdateVmRequest, Vm, VmSnapshot, vm_service_server::VmService,
 };
 use serio_types::resource;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    Context, console,
+    Context, archive, console,
     convert::{self, Fields, field, request_of},
     machine, operation, page, unexpected,
 };
@@ -242,6 +243,22 @@ impl VmService for VmApi {
             return Err(Error::invalid("as_new", problem).into());
         }
         Ok(one(self.0.mutate(Mutation::CloneVm { name, point, clone }, id).await?)?)
+    }
+
+    type ExportVmSnapshotStream = archive::Pieces;
+
+    async fn export_vm_snapshot(
+        &self,
+        request: Request<ExportVmSnapshotRequest>,
+    ) -> Result<Response<Self::ExportVmSnapshotStream>, Status> {
+        Ok(Response::new(archive::export(&self.0, request.into_inner().name).await?))
+    }
+
+    async fn import_vm_snapshot(
+        &self,
+        request: Request<Streaming<ImportVmSnapshotRequest>>,
+    ) -> Result<Response<VmSnapshot>, Status> {
+        archive::import(&self.0, request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_vm(

@@ -246,7 +246,8 @@ fn makes_something(mutation: &Mutation) -> bool {
         | Mutation::CreateVdcSnapshot { .. }
         | Mutation::CloneVolume { .. }
         | Mutation::ResizeVolume { .. }
-        | Mutation::BeginImport { .. } => true,
+        | Mutation::BeginImport { .. }
+        | Mutation::BeginVmImport(_) => true,
         Mutation::At { mutation, .. } => makes_something(mutation),
         _ => false,
     }

@@ -17,6 +17,7 @@ pub use super::{
     troubles::TroubleView,
     update::{LimitField, VmChange},
     vdc_snapshots::Consistency,
+    vm_imports::{VmImport, VmImportPlan},
 };
 use crate::error::Error;
 
@@ -80,6 +81,8 @@ pub enum Mutation {
     RestoreVm { name: VdcName, point: Name, discard_later: bool },
     /// The same as a new VM of that vdc → [`Answer::Vm`].
     CloneVm { name: VdcName, point: Name, clone: Name },
+    /// → [`Answer::VmImport`], or [`Answer::VdcSnapshot`] if the request was done before.
+    BeginVmImport(Box<VmImport>),
     /// → [`Answer::Vm`].
     PauseVm { name: VdcName },
     /// → [`Answer::Vm`].
@@ -166,6 +169,7 @@ impl Mutation {
             Self::CloneVm { name, clone, .. } => {
                 resource::vm(&VdcName { vdc: name.vdc.clone(), name: clone.clone() })
             }
+            Self::BeginVmImport(import) => resource::vm_snapshot(&import.name, &import.point),
             Self::SnapshotVm { name, point } | Self::DeleteVmSnapshot { name, point } => {
                 resource::vm_snapshot(name, point)
             }
@@ -233,6 +237,10 @@ pub enum Command {
     FinishImport(ImportedFiles),
     /// An import broke off → [`Answer::Nothing`].
     AbortImport(Uuid),
+    /// All of this VM came, and is synced → [`Answer::VdcSnapshot`].
+    FinishVmImport(Uuid),
+    /// The import of this VM broke off → the reason, when nothing is left of it.
+    AbortVmImport(Uuid, Error),
     /// Makes a resource of long work that the caller does itself: it says how far it is by [`super::owner::Client::progress`],
     /// ends it by [`Command::EndOperation`], and heeds [`super::Handles::cancelled`] → [`Answer::Operation`].
     BeginOperation {
@@ -320,6 +328,8 @@ pub enum Answer {
     Events(Vec<EventRecord>),
     /// The files of this image may be written now.
     Import(Uuid),
+    /// The files of this VM may be written now.
+    VmImport(VmImportPlan),
     /// An order is carried out.
     Ordered(Ordered),
 }

@@ -46,8 +46,8 @@ pub enum Effect {
     Unplug { vm: Uuid, pid: u32, device: Device, link: Link, wait: Duration },
     /// Ends what may still run, removes run files → [`Input::Cleaned`].
     Clean { vm: Uuid },
-    /// Removes a VM's kept files (log, seed) and its root volume's → [`Input::VmRemoved`].
-    RemoveVm { vm: Uuid, volume: Option<Uuid> },
+    /// Removes a VM's kept files (log, seed, points) and those of the volumes that go with it → [`Input::VmRemoved`].
+    RemoveVm { vm: Uuid, volumes: Vec<Uuid> },
     /// Seals a point, through the VM if one runs → [`Input::Snapshotted`].
     Snapshot { volume: Uuid, name: Name, vm: Option<Uuid> },
     /// Makes a volume larger, through the VM if one runs → [`Input::Resized`].

@@ -153,8 +153,8 @@ impl Executor {
                 self.supervisor.clean(vm).await;
                 self.send(Input::Cleaned { vm }).await;
             }
-            Effect::RemoveVm { vm, volume } => {
-                let result = self.remove_vm(vm, volume).await;
+            Effect::RemoveVm { vm, volumes } => {
+                let result = self.remove_vm(vm, volumes).await;
                 self.send(Input::VmRemoved { vm, result }).await;
             }
             Effect::RemoveImage { image } => {
@@ -342,7 +342,7 @@ impl Executor {
 
     /// Where a VM is saved.
     pub(super) fn saved_dir(&self, vm: Uuid, group: Uuid) -> PathBuf {
-        self.vm_dir(vm).join("saved").join(group.to_string())
+        self.supervisor.saved_dir(vm, group)
     }
 
     /// Takes the volumes of a VM back before it goes on from there. Done twice it is the same.
@@ -354,8 +354,8 @@ impl Executor {
         Ok(())
     }
 
-    async fn remove_vm(&self, vm: Uuid, volume: Option<Uuid>) -> Result<(), Error> {
-        if let Some(volume) = volume {
+    async fn remove_vm(&self, vm: Uuid, volumes: Vec<Uuid>) -> Result<(), Error> {
+        for volume in volumes {
             self.delete_volume(volume).await?;
         }
         let dir = self.vm_dir(vm);

@@ -54,6 +54,7 @@ mod update;
 mod vdc_snapshots;
 mod vdcs;
 mod views;
+mod vm_imports;
 mod vm_orders;
 mod vm_restore;
 mod vm_snapshots;
@@ -240,6 +241,10 @@ impl State {
             }
             Command::Order(order, request) => self.order(order, request.as_ref(), reply),
             Command::CancelOperation(uid) => answer(reply, self.cancel_operation(uid)),
+            Command::FinishVmImport(vm) => answer(reply, self.finish_vm_import(vm)),
+            Command::AbortVmImport(vm, why) => {
+                self.abort_vm_import(vm, why, Op { replies: vec![reply], request: None });
+            }
             Command::AbortImport(uid) => self.abort_import(uid, Op { replies: vec![reply], request: None }),
             Command::Mutate(mutation, request) => {
                 let op = Op { replies: vec![reply], request };
@@ -281,6 +286,7 @@ impl State {
                 self.restore_vm(&name, &point, discard_later, op)
             }
             Mutation::CloneVm { name, point, clone } => self.clone_vm(&name, &point, clone, op),
+            Mutation::BeginVmImport(import) => self.begin_vm_import(*import, op),
             Mutation::PauseVm { name } => self.order_vm(&name, Order::Pause, op),
             Mutation::ResumeVm { name } => self.order_vm(&name, Order::Resume, op),
             Mutation::DeleteVm { name, keep_root_volume, force } => {
@@ -448,6 +454,8 @@ mod sim_test;
 mod state_test;
 #[cfg(test)]
 mod update_test;
+#[cfg(test)]
+mod vm_imports_test;
 #[cfg(test)]
 mod vm_orders_test;
 #[cfg(test)]

@@ -42,6 +42,7 @@ impl State {
     pub fn recover(&mut self, now: Moment, found: &Found) -> Vec<Effect> {
         self.set_clock(now);
         let with_files: BTreeSet<Uuid> = found.vms.iter().copied().collect();
+        self.recover_vm_imports();
         let rows: Vec<(Uuid, Run)> = self.model.vms.values().map(|r| (r.uid, r.run)).collect();
         for (uid, run) in rows {
             self.recover_vm(uid, run, with_files.contains(&uid));
@@ -117,11 +118,8 @@ impl State {
             .model
             .volumes
             .values()
-            // A VM's root goes with the VM.
-            .filter(|v| {
-                v.state != Made::Ready
-                    && v.vm.is_none_or(|vm| self.model.vms.get(&vm).is_none_or(|r| r.root_volume != v.uid))
-            })
+            // A VM's go with the VM.
+            .filter(|v| v.state != Made::Ready && v.vm.is_none_or(|vm| !self.model.vms.contains_key(&vm)))
             .map(|v| v.uid)
             .collect();
         for uid in broken {

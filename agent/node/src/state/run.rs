@@ -2,7 +2,7 @@
 
 use serio_store::{
     Change, Key,
-    record::{End, EndWord, Made, Millis, Run, VmRecord},
+    record::{End, EndWord, Made, Millis, Run, VmRecord, VolumeRecord},
 };
 use serio_types::Desired;
 use uuid::Uuid;
@@ -160,7 +160,7 @@ impl State {
         let mut changes = self.deletion(&vm, keep_root);
         changes.extend(Self::forget(op.request.as_ref()));
         self.record(changes);
-        self.out.push(Effect::RemoveVm { vm: uid, volume: (!keep_root).then_some(vm.root_volume) });
+        self.out.push(Effect::RemoveVm { vm: uid, volumes: self.going_with(&vm, keep_root) });
         self.phases.insert(uid, Phase::Deleting { op, undone: Some(error) });
     }
 
@@ -357,6 +357,15 @@ impl State {
         changes
     }
 
+    /// The volumes whose files go with a VM: its root, and those that never became whole.
+    fn going_with(&self, vm: &VmRecord, keep_root: bool) -> Vec<Uuid> {
+        let goes = |v: &&VolumeRecord| match v.uid == vm.root_volume {
+            true => !keep_root,
+            false => v.vm == Some(vm.uid) && v.state == Made::Creating,
+        };
+        self.model.volumes.values().filter(goes).map(|v| v.uid).collect()
+    }
+
     pub(super) fn begin_delete(
         &mut self,
         uid: Uuid,
@@ -374,7 +383,7 @@ impl State {
         if !keep_root {
             self.drop_works(vm.root_volume);
         }
-        self.out.push(Effect::RemoveVm { vm: uid, volume: (!keep_root).then_some(vm.root_volume) });
+        self.out.push(Effect::RemoveVm { vm: uid, volumes: self.going_with(&vm, keep_root) });
         self.phases.insert(uid, Phase::Deleting { op, undone: None });
         Ok(())
     }
@@ -396,6 +405,9 @@ impl State {
         let of_vm = self.model.volumes.values().filter(|v| v.vm == Some(uid));
         for mut volume in of_vm.cloned().collect::<Vec<_>>() {
             if volume.uid == vm.root_volume && vm.run != Run::DeletingKeepRoot {
+                changes.push(Change::Delete(Key::Volume(volume.uid)));
+            } else if volume.state == Made::Creating {
+                // It was never whole, nor was this: its files went along.
                 changes.push(Change::Delete(Key::Volume(volume.uid)));
             } else if unborn {
                 // It never ran: its volumes were made for it, and go with it.

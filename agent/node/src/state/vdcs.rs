@@ -265,6 +265,9 @@ impl State {
         }
         if let Ok((vm, point)) = resource::parse_vm_snapshot(name) {
             let record = self.model.vm_snapshot(&vm, &point)?;
+            if record.state == Made::Creating {
+                return Err(Error::Busy { resource: name.to_owned(), operation: "its import" });
+            }
             return Ok(Answer::VdcSnapshot(self.vdc_snapshot_view(record)));
         }
         let snapshot = resource::parse_snapshot(name).map_err(|_| Error::not_found(name))?;

@@ -223,8 +223,9 @@ impl World {
             }
             Effect::PowerButton { .. } | Effect::Timer { .. } => return None,
             Effect::Stop { vm } => return self.end(vm, EndKind::Stopped),
-            Effect::RemoveVm { vm, volume } => {
-                Input::VmRemoved { vm, result: volume.map_or(Ok(()), |volume| self.delete(volume)) }
+            Effect::RemoveVm { vm, volumes } => {
+                let result = volumes.into_iter().try_for_each(|volume| self.delete(volume));
+                Input::VmRemoved { vm, result }
             }
             Effect::Snapshot { volume, name, vm } => {
                 Input::Snapshotted { volume, result: self.snapshot(volume, name, vm) }

@@ -45,6 +45,7 @@ mod process;
 mod reshape;
 mod rundir;
 mod save;
+mod saved;
 mod spawn;
 mod vdc_snapshot;
 mod vm;
@@ -86,6 +87,7 @@ pub use plan::{
 };
 pub use reshape::{ChangesAsk, CloneSource, is_unlinkable};
 pub use save::SavePlan;
+pub use saved::SavedFiles;
 pub use vdc_snapshot::{SealedVolume, VdcPart, VdcSnapshotPlan};
 pub use vm::VmHandle;
 

@@ -407,3 +407,37 @@ async fn usage_is_read_page_by_page() {
     let ran = case.run(&["vdc", "usage", "ardesio", "--from", "yesterday"]).await;
     assert_eq!(ran.code, 2, "{}", ran.stderr);
 }
+
+#[tokio::test]
+async fn a_vms_snapshot_goes_into_a_file_of_its_owner_and_back() {
+    use std::os::unix::fs::PermissionsExt;
+    let case = Case::new();
+    let file = case.path("web.vm");
+    let path = file.to_str().unwrap();
+    let exported = case.run(&["vm", "snapshot", "export", "ardesio/web@before", path]).await;
+    assert_eq!((exported.code, exported.stderr.as_str()), (0, ""));
+    assert!(exported.stdout.contains("not encrypted"), "{}", exported.stdout);
+    assert_eq!(std::fs::read(&file).unwrap(), b"an archive");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    // What is there is not touched.
+    let again = case.run(&["vm", "snapshot", "export", "ardesio/web@before", path]).await;
+    assert!(again.code == 1 && again.stderr.contains("cannot create"), "{}", again.stderr);
+    assert_eq!(std::fs::read(&file).unwrap(), b"an archive");
+    // What broke off is no file.
+    let other = case.path("cut.vm");
+    let cut = case.run(&["vm", "snapshot", "export", "ardesio/web@cut", other.to_str().unwrap()]).await;
+    assert!(cut.code == 1 && cut.stderr.contains("the disk is gone"), "{}", cut.stderr);
+    assert!(!other.exists());
+    let piped = case.run(&["vm", "snapshot", "export", "ardesio/web@before", "-"]).await;
+    assert_eq!((piped.code, piped.stdout.as_str()), (0, "an archive"));
+
+    let import = ["vm", "snapshot", "import", path, "--vdc", "hall", "--name", "web2"];
+    let imported = case.run(&import).await;
+    assert_eq!(imported.code, 0, "{}", imported.stderr);
+    assert!(imported.stdout.contains("serio vm restore hall/web2 before"), "{}", imported.stdout);
+    let import = ["vm", "snapshot", "import", "-", "--vdc", "hall", "--name", "web2"];
+    assert_eq!(case.run_with(&import, "an archive", &[]).await.code, 0);
+    let broken = case.run_with(&import, "an arch", &[]).await;
+    assert!(broken.code == 2 && broken.stderr.contains("broke off"), "{} {}", broken.code, broken.stderr);
+    assert_eq!(case.run(&["vm", "snapshot", "import", "/nonexistent/web.vm"]).await.code, 1);
+}

@@ -24,6 +24,11 @@ fn the_promised_command_lines() {
         "serio vm log ardesio/web",
         "serio vm stop ardesio/web --force",
         "serio vm stop ardesio/web --timeout 60s",
+        "serio vm snapshot ardesio/web",
+        "serio vm snapshot ardesio/web --name friday",
+        "serio vm snapshot export ardesio/web@friday web.vm",
+        "serio vm snapshot export vdcs/ardesio/vms/web/snapshots/friday -",
+        "serio vm snapshot import - --vdc town-hall --name web2 --image tiny --new-macs",
         "serio volume snapshot ardesio/web-root --name before",
         "serio volume export ardesio/web-root --snapshot before",
         "serio volume delete-snapshot ardesio/web-root@before --async",
@@ -67,6 +72,10 @@ fn mistypes_exit_2() {
         "serio pki issue DIR ../x --role node",
         "serio pki issue DIR x --role root",
         "serio vm stop ardesio/web --timeout soon",
+        "serio vm snapshot",
+        "serio vm snapshot export ardesio/web web.vm",
+        "serio vm snapshot export ardesio/web@friday",
+        "serio vm snapshot import web.vm --vdc a/b",
         "serio completion tcsh",
     ] {
         let error = parse(line).expect_err(line);

@@ -34,7 +34,7 @@ pub use vdc::{
     ConsistencyArg, GranularityArg, LimitArgs, QuotaArgs, UpdateArgs, UsageArgs, VdcSnapshotArgs, VdcVerb,
 };
 pub use vm::{Boot, ConsoleArgs, LogArgs, NicArg, Restart, StopArgs, VmArgs, VmVerb};
-pub use vm_snapshot::{RestoreArgs, VmSnapshotArgs};
+pub use vm_snapshot::{ExportSnapshotArgs, ImportSnapshotArgs, RestoreArgs, VmSnapshotArgs, VmSnapshotVerb};
 pub use volume::{ExportArgs, VolumeVerb};
 
 const CONNECTION: &str = "Connection";

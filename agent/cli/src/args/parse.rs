@@ -52,9 +52,12 @@ pub fn in_vdc(text: &str) -> Result<VdcName, String> {
     short.parse().map_err(|e: serio_types::NameError| e.to_string())
 }
 
-/// `ardesio/web-root@before`, or `vdcs/ardesio/volumes/web-root/snapshots/before`.
+/// `ardesio/web-root@before`, or `vdcs/ardesio/volumes/web-root/snapshots/before` (and so for VMs).
 pub fn snapshot_name(text: &str) -> Result<SnapshotName, String> {
-    match serio_types::resource::parse_snapshot(text) {
+    let of_vm = |(volume, snapshot)| SnapshotName { volume, snapshot };
+    let pasted = serio_types::resource::parse_snapshot(text)
+        .or_else(|_| serio_types::resource::parse_vm_snapshot(text).map(of_vm));
+    match pasted {
         Ok(name) => Ok(name),
         Err(_) => text.parse().map_err(|e: serio_types::NameError| e.to_string()),
     }

@@ -22,6 +22,7 @@ mod upload;
 mod usage;
 mod vdc;
 mod vm;
+mod vm_archive;
 mod vm_plug;
 mod vm_snapshot;
 mod volume;

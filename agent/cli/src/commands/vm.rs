@@ -9,9 +9,9 @@ use serio_api::v1::{
 };
 use serio_types::{Name, VdcName};
 
-use super::{machine, request_id, vm_plug, vm_snapshot};
+use super::{machine, request_id, vm_archive, vm_plug, vm_snapshot};
 use crate::{
-    args::{Boot, Global, LogArgs, StopArgs, VmArgs, VmVerb},
+    args::{Boot, Global, LogArgs, StopArgs, VmArgs, VmSnapshotArgs, VmVerb},
     client::Client,
     error::Failure,
     names, output,
@@ -69,7 +69,14 @@ pub(super) async fn run(
             let vm = machine::resume(client, &name).await?;
             output.done(&vm, &sentence(&vm))
         }
-        VmVerb::Snapshot(args) => vm_snapshot::snapshot(client, args, output).await,
+        VmVerb::Snapshot(VmSnapshotArgs { verb: Some(verb), .. }) => {
+            vm_archive::run(client, verb, output).await
+        }
+        VmVerb::Snapshot(VmSnapshotArgs { vm: Some(vm), name, .. }) => {
+            vm_snapshot::snapshot(client, vm, name, output).await
+        }
+        // The arguments ask for one of them.
+        VmVerb::Snapshot(_) => Ok(()),
         VmVerb::Snapshots { name } => vm_snapshot::snapshots(client, &name, output).await,
         VmVerb::Restore(args) => {
             let vm = vm_snapshot::restore(client, args).await?;

@@ -8,15 +8,19 @@ use serio_types::{Name, VdcName};
 
 use super::{operation, request_id};
 use crate::{
-    args::{RestoreArgs, VmSnapshotArgs, WaitArgs},
+    args::{RestoreArgs, WaitArgs},
     client::Client,
     error::Failure,
     names, output,
     output::Output,
 };
 
-pub(super) async fn snapshot(client: &Client, args: VmSnapshotArgs, output: Output) -> Result<(), Failure> {
-    let VmSnapshotArgs { vm, name } = args;
+pub(super) async fn snapshot(
+    client: &Client,
+    vm: VdcName,
+    name: Option<Name>,
+    output: Output,
+) -> Result<(), Failure> {
     // Sortable, and one a second.
     let name = name.map_or_else(|| format!("s{}", output::now_compact()), |name| name.to_string());
     let request = SnapshotVmRequest { request_id: request_id(), vm: names::vm(&vm), snapshot_id: name };

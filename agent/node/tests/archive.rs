@@ -115,6 +115,14 @@ async fn is_empty(seriod: &Seriod, channel: &Channel) {
     }
 }
 
+async fn until(what: &str, so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !so() {
+        assert!(Instant::now() < deadline, "{what}: not within a minute");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 fn entries(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
@@ -221,6 +229,21 @@ async fn what_breaks_off_or_does_not_fit_leaves_nothing() {
     let longer = import(&at_b, target(), &[&archive[..], b"x"].concat()).await.unwrap_err();
     assert!(longer.message().contains("follows"), "{longer:?}");
     is_empty(&b, &at_b).await;
+
+    // Whoever sends it is gone in the middle, without a word.
+    let (sender, receiver) = tokio::sync::mpsc::channel(1000);
+    let mut client = VmServiceClient::new(at_b.clone());
+    let importing = tokio::spawn(async move {
+        client.import_vm_snapshot(tokio_stream::wrappers::ReceiverStream::new(receiver)).await
+    });
+    for message in messages(target(), &archive[..len - 44]) {
+        sender.send(message).await.unwrap();
+    }
+    until("both disks are there", || entries(&b.dir.path().join("state/volumes")).len() == 2).await;
+    importing.abort();
+    until("they are gone", || entries(&b.dir.path().join("state/volumes")).is_empty()).await;
+    until("its files are gone", || entries(&b.dir.path().join("state/vms")).is_empty()).await;
+    drop(sender);
 
     let mut vdcs = VdcServiceClient::new(at_b.clone());
     let quota = Quota { vcpus: 1, memory_bytes: 1 << 30, storage_bytes: 4 << 20, ..Quota::default() };

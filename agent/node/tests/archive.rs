@@ -8,6 +8,7 @@ mod common;
 use std::{
     os::unix::fs::PermissionsExt,
     path::Path,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -277,6 +278,38 @@ async fn what_breaks_off_or_does_not_fit_leaves_nothing() {
     );
 }
 
+/// As a person does it: from one host to the other, without a file.
+#[tokio::test]
+async fn the_command_pipes_it_from_host_to_host() {
+    let (a, _, _, _) = match saved_node().await {
+        Ok(node) => node,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    let serio = Path::new(env!("CARGO_BIN_EXE_seriod")).with_file_name("serio");
+    if !serio.is_file() {
+        return eprintln!("skipped: {} is not built", serio.display());
+    }
+    let mut b = Seriod::new("");
+    let at_b = furnish(&mut b).await.unwrap();
+    let at = |node: &Seriod, args: &[&str]| {
+        let mut command = Command::new(&serio);
+        command.arg("--host").arg(format!("unix:{}", node.dir.path().join("run/seriod.sock").display()));
+        command.args(args);
+        command
+    };
+    let mut out = at(&a, &["vm", "snapshot", "export", "ardesio/web@move", "-"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let args = ["vm", "snapshot", "import", "-", "--name", "web2", "--new-macs"];
+    let into = at(&b, &args).stdin(out.stdout.take().unwrap()).output().unwrap();
+    assert!(out.wait().unwrap().success());
+    let said = String::from_utf8_lossy(&into.stdout);
+    assert!(into.status.success() && said.contains("serio vm restore ardesio/web2 move"), "{into:?}");
+    let vm = restore(&at_b, "vdcs/ardesio/vms/web2/snapshots/move").await;
+    counts_beyond(&b, &vm.uid, 0).await;
+}
+
 /// The bytes of a disk leave a plain vdc and lie encrypted in another one, whose key leaves with nobody.
 #[tokio::test]
 async fn disks_arrive_encrypted_where_disks_are() {
@@ -334,24 +367,15 @@ async fn an_import_that_seriod_does_not_survive_is_undone() {
     for message in most {
         sender.send(message).await.unwrap();
     }
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while entries(&b.dir.path().join("state/volumes")).len() < 2 {
-        assert!(Instant::now() < deadline && !importing.is_finished(), "it does not come so far");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let mut vms = VmServiceClient::new(at_b.clone());
-    let early =
-        vms.start_vm(StartVmRequest { name: WEB.to_owned(), ..Default::default() }).await.unwrap_err();
-    assert!(early.message().contains("its creation"), "{early:?}");
+    until("both disks are there", || entries(&b.dir.path().join("state/volumes")).len() == 2).await;
     b.kill();
     assert!(importing.await.unwrap().is_err());
     drop(sender);
     b.start();
     at_b = b.connect().await.unwrap();
     // What it was asked for now waits until that is settled.
-    let made = import(&at_b, target(), &archive).await;
     let deadline = Instant::now() + Duration::from_secs(60);
-    let mut made = made;
+    let mut made = import(&at_b, target(), &archive).await;
     while let Err(busy) = &made {
         assert!(Instant::now() < deadline, "{busy:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;

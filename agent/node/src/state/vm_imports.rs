@@ -291,8 +291,8 @@ fn after_vm(vm: &Name, old: &Name, root: bool) -> Result<Name, Error> {
     })
 }
 
-/// In all places of a spec that name it.
-fn rename_volumes(spec: &mut VmSpec, names: &BTreeMap<Name, Name>) {
+/// In all places of a spec that name them.
+pub(super) fn rename_volumes(spec: &mut VmSpec, names: &BTreeMap<Name, Name>) {
     let limited = spec.machine.device_limits.iter_mut().filter_map(|one| match &mut one.device {
         LimitedDevice::Volume(name) => Some(name),
         LimitedDevice::Root | LimitedDevice::Nic(_) => None,

@@ -8,6 +8,8 @@
 //! that takes the volumes back once more, which changes nothing, and starts again. What a clone was given is taken away
 //! with it if it never ran.
 
+use std::collections::BTreeMap;
+
 use serio_store::{
     Change,
     record::{Made, Run, SnapshotRecord, VdcSnapshotRecord, VmRecord, VolumeRecord},
@@ -19,6 +21,7 @@ use super::{
     Refused, State, check,
     effect::{CloneOne, Effect, Restore},
     phase::{Cause, Op, Phase, VolumeOp},
+    vm_imports::rename_volumes,
 };
 use crate::error::Error;
 
@@ -185,8 +188,8 @@ impl State {
         let mut spec = self.spec_of(&group)?;
         spec.nics.iter_mut().for_each(|nic| nic.mac = None);
         let mut spec = self.choose_macs(spec, uid)?;
-        let (mut volumes, mut clones) = (Vec::new(), Vec::new());
-        for volume in self.volumes_then(&source, &spec.volumes.clone(), &parts)? {
+        let (mut volumes, mut clones, mut names) = (Vec::new(), Vec::new(), BTreeMap::new());
+        for volume in self.volumes_then(&source, &spec.volumes, &parts)? {
             let root = volume.uid == source.root_volume;
             let suffix = if root { "root" } else { volume.name.as_str() };
             let new = format!("{}-{suffix}", clone.name).parse::<Name>().map_err(|_| {
@@ -198,13 +201,14 @@ impl State {
             let part = SnapshotName { volume: self.model.volume_name(volume), snapshot: point.clone() };
             let full = VdcName { vdc: clone.vdc.clone(), name: new.clone() };
             let (record, source) = self.plan_clone(&part, &full, None)?;
-            if let Some(named) = spec.volumes.iter_mut().find(|named| !root && **named == volume.name) {
-                *named = new;
+            if !root {
+                names.insert(volume.name.clone(), new);
             }
             let (volume, size_bytes) = (record.uid, record.size_bytes);
             clones.push(CloneOne { volume, size_bytes, source, point: point.clone() });
             volumes.push(VolumeRecord { vm: Some(uid), ..record });
         }
+        rename_volumes(&mut spec, &names);
         let ask = Quota {
             vcpus: u64::from(spec.vcpus.get()),
             memory_bytes: spec.memory.bytes(),

@@ -85,6 +85,7 @@ impl State {
             let (record, _) = self.plan_point(&self.model.volume_name(volume), point)?;
             parts.push(SnapshotRecord { group: Some(uid), ..record });
         }
+        self.admit_snapshots(&name.vdc, parts.len() as u64)?;
         let saved =
             SavedVm { vm: vm.uid, spec: vm.spec.clone(), memory_bytes: 0, paused_ns: 0, bases: Vec::new() };
         let group = VdcSnapshotRecord {

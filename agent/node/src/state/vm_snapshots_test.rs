@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use serio_store::record::{Made, Run};
-use serio_types::{Name, VdcName};
+use serio_types::{DeviceLimits, IoLimits, LimitedDevice, Name, Quota, VdcLimits, VdcName};
 use uuid::Uuid;
 
 use super::{
-    command::{Answer, Mutation, VmState},
+    command::{Answer, LimitsChange, Mutation, VmState},
     effect::{CloneOne, Device, Effect, Input, Launch, PlugResult, SaveOne, SavedSize},
     sim_test::{Sim, spec},
     world_test::World,
@@ -160,6 +160,9 @@ fn running() -> Sim {
         .unwrap();
     let mut spec = spec(1);
     spec.volumes.push("data".parse().unwrap());
+    let limits = IoLimits { operations_per_second: 9, ..IoLimits::default() };
+    let device = LimitedDevice::Volume("data".parse().unwrap());
+    spec.machine.device_limits = vec![DeviceLimits { device, limits }];
     sim.ask(Mutation::CreateVm { name: web(), spec, start: true }).unwrap();
     sim
 }
@@ -201,6 +204,8 @@ fn clones_go_on_beside_it_with_volumes_of_their_own() {
     assert_ne!(old.record.spec.nics[0].mac, new.record.spec.nics[0].mac);
     assert_eq!(new.root_volume.unwrap().to_string(), "ardesio/copy-root");
     assert_eq!(new.record.spec.volumes[0].as_str(), "copy-data");
+    let limited = &new.record.spec.machine.device_limits[0].device;
+    assert_eq!(*limited, LimitedDevice::Volume("copy-data".parse().unwrap()));
     assert!(matches!(sim.ask(clone()), Err(Error::Exists { .. })));
     sim.assert_agreement();
     // With the VM go its points.
@@ -209,6 +214,24 @@ fn clones_go_on_beside_it_with_volumes_of_their_own() {
     assert!(sim.world.saved.is_empty() && sim.state().model().vdc_snapshots.is_empty());
     assert_eq!(sim.vm("ardesio/copy").unwrap().state, VmState::Running);
     sim.assert_agreement();
+}
+
+/// Each of its volumes has a part.
+#[test]
+fn its_points_are_within_the_quota_of_snapshots() {
+    let mut sim = running();
+    let quota = Quota { vcpus: 100, memory_bytes: 1 << 41, storage_bytes: 1 << 30 };
+    let update = |sim: &mut Sim, snapshots| {
+        let limits =
+            LimitsChange { limits: VdcLimits { snapshots, ..VdcLimits::default() }, keep_share: true };
+        let name = web().vdc;
+        sim.ask(Mutation::UpdateVdc { name, quota, limits, expected_generation: 0 }).unwrap();
+    };
+    update(&mut sim, 1);
+    let refused = crate::error::chain(&sim.ask(snapshot()).unwrap_err());
+    assert!(refused.contains("snapshots: 2 asked, 1 available"), "{refused}");
+    update(&mut sim, 2);
+    sim.ask(snapshot()).unwrap();
 }
 
 #[test]

@@ -21,7 +21,7 @@ use std::{
     net::{Shutdown, TcpStream},
     os::unix::net::UnixStream,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -40,6 +40,13 @@ const LOOK_EVERY: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 const PIECE_BYTES: usize = 64 * 1024;
 /// Pieces that pass one after the other before the sockets are asked again.
 const PIECES_MAX: usize = 8;
+/// How often the processor is offered to others before answers are fetched. Measured beside one of each, over one connection: of 256 KiB reads
+/// 1.0, 1.3, 1.4, 1.4 times as many with 0, 1, 3, 6; of 4 KiB reads 1.0, 1.1, 1.2, 1.2.
+const YIELDS: u32 = 4;
+/// An export's turn is shorter: somebody else has work.
+const YIELDED_LONG: Duration = Duration::from_micros(500);
+/// So long nothing is offered after that.
+const REST: Duration = Duration::from_millis(10);
 /// The thread keeps its buffers on the heap.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -107,6 +114,8 @@ struct Relay<'a> {
     /// Decrypted, for the export; `passed` bytes of it have gone.
     plain: Vec<u8>,
     passed: usize,
+    /// Until then the processor is not offered to others.
+    rests_until: Option<Instant>,
 }
 
 impl<'a> Relay<'a> {
@@ -114,7 +123,17 @@ impl<'a> Relay<'a> {
         // What is not sent is bounded by not reading more.
         session.set_buffer_limit(None);
         let (piece, plain) = (Vec::new(), Vec::new());
-        Relay { ends, session, active, client: Side::Open, export: Side::Open, piece, plain, passed: 0 }
+        Relay {
+            ends,
+            session,
+            active,
+            client: Side::Open,
+            export: Side::Open,
+            piece,
+            plain,
+            passed: 0,
+            rests_until: None,
+        }
     }
 
     fn run(&mut self) -> io::Result<()> {
@@ -139,6 +158,7 @@ impl<'a> Relay<'a> {
                 self.hear()?;
             }
             if far.intersects(PollFlags::IN | over) && self.hears_export() {
+                self.gather();
                 self.fetch()?;
             }
         }
@@ -271,6 +291,26 @@ impl<'a> Relay<'a> {
             let _ = self.ends.far.shutdown(Shutdown::Write);
         }
         Ok(())
+    }
+
+    /// Lets the export go on for a moment before its answers are fetched: what comes together goes out in full records, and the
+    /// client is woken once. A processor that nobody else wants comes back at once. One that is wanted for long is left to whoever
+    /// wants it, but not again and again.
+    fn gather(&mut self) {
+        let mut last = Instant::now();
+        if self.rests_until.is_some_and(|until| last < until) {
+            return;
+        }
+        self.rests_until = None;
+        for _ in 0..YIELDS {
+            std::thread::yield_now();
+            let now = Instant::now();
+            if now.saturating_duration_since(last) > YIELDED_LONG {
+                self.rests_until = Some(now + REST);
+                return;
+            }
+            last = now;
+        }
     }
 
     /// Reads from the export while it has whole pieces and the client takes them.

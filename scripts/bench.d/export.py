@@ -5,10 +5,8 @@ The disk lies on a tmpfs, so that the servers are measured and not a device. Cli
 
 Clients run on the same processors, and inside TLS reading has them do more than any server: a thread for each connection, which
 decrypts. So no server can pass a certain rate, that of `a server that costs nothing`: as many of the client's threads as there are
-processors, always busy, with the least processor time an operation that they needed with any of the servers. Of 256 KiB over one connection,
-on two busy processors, the client needed 226 to 332 µs, our relay 155 to 190 and serio-volumed 27 to 37 beside it, nbdkit 268 to 308:
-the client is the dearest, and the greatest ratio that is possible lies somewhere between 0.9 and 1.3. Over four connections all of them share the two
-processors, and rates are as the sums: (287 + 268) / (287 + 212) = 1.11 on a quiet machine, where 1.2 would take 175 instead of 212 µs.
+processors, always busy, with the least processor time an operation that they needed with any of the servers. How often everybody is woken
+counts as much as what everybody does: over one connection two processors are never both busy all the time.
 """
 
 import json

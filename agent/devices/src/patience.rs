@@ -57,8 +57,11 @@ impl Patience {
 
     /// After a sleep.
     pub(crate) fn woken(&mut self) {
+        self.woken_at(Instant::now());
+    }
+
+    fn woken_at(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
-        let now = Instant::now();
         if self.rest_until.is_some_and(|until| now < until) {
             return;
         }
@@ -80,8 +83,8 @@ mod tests {
     fn sleeps(patience: &mut Patience, times: u32, length: Duration) {
         for _ in 0..times {
             let now = Instant::now();
-            patience.idle_since = now.checked_sub(length);
-            patience.woken();
+            patience.idle_since = Some(now);
+            patience.woken_at(now + length);
         }
     }
 
@@ -108,10 +111,10 @@ mod tests {
     #[test]
     fn what_comes_is_found_and_what_does_not_is_not_waited_for() {
         let mut patience = Patience { look_ns: u64::MAX, ..Patience::default() };
-        let mut left = 3;
+        let mut asked = 0;
         let coming = || {
-            left -= 1;
-            left == 0
+            asked += 1;
+            asked > 1
         };
         assert!(patience.look(coming));
         let mut patience = Patience { look_ns: LOOK_NS_MAX, ..Patience::default() };
@@ -133,6 +136,8 @@ mod tests {
         };
         assert!(!patience.look(robbed));
         assert_eq!(asked, 2, "and once more at the end");
+        assert!(patience.rest_until.is_some());
+        patience.rest_until = Some(Instant::now() + Duration::from_secs(3600));
         sleeps(&mut patience, 1, Duration::ZERO);
         assert_eq!(patience.look_ns, 0, "it rests");
         patience.rest_until = Some(Instant::now());

@@ -128,29 +128,36 @@ impl MsiLine {
         Ok(MsiLine { vm, gsi, event, state: Mutex::default() })
     }
 
-    /// Sends the line's interrupts as `message` from now on; `None` disconnects it: triggers are then lost, so
-    /// whoever masks a line keeps what is pending.
-    pub fn route(&self, message: Option<MsiMessage>) -> Result<(), VmError> {
+    /// Sends the line's interrupts as `message` from now on.
+    pub fn route(&self, message: MsiMessage) -> Result<(), VmError> {
         let mut state = lock(&self.state);
-        if state.routed == message {
-            return Ok(());
-        }
-        {
+        if state.routed != Some(message) {
             let mut routes = lock(&self.vm.routes);
-            match message {
-                Some(message) => routes.messages.insert(self.gsi, message),
-                None => routes.messages.remove(&self.gsi),
-            };
+            routes.messages.insert(self.gsi, message);
             set_routes(&self.vm, &routes)?;
+            state.routed = Some(message);
         }
-        state.routed = message;
         // Wired at its first use: a VM starts with many lines, and its guest uses few of them.
-        if message.is_some() && !state.wired {
+        if !state.wired {
             self.vm
                 .fd
                 .register_irqfd(&self.event, self.gsi)
                 .map_err(VmError::kvm("wire an interrupt (irqfd)"))?;
             state.wired = true;
+        }
+        Ok(())
+    }
+
+    /// Delivers nothing until the next [`MsiLine::route`]: what is signalled until then stays in the eventfd, and is delivered
+    /// by it.
+    pub fn hold(&self) -> Result<(), VmError> {
+        let mut state = lock(&self.state);
+        if state.wired {
+            self.vm
+                .fd
+                .unregister_irqfd(&self.event, self.gsi)
+                .map_err(VmError::kvm("hold an interrupt (irqfd)"))?;
+            state.wired = false;
         }
         Ok(())
     }

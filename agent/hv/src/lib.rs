@@ -8,6 +8,7 @@
 //!                            │  ──► MsiLine   one interrupt of a PCI function: eventfd → irqfd → MSI route
 //!                            │  ──► IrqLine   one pin of the IO-APIC: eventfd → irqfd
 //!                            └──► ioeventfd   a doorbell: guest write → eventfd, without leaving the kernel
+//!   VhostNet     the kernel's own card: a tap's queue and a guest's rings, without a thread of ours
 //!   GuestMemory  memfd, mapped once, shared by KVM and all device threads
 //! ```
 //!
@@ -34,6 +35,7 @@ mod release;
 mod state;
 mod tap;
 mod vcpu;
+mod vhost;
 mod vm;
 mod writes;
 
@@ -51,8 +53,9 @@ pub use release::release_memory;
 pub use state::{VcpuState, VmState};
 pub use tap::{Tap, TapError, TapOffloads, VNET_HEADER_BYTES};
 pub use vcpu::{ExitReason, IoHandler, RunError, Vcpu, VcpuKick};
+pub use vhost::{VHOST_NET, VhostNet, VhostRing};
 pub use vm::{IoAddr, Vm, VmError};
-pub use writes::{GuestRam, WriteLog, mark_written};
+pub use writes::{GuestRam, WriteLog, is_logged, mark_written};
 
 pub use vm_memory;
 pub use vmm_sys_util::eventfd::EventFd;

@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::vhost::VhostNet;
+
 /// Bytes of the header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 12;
 
@@ -54,6 +56,8 @@ pub struct Tap {
     fd: OwnedFd,
     /// As the kernel has it: asking for what is so already is an error.
     attached: AtomicBool,
+    name: String,
+    vhost: Option<VhostNet>,
 }
 
 impl Tap {
@@ -95,7 +99,7 @@ impl Tap {
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives during the call.
         let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         check("attach to the tap interface: does it exist, and may this user open it?", done)?;
-        Tap::finish(fd, true)
+        Tap::finish(fd, &request, true)
     }
 
     /// Takes over a descriptor that somebody else opened.
@@ -115,15 +119,33 @@ impl Tap {
         // SAFETY: no memory is involved.
         let done = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, old | libc::O_NONBLOCK) };
         check("make the tap non-blocking", done)?;
-        Tap::finish(fd, flags & libc::IFF_DETACH_QUEUE == 0)
+        Tap::finish(fd, &request, flags & libc::IFF_DETACH_QUEUE == 0)
     }
 
-    fn finish(fd: OwnedFd, attached: bool) -> Result<Tap, TapError> {
+    fn finish(fd: OwnedFd, interface: &libc::ifreq, attached: bool) -> Result<Tap, TapError> {
         let bytes = VNET_HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int, which lives during the call.
         let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) };
         check("set the tap's header size", done)?;
-        Ok(Tap { fd, attached: AtomicBool::new(attached) })
+        // Names that are no text are possible, and of no use to anybody.
+        let bytes = interface.ifr_name.iter().map(|byte| byte.cast_unsigned());
+        let name = String::from_utf8_lossy(&bytes.take_while(|byte| *byte != 0).collect::<Vec<_>>()).into();
+        Ok(Tap { fd, attached: AtomicBool::new(attached), name, vhost: None })
+    }
+
+    /// Lets the kernel move its packets by itself, when somebody asks it to.
+    pub fn set_vhost(&mut self, vhost: VhostNet) {
+        self.vhost = Some(vhost);
+    }
+
+    /// What can move its packets without us.
+    pub fn vhost(&self) -> Option<&VhostNet> {
+        self.vhost.as_ref()
+    }
+
+    /// Its interface's name, as it was when the queue was opened.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Sets what packets may look like that are read from now on.

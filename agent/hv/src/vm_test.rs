@@ -133,12 +133,49 @@ fn a_doorbell_rings_without_an_exit() {
 fn lines_can_be_routed_triggered_and_masked() {
     let Some((vm, _vcpu)) = guest(&[0xf4]) else { return };
     let line = vm.msi_line().expect("line");
-    line.route(Some(MsiMessage { address: 0xfee0_0000, data: 0x30 })).expect("routed");
+    line.route(MsiMessage { address: 0xfee0_0000, data: 0x30 }).expect("routed");
     line.trigger().expect("rings");
-    line.route(None).expect("masked");
-    line.route(Some(MsiMessage { address: 0xfee0_0000, data: 0x31 })).expect("routed again");
+    line.route(MsiMessage { address: 0xfee0_0000, data: 0x31 }).expect("routed again");
     drop(line);
     vm.irq_line(4).expect("pin").trigger().expect("rings");
+}
+
+/// Whether the interrupt with this vector waits in the processor's local APIC: its bit of IRR (Intel SDM 3A, 11.8.4).
+fn requested(vcpu: &Vcpu, vector: usize) -> bool {
+    let lapic = vcpu.save().expect("saved").lapic;
+    lapic[0x200 + vector / 32 * 16 + vector % 32 / 8] >> (vector % 8) & 1 == 1
+}
+
+#[test]
+fn what_is_signalled_on_a_held_line_is_delivered_later() {
+    // mov dword [0xfee000f0], 0x1ff (the local APIC is enabled) ; out 0x80, al ; jmp $
+    let code = [0xc7, 0x05, 0xf0, 0, 0xe0, 0xfe, 0xff, 1, 0, 0, 0xe6, 0x80, 0xeb, 0xfe];
+    let Some((vm, mut vcpu)) = guest(&code) else { return };
+    let mut io = Recorder::default();
+    while io.writes.is_empty() {
+        vcpu.run(&mut io).expect("runs");
+    }
+    let line = vm.msi_line().expect("line");
+    line.route(MsiMessage { address: 0xfee0_0000, data: 0x30 }).expect("routed");
+    line.event_fd().write(1).expect("signalled");
+    let arrived = |vector| {
+        let until = Instant::now() + Duration::from_secs(10);
+        while !requested(&vcpu, vector) && Instant::now() < until {
+            std::thread::yield_now();
+        }
+        requested(&vcpu, vector)
+    };
+    assert!(arrived(0x30), "a line that is routed delivers");
+    line.hold().expect("held");
+    line.hold().expect("held already");
+    line.event_fd().write(1).expect("signalled");
+    line.route(MsiMessage { address: 0xfee0_0000, data: 0x51 }).expect("routed again");
+    assert!(arrived(0x51), "what was signalled meanwhile is delivered then");
+    line.hold().expect("held");
+    line.event_fd().write(3).expect("signalled");
+    assert_eq!(line.event_fd().read().expect("it waits"), 3);
+    line.route(MsiMessage { address: 0xfee0_0000, data: 0x52 }).expect("routed again");
+    assert!(!requested(&vcpu, 0x52), "somebody else has taken it");
 }
 
 /// Counts in a register and says each number at port 0x80, so that a number lost or said twice is seen.

@@ -143,6 +143,11 @@ pub fn mark_written(memory: &GuestRam, at: usize, len: usize) {
     }
 }
 
+/// Whether somebody wants to know what is written. It stays so until the memory goes away.
+pub fn is_logged(memory: &GuestRam) -> bool {
+    memory.iter().any(|region| region_log(region).words.get().is_some())
+}
+
 /// The log of a region itself, not a slice of it.
 pub(crate) fn region_log(region: &GuestRegionMmap<WriteLog>) -> &WriteLog {
     let mapping: &vm_memory::MmapRegion<WriteLog> = region;

@@ -6,7 +6,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::msix::Msix;
+use crate::platform::MsiRoute;
 
 /// `VIRTIO_MSI_NO_VECTOR`.
 pub(crate) const NO_VECTOR: u16 = 0xffff;
@@ -85,6 +88,43 @@ impl QueueInterrupt {
         if let Some(vector) = self.shared.queue_vectors.get(usize::from(self.queue)) {
             self.shared.ring(vector.load(Ordering::Acquire), ISR_QUEUE);
         }
+    }
+}
+
+impl QueueInterrupt {
+    /// Lends the line of this interrupt to a device inside the kernel. `None`: the driver polls, or has masked it just now; then
+    /// only [`QueueInterrupt::trigger`] is right.
+    pub fn lend(&self) -> Option<LentLine> {
+        let vector = self.shared.queue_vectors.get(usize::from(self.queue))?.load(Ordering::Acquire);
+        let route = self.shared.msix.lend(vector)?;
+        Some(LentLine { shared: self.shared.clone(), vector, route })
+    }
+}
+
+/// A queue's interrupt in other hands. If the driver moves the queue to another vector, the transport suspends the device and
+/// lets it go on: so a device gives its lines back when it is suspended.
+pub struct LentLine {
+    shared: Arc<Shared>,
+    vector: u16,
+    route: Arc<dyn MsiRoute>,
+}
+
+impl LentLine {
+    /// Delivers the interrupt when it is signalled.
+    pub fn event(&self) -> &EventFd {
+        self.route.event()
+    }
+}
+
+impl Drop for LentLine {
+    fn drop(&mut self) {
+        self.shared.msix.take_back(self.vector);
+    }
+}
+
+impl std::fmt::Debug for LentLine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LentLine").field("vector", &self.vector).finish_non_exhaustive()
     }
 }
 

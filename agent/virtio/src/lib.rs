@@ -31,7 +31,7 @@ mod state;
 pub mod testing;
 
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
-pub use interrupt::{ConfigInterrupt, DeviceFailure, QueueInterrupt};
+pub use interrupt::{ConfigInterrupt, DeviceFailure, LentLine, QueueInterrupt};
 pub use pci::bus::{BusError, Failure, PciBus, PciFunction};
 pub use pci::host_bridge::HostBridge;
 pub use pci::transport::{VirtioPci, VirtioPciError};

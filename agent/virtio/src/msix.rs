@@ -4,6 +4,8 @@
 //! - A live vector delivers through its line at once. The line is allocated and routed when the vector
 //!   first becomes live, and routed again only if its message changed: masking costs no system call.
 //! - A vector that is not live keeps its interrupt in its pending bit and delivers it when it becomes live.
+//! - A live vector's line can be *lent* to a device inside the kernel, which signals it past all this. If the vector stops being
+//!   live meanwhile, its line is held: what is signalled then waits in its eventfd, and counts as pending.
 //!
 //! Lock order: a vector's lock is innermost. Devices' threads call [`Msix::trigger`]; vcpus write the table.
 
@@ -28,14 +30,25 @@ struct Vector {
     masked: bool,
     pending: bool,
     line: Option<Line>,
+    /// How many queues have it.
+    lent: u16,
 }
 
 struct Line {
-    route: Box<dyn MsiRoute>,
+    route: Arc<dyn MsiRoute>,
+    /// None: not routed yet, or held.
     routed: Option<MsiMessage>,
 }
 
 impl Vector {
+    /// Takes note of what was signalled while the line was held.
+    fn collect(&mut self) {
+        if let Some(line) = self.line.as_ref().filter(|line| self.lent > 0 && line.routed.is_none()) {
+            // Non-blocking: an error says that there is nothing.
+            self.pending |= line.route.event().read().is_ok();
+        }
+    }
+
     fn reset(&mut self) {
         self.message = UNWRITTEN;
         self.masked = true;
@@ -56,7 +69,10 @@ fn lock(vector: &Mutex<Vector>) -> MutexGuard<'_, Vector> {
 
 impl Msix {
     pub(crate) fn new(platform: Arc<dyn Platform>, vectors: u16) -> Self {
-        let vector = || Mutex::new(Vector { message: UNWRITTEN, masked: true, pending: false, line: None });
+        let vector = || {
+            let (message, masked, pending) = (UNWRITTEN, true, false);
+            Mutex::new(Vector { message, masked, pending, line: None, lent: 0 })
+        };
         Self { platform, control: AtomicU16::new(0), vectors: (0..vectors).map(|_| vector()).collect() }
     }
 
@@ -102,11 +118,16 @@ impl Msix {
     /// Brings the line in step with the vector and delivers what is pending, if it is live.
     fn settle(&self, vector: &mut Vector) -> io::Result<()> {
         if !self.live(vector) {
+            if let Some(line) = vector.line.as_mut().filter(|line| vector.lent > 0 && line.routed.is_some()) {
+                line.route.hold()?;
+                line.routed = None;
+            }
             return Ok(());
         }
+        vector.collect();
         let message = vector.message;
         if vector.line.is_none() {
-            vector.line = Some(Line { route: self.platform.msi_route()?, routed: None });
+            vector.line = Some(Line { route: self.platform.msi_route()?.into(), routed: None });
         }
         let Some(line) = vector.line.as_mut() else { return Ok(()) };
         if line.routed != Some(message) {
@@ -118,6 +139,29 @@ impl Msix {
             vector.pending = false;
         }
         Ok(())
+    }
+
+    /// The line of a live vector, for a device inside the kernel to signal until [`Msix::take_back`]. `None`: it is not live.
+    pub(crate) fn lend(&self, vector: u16) -> Option<Arc<dyn MsiRoute>> {
+        let mut vector = lock(self.vectors.get(usize::from(vector))?);
+        let line = vector.line.as_ref().filter(|line| self.live(&vector) && line.routed.is_some())?;
+        let route = line.route.clone();
+        vector.lent = vector.lent.saturating_add(1);
+        Some(route)
+    }
+
+    /// Nobody signals a line that was lent any more, but for the others who have it.
+    pub(crate) fn take_back(&self, vector: u16) {
+        if let Some(vector) = self.vectors.get(usize::from(vector)) {
+            let mut vector = lock(vector);
+            vector.collect();
+            vector.lent = vector.lent.saturating_sub(1);
+        }
+    }
+
+    /// Whether any line is lent.
+    pub(crate) fn has_lent(&self) -> bool {
+        self.vectors.iter().any(|vector| lock(vector).lent > 0)
     }
 
     /// The table and the pending bits.
@@ -203,7 +247,11 @@ impl Msix {
                 let pending = first
                     .checked_add(u64::from(bit))
                     .and_then(|index| self.entry(index))
-                    .is_some_and(|vector| lock(vector).pending);
+                    .is_some_and(|vector| {
+                        let mut vector = lock(vector);
+                        vector.collect();
+                        vector.pending
+                    });
                 bits | (u8::from(pending) << bit)
             });
         }

@@ -15,6 +15,11 @@ pub trait MsiRoute: Send + Sync {
     fn route(&self, message: MsiMessage) -> io::Result<()>;
     /// Delivers the message. One system call.
     fn trigger(&self) -> io::Result<()>;
+    /// What delivers the message when it is signalled, for a device inside the kernel.
+    fn event(&self) -> &EventFd;
+    /// Delivers nothing until the next [`MsiRoute::route`]: what is signalled until then waits in [`MsiRoute::event`], and is
+    /// delivered by it.
+    fn hold(&self) -> io::Result<()>;
 }
 
 /// What a transport asks of the hypervisor.
@@ -45,10 +50,18 @@ impl Platform for Arc<Vm> {
 
 impl MsiRoute for MsiLine {
     fn route(&self, message: MsiMessage) -> io::Result<()> {
-        MsiLine::route(self, Some(message)).map_err(io::Error::other)
+        MsiLine::route(self, message).map_err(io::Error::other)
     }
 
     fn trigger(&self) -> io::Result<()> {
         MsiLine::trigger(self)
+    }
+
+    fn event(&self) -> &EventFd {
+        self.event_fd()
+    }
+
+    fn hold(&self) -> io::Result<()> {
+        MsiLine::hold(self).map_err(io::Error::other)
     }
 }

@@ -253,6 +253,23 @@ impl VirtQueue {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
+    /// Where the descriptor table, the driver's ring and the device's ring lie.
+    pub fn places(&self) -> [GuestAddress; 3] {
+        [self.queue.desc_table(), self.queue.avail_ring(), self.queue.used_ring()].map(GuestAddress)
+    }
+
+    /// The next entry of the driver's ring that is to be taken.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Goes on behind somebody else, who has taken all entries before `next_avail` and has given each of them back.
+    pub fn skip_to(&mut self, next_avail: u16) {
+        let taken = next_avail.wrapping_sub(self.queue.next_avail());
+        self.queue.set_next_avail(next_avail);
+        self.queue.set_next_used(self.queue.next_used().wrapping_add(taken));
+    }
+
     /// How far the device has come: the next index in the available ring, and in the used ring.
     pub(crate) fn positions(&self) -> (u16, u16) {
         (self.queue.next_avail(), self.queue.next_used())

@@ -49,7 +49,8 @@ impl FakePlatform {
 struct FakeRoute {
     message: Mutex<Option<MsiMessage>>,
     delivered: Arc<Mutex<Vec<MsiMessage>>>,
-    bell: Option<EventFd>,
+    event: EventFd,
+    rings: bool,
 }
 
 impl MsiRoute for FakeRoute {
@@ -61,7 +62,16 @@ impl MsiRoute for FakeRoute {
     fn trigger(&self) -> io::Result<()> {
         let message = self.message.lock().unwrap().expect("only routed lines are triggered");
         self.delivered.lock().unwrap().push(message);
-        self.bell.as_ref().map_or(Ok(()), |bell| bell.write(1))
+        if self.rings { self.event.write(1) } else { Ok(()) }
+    }
+
+    fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn hold(&self) -> io::Result<()> {
+        *self.message.lock().unwrap() = None;
+        Ok(())
     }
 }
 
@@ -69,7 +79,9 @@ impl Platform for FakePlatform {
     fn msi_route(&self) -> io::Result<Box<dyn MsiRoute>> {
         self.lines.fetch_add(1, Ordering::Relaxed);
         let bell = self.bell.as_ref().map(EventFd::try_clone).transpose()?;
-        Ok(Box::new(FakeRoute { message: Mutex::new(None), delivered: self.delivered.clone(), bell }))
+        let rings = bell.is_some();
+        let event = bell.map_or_else(|| EventFd::new(EFD_NONBLOCK), Ok)?;
+        Ok(Box::new(FakeRoute { message: Mutex::new(None), delivered: self.delivered.clone(), event, rings }))
     }
 
     fn watch(&self, address: u64, event: &EventFd) -> io::Result<()> {

@@ -38,6 +38,8 @@ pub(crate) enum CommonEvent {
     Reset,
     /// Hand the queues to the device.
     Activate,
+    /// A queue has another vector now.
+    Moved,
     /// The driver asked for the impossible.
     Fail,
 }
@@ -233,7 +235,10 @@ impl Common {
             (22, 2) => self.queue_select = short,
             (26, 2) => {
                 if let Some(vector) = shared.queue_vectors.get(usize::from(self.queue_select)) {
-                    vector.store(checked_vector(shared, short), Ordering::Release);
+                    let checked = checked_vector(shared, short);
+                    if vector.swap(checked, Ordering::AcqRel) != checked {
+                        return CommonEvent::Moved;
+                    }
                 }
             }
             (28, 2) if short == 1 => return self.enable_queue(memory),

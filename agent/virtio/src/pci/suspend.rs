@@ -72,6 +72,13 @@ impl VirtioPci {
         }
     }
 
+    /// The driver takes its interrupts elsewhere: a device that has lent their lines to the kernel looks for them again.
+    pub(super) fn lend_again(&mut self) {
+        if self.shared.msix.has_lent() && self.suspend_device().is_ok() {
+            self.resume_device();
+        }
+    }
+
     pub(super) fn save_function(&self) -> FunctionState {
         let mut virtio = self.common.save(&self.shared);
         virtio.device_id = self.device.device_id().into();

@@ -71,6 +71,80 @@ fn a_suspended_device_goes_on_with_its_queues_and_hears_its_doorbells() {
     assert!(bench.seen.lock().unwrap().active.is_none(), "a reset ends it");
 }
 
+/// The line of queue 1's interrupt.
+fn lend(bench: &Bench) -> Option<crate::LentLine> {
+    bench.seen.lock().unwrap().active.as_ref().unwrap().queues[1].interrupt.lend()
+}
+
+#[test]
+fn a_lent_line_is_held_while_its_vector_is_masked() {
+    let bench = Bench::new();
+    bench.bring_up();
+    assert!(lend(&bench).is_none(), "the driver polls");
+    let control = with_msix(&bench);
+    let mask = |on: u8| bench.write(0x4000 + 16 + 12, &[on, 0, 0, 0]);
+    mask(1);
+    assert!(lend(&bench).is_none(), "it is masked");
+    mask(0);
+    let line = lend(&bench).unwrap();
+    mask(1);
+    assert_eq!(bench.read::<1>(0x5000), [0]);
+    line.event().write(1).unwrap();
+    assert_eq!(bench.read::<1>(0x5000), [2], "it counts as pending");
+    line.event().write(1).unwrap();
+    assert!(bench.platform.take_delivered().is_empty());
+    mask(0);
+    assert_eq!(
+        bench.platform.take_delivered().iter().map(|message| message.data).collect::<Vec<_>>(),
+        [0x41]
+    );
+    // The whole function masked, and the line given back before it is not.
+    bench.set_config(control, &0xc000u16.to_le_bytes());
+    line.event().write(1).unwrap();
+    drop(line);
+    assert_eq!(bench.read::<1>(0x5000), [2]);
+    bench.set_config(control, &0x8000u16.to_le_bytes());
+    assert_eq!(bench.platform.take_delivered().len(), 1);
+    assert_eq!(bench.read::<1>(0x5000), [0]);
+    mask(1);
+    bench.seen.lock().unwrap().active.as_ref().unwrap().queues[1].interrupt.trigger();
+    assert_eq!(bench.read::<1>(0x5000), [2], "as before it was ever lent");
+}
+
+#[test]
+fn a_device_that_has_lent_lines_starts_again_when_they_move() {
+    let bench = Bench::new();
+    bench.bring_up();
+    let control = with_msix(&bench);
+    let kicks = || {
+        let seen = bench.seen.lock().unwrap();
+        seen.active
+            .as_ref()
+            .unwrap()
+            .queues
+            .iter()
+            .map(|queue| queue.kick.read().unwrap_or(0))
+            .collect::<Vec<_>>()
+    };
+    let move_queue_1 = |vector: u16| {
+        bench.write(22, &1u16.to_le_bytes());
+        bench.write(26, &vector.to_le_bytes());
+    };
+    move_queue_1(0);
+    assert_eq!(kicks(), [0, 0], "nobody has lent anything");
+    let line = lend(&bench).unwrap();
+    move_queue_1(0);
+    assert_eq!(kicks(), [0, 0], "it was there before");
+    move_queue_1(2);
+    assert_eq!(kicks(), [1, 1], "suspended, and gone on");
+    bench.set_config(control, &0u16.to_le_bytes());
+    assert_eq!(kicks(), [1, 1], "interrupts are switched off");
+    assert!(lend(&bench).is_none());
+    drop(line);
+    bench.set_config(control, &0x8000u16.to_le_bytes());
+    assert_eq!(kicks(), [0, 0]);
+}
+
 #[test]
 fn a_saved_function_lives_on_elsewhere() {
     let bench = Bench::new();

@@ -246,6 +246,7 @@ impl VirtioPci {
             CommonEvent::Nothing => {}
             CommonEvent::Reset => self.reset_device(),
             CommonEvent::Activate => self.activate(),
+            CommonEvent::Moved => self.lend_again(),
             CommonEvent::Fail => self.shared.fail(),
         }
     }
@@ -308,7 +309,11 @@ impl PciFunction for VirtioPci {
         }
         let control = self.msix_capability.saturating_add(2);
         if touches(offset, len, control..control.saturating_add(2)) {
+            let before = self.shared.msix.enabled();
             result = result.and(self.shared.msix.set_control(self.config.u16_at(control)));
+            if self.shared.msix.enabled() != before {
+                self.lend_again();
+            }
         }
         if result.is_err() {
             self.shared.fail();

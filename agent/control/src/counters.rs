@@ -95,6 +95,12 @@ pub struct NicCounters {
     /// From the guest.
     #[prost(message, optional, tag = "3")]
     pub sent: Option<PacketCounters>,
+    /// The tap's interface, as it was called when it was opened.
+    #[prost(string, tag = "4")]
+    pub tap: String,
+    /// Queue pairs whose packets the kernel moves by itself (vhost-net). It counts them at the tap, and nobody here.
+    #[prost(uint32, tag = "5")]
+    pub pairs_in_kernel: u32,
 }
 
 /// One direction of a card.
@@ -106,7 +112,7 @@ pub struct PacketCounters {
     /// Their bytes.
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
-    /// Packets that were lost in the card. Those that the tap's own queue lost are counted by its interface.
+    /// Packets that were lost in the card. Those that the tap's own queue lost are counted by its interface alone.
     #[prost(uint64, tag = "3")]
     pub drops: u64,
 }

@@ -29,6 +29,9 @@ pub struct Nic {
     /// Further queues of the same tap, in their order: one for each further queue pair. At most [`NIC_PAIRS_MAX`] with the first.
     #[prost(uint32, repeated, tag = "5")]
     pub more_tap_fds: Vec<u32>,
+    /// Open `/dev/vhost-net`s, one for each queue pair: the kernel may move the card's packets. Empty: it may not, or cannot.
+    #[prost(uint32, repeated, tag = "6")]
+    pub vhost_fds: Vec<u32>,
 }
 
 /// Bounds of a device, each with what may pass at once after a rest. 0: no bound, or the usual burst.

@@ -6,7 +6,7 @@
 //! ready, a piece at a time. A regular file, which cannot be waited for, is always ready.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use serio_hv::GuestRam;
@@ -153,7 +153,7 @@ impl End {
     fn want(&mut self, poller: &Poller, fd: &OwnedFd, set: EventSet) {
         if !self.always && !self.closed && !self.armed && !set.is_empty() {
             // It was taken at the start, so the kernel has no reason to refuse; if it does, the port stays silent.
-            let _ = poller.change(fd.as_fd(), set | EventSet::ONE_SHOT, self.token);
+            let _ = poller.change(fd.as_raw_fd(), set | EventSet::ONE_SHOT, self.token);
             self.armed = true;
         }
     }

@@ -5,7 +5,7 @@
 //! - They are kept outside of the devices, and go on over resets of the guest. They never go back.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Upper bounds of all but the last bucket of a [`Histogram`] are 2^4 to 2^22 microseconds: 16 µs to about 4.2 s.
@@ -218,6 +218,14 @@ pub struct PairCounts {
     pub received: PacketCounts,
     /// From the guest.
     pub sent: PacketCounts,
+    /// The kernel has its rings: it counts at the tap only.
+    in_kernel: AtomicBool,
+}
+
+impl PairCounts {
+    pub(crate) fn set_in_kernel(&self, is: bool) {
+        self.in_kernel.store(is, Ordering::Release);
+    }
 }
 
 /// A network card's counters, a set for each of its queue pairs; clones are the same.
@@ -242,6 +250,8 @@ pub struct NicTotals {
     pub received: PacketTotals,
     /// From the guest.
     pub sent: PacketTotals,
+    /// Pairs whose packets pass inside the kernel, and are not in here.
+    pub in_kernel: u16,
 }
 
 impl NicCounts {
@@ -261,7 +271,8 @@ impl NicCounts {
     pub fn totals(&self) -> NicTotals {
         let mut totals = NicTotals::default();
         for pair in self.0.iter() {
-            let NicTotals { received, sent } = &mut totals;
+            let NicTotals { received, sent, in_kernel } = &mut totals;
+            *in_kernel = in_kernel.saturating_add(pair.in_kernel.load(Ordering::Acquire).into());
             for (total, counts) in [(received, &pair.received), (sent, &pair.sent)] {
                 total.packets = total.packets.saturating_add(counts.packets.get());
                 total.bytes = total.bytes.saturating_add(counts.bytes.get());

@@ -18,10 +18,11 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serio_virtio::ActivateError;
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::worker::Poller;
@@ -125,8 +126,8 @@ pub struct Limiter {
     start: Instant,
     bytes: Bucket,
     operations: Bucket,
-    /// One change at a time; no request takes it.
-    change: Mutex<()>,
+    /// One change at a time; no request takes it. Who wants to hear of changes.
+    change: Mutex<Vec<Weak<EventFd>>>,
 }
 
 impl Limiter {
@@ -134,7 +135,7 @@ impl Limiter {
     #[must_use]
     pub fn new(limits: Limits) -> Arc<Limiter> {
         let (bytes, operations) = (Bucket::default(), Bucket::default());
-        let limiter = Limiter { start: Instant::now(), bytes, operations, change: Mutex::new(()) };
+        let limiter = Limiter { start: Instant::now(), bytes, operations, change: Mutex::default() };
         limiter.set(limits);
         Arc::new(limiter)
     }
@@ -142,10 +143,24 @@ impl Limiter {
     /// These count from now on, with full buckets where a limit is another than before: who waits learns of it within
     /// a quarter of a second.
     pub fn set(&self, limits: Limits) {
-        let _alone = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut watchers = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         let now_ns = self.now_ns();
         self.bytes.set(limits.bytes, now_ns);
         self.operations.set(limits.operations, now_ns);
+        // One whose counter is full was told.
+        watchers.retain(|watcher| watcher.upgrade().map(|bell| bell.write(1)).is_some());
+    }
+
+    /// Rings `bell` after each change, as long as somebody holds it.
+    pub(crate) fn watch(&self, bell: &Arc<EventFd>) {
+        let mut watchers = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(bell));
+    }
+
+    /// Whether anything is limited.
+    pub(crate) fn is_limit(&self) -> bool {
+        self.bytes.is_limit() || self.operations.is_limit()
     }
 
     fn now_ns(&self) -> u64 {
@@ -154,7 +169,7 @@ impl Limiter {
 
     /// How long to wait before the next request, and when that was asked; none: there is no limit.
     fn look(&self) -> Option<(Duration, u64)> {
-        if !self.bytes.is_limit() && !self.operations.is_limit() {
+        if !self.is_limit() {
             return None;
         }
         let now_ns = self.now_ns();
@@ -201,6 +216,11 @@ impl Gate {
             self.closed = false;
         }
         !self.closed
+    }
+
+    /// Whether anything is limited at all.
+    pub(crate) fn is_limit(&self) -> bool {
+        self.limiter.is_limit()
     }
 
     /// Whether the last answer was no: nothing is to be taken until the timer is reported.

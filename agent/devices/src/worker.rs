@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// Enough for our loops, whose large buffers are on the heap; untouched pages cost nothing.
 const STACK_BYTES: usize = 256 << 10;
 /// More descriptors than any device watches.
-const EVENTS_MAX: usize = 8;
+const EVENTS_MAX: usize = 12;
 /// Which descriptor is ready: the worker's own bell is this one, the others are numbered by the device.
 pub(crate) const STOP: u64 = u64::MAX;
 
@@ -66,8 +66,8 @@ impl Poller {
     }
 
     /// Changes what a descriptor is watched for.
-    pub(crate) fn change(&self, fd: BorrowedFd<'_>, set: EventSet, token: u64) -> io::Result<()> {
-        self.epoll.ctl(ControlOperation::Modify, fd.as_raw_fd(), EpollEvent::new(set, token))
+    pub(crate) fn change(&self, fd: RawFd, set: EventSet, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(set, token))
     }
 
     /// Sleeps until something is ready and calls `each` with its token and what is ready.

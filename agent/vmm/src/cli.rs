@@ -69,8 +69,9 @@ pub struct RunArgs {
     #[arg(long = "disk", value_name = "FILE[,readonly][,iops=N][,bandwidth=SIZE]")]
     pub disks: Vec<DiskArg>,
     /// A network card on this tap device, which exists and may be opened; again for more. One that was made with `multi_queue` gives
-    /// it a queue pair for each vcpu, up to four
-    #[arg(long = "net", value_name = "TAP[,mac=MAC][,packets=N][,bandwidth=SIZE]")]
+    /// it a queue pair for each vcpu, up to four. Where the host has vhost-net and the card no limits, the kernel moves its packets by
+    /// itself, unless `novhost` says no
+    #[arg(long = "net", value_name = "TAP[,mac=MAC][,packets=N][,bandwidth=SIZE][,novhost]")]
     pub nets: Vec<NetArg>,
     /// A virtio console (hvc0 in Linux) on this pseudo-terminal, pipe or file
     #[arg(long, value_name = "FILE")]
@@ -185,7 +186,7 @@ impl FromStr for VsockArg {
     }
 }
 
-/// `TAP[,mac=MAC][,packets=N][,bandwidth=SIZE]`: packets and bytes a second in each direction.
+/// `TAP[,mac=MAC][,packets=N][,bandwidth=SIZE][,novhost]`: packets and bytes a second in each direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetArg {
     /// The tap device's name.
@@ -194,12 +195,18 @@ pub struct NetArg {
     pub mac: [u8; 6],
     /// What it may do, in each direction.
     pub limits: Limits,
+    /// Whether the kernel may move its packets by itself, where it can.
+    pub vhost: bool,
 }
 
 impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<NetArg, String> {
+        let (text, vhost) = match text.strip_suffix(",novhost") {
+            Some(rest) => (rest, false),
+            None => (text, true),
+        };
         let (mut text, mut limits) = (text, Limits::default());
         while let Some(rest) = take_limit(text, "packets", &mut limits)? {
             text = rest;
@@ -216,7 +223,7 @@ impl FromStr for NetArg {
             Some(mac) => parse_mac(mac)?,
             None => mac_of(tap),
         };
-        Ok(NetArg { tap: tap.to_owned(), mac, limits })
+        Ok(NetArg { tap: tap.to_owned(), mac, limits, vhost })
     }
 }
 
@@ -308,6 +315,9 @@ mod tests {
         assert_eq!((net.tap.as_str(), net.mac), ("tap0", [2, 0, 0, 0, 0, 1]));
         assert_eq!(net.limits.operations, Rate { per_second: 1000, burst: 0 });
         assert!("a.raw,iops=many".parse::<DiskArg>().is_err());
+        assert!(net.vhost && net.limits != Limits::default());
+        let net: NetArg = "tap0,mac=02:00:00:00:00:01,packets=1000,novhost".parse().expect("a card");
+        assert!(!net.vhost && net.mac == [2, 0, 0, 0, 0, 1] && net.limits != Limits::default());
         assert!("tap0,bandwidth=fast".parse::<NetArg>().is_err());
     }
 

@@ -21,7 +21,7 @@ use serio_devices::ports::{GUEST_AGENT, HostPort, Ports};
 use serio_devices::rng::{self, Rng};
 use serio_devices::vsock::{Outgoing, Vsock, VsockHost};
 use serio_devices::{Notices, Trouble};
-use serio_hv::Tap;
+use serio_hv::{Tap, VhostNet};
 use serio_virtio::VirtioDevice;
 use serio_volume::{Access, Volume};
 
@@ -196,6 +196,11 @@ impl Nic {
         self.taps.len()
     }
 
+    /// The tap's interface.
+    pub fn tap(&self) -> &str {
+        self.taps.first().map_or("", |tap| tap.name())
+    }
+
     /// Its address, in words.
     pub fn name(&self) -> String {
         mac_text(self.mac)
@@ -365,8 +370,13 @@ fn open_disk(disk: &DiskArg, file: File) -> Result<Disk, DeviceError> {
 fn open_nic(net: &NetArg, vcpus: u32) -> Result<Nic, DeviceError> {
     // At most four.
     let pairs = message::nic_pairs(vcpus) as u16;
-    let taps =
+    let mut taps =
         Tap::open(&net.tap, pairs).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
+    if net.vhost {
+        // Without it packets pass here.
+        let vhosts = std::iter::repeat_with(VhostNet::open).map_while(Result::ok);
+        taps.iter_mut().zip(vhosts).for_each(|(tap, vhost)| tap.set_vhost(vhost));
+    }
     Ok(Nic::new(taps, net.mac, None, net.limits))
 }
 

@@ -10,7 +10,8 @@
 //! A queue pair has a thread and a queue of the tap of its own, so nothing is locked on the way of a packet. Packets go between
 //! the tap and guest memory in one `readv` or `writev` each, without a copy of ours: the header in front of them has the
 //! same shape on both sides, so checksum and segmentation offloads pass through untouched. The tap is told what the
-//! guest negotiated, so that it never hands over what the guest cannot take.
+//! guest negotiated, so that it never hands over what the guest cannot take. Where the host has vhost-net and nothing speaks against it,
+//! the kernel does this by itself, and the thread sleeps: see `kernel.rs`.
 //!
 //! - As many pairs as there are cables ([`Net::new`]); with one there is neither MQ nor a control queue.
 //! - The host chooses the pair of a packet to the guest: that on which the guest last sent to the same peer, else by hash.
@@ -22,11 +23,14 @@
 mod control;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod hostile;
+mod kernel;
 mod rx;
 mod worker;
 
 #[cfg(test)]
 mod bounds_test;
+#[cfg(test)]
+mod kernel_test;
 #[cfg(test)]
 mod net_test;
 #[cfg(test)]
@@ -44,6 +48,7 @@ use serio_virtio::{
 
 pub use self::control::LIMITS as COMMAND_LIMITS;
 use self::control::Pairs;
+pub use self::kernel::Shortcut;
 use self::worker::{Cable, NetWorker, Shared};
 use crate::count::NicCounts;
 use crate::limit::{Limiter, Limits};
@@ -82,6 +87,11 @@ pub trait Link: AsFd + Send + Sync {
 
     /// Whether packets come to it rather than to the others of the card. It is attached at first.
     fn set_attached(&self, attached: bool) -> io::Result<()>;
+
+    /// What can move its packets past this process, if anything can.
+    fn shortcut(&self) -> Option<&dyn Shortcut> {
+        None
+    }
 }
 
 impl Link for Tap {
@@ -91,6 +101,10 @@ impl Link for Tap {
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {
         Tap::set_attached(self, attached)
+    }
+
+    fn shortcut(&self) -> Option<&dyn Shortcut> {
+        self.vhost().map(|vhost| vhost as &dyn Shortcut)
     }
 }
 
@@ -266,6 +280,7 @@ impl VirtioDevice for Net {
             pairs: self.pairs.clone(),
             usable: u16::try_from(rings.len()).unwrap_or(u16::MAX),
             rules,
+            features: activation.features,
             failure: activation.failure,
         };
         for (index, rings) in rings.into_iter().enumerate() {

@@ -20,6 +20,7 @@ pub(super) struct Cable {
     fd: OwnedFd,
     offloads: Mutex<Vec<TapOffloads>>,
     pub(super) attached: AtomicBool,
+    pub(super) kernel: OnceLock<Arc<dyn Shortcut>>,
 }
 
 impl AsFd for Cable {
@@ -37,6 +38,10 @@ impl Link for Cable {
     fn set_attached(&self, attached: bool) -> io::Result<()> {
         self.attached.store(attached, Ordering::Release);
         Ok(())
+    }
+
+    fn shortcut(&self) -> Option<&dyn Shortcut> {
+        self.kernel.get().map(|kernel| &**kernel)
     }
 }
 
@@ -101,7 +106,12 @@ impl Card {
 pub(super) fn cable() -> (Arc<Cable>, OwnedFd) {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-    let cable = Cable { fd: ours, offloads: Mutex::default(), attached: AtomicBool::new(true) };
+    let cable = Cable {
+        fd: ours,
+        offloads: Mutex::default(),
+        attached: AtomicBool::new(true),
+        kernel: OnceLock::new(),
+    };
     (Arc::new(cable), theirs)
 }
 

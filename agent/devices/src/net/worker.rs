@@ -12,14 +12,15 @@
 //! - A packet that the tap refuses is dropped, as a cable would. A full tap keeps it for later.
 //! - Each direction has its own limits, which are the card's: all its pairs share them. What they hold back stays in the ring or in the tap, and the thread sleeps on a timer.
 //! - A tap that was removed is a cable that was pulled: link down, packets are lost, the VM goes on.
+//! - Where the kernel can do all this by itself, it does (`kernel.rs`), and the thread sleeps until something speaks against it.
 //! - A broken ring sets DEVICE_NEEDS_RESET; no ring of the card is touched after it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use serio_hv::{GuestMemory, VNET_HEADER_BYTES, receive_packet, send_packet};
+use serio_hv::{GuestMemory, VNET_HEADER_BYTES, is_logged, receive_packet, send_packet};
 use serio_sandbox::Kind;
 use serio_virtio::{ActivateError, ActiveQueue, Chain, ConfigInterrupt, DeviceFailure, QueueError};
 
@@ -27,6 +28,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Link;
 use super::control::{Control, Pairs};
+use super::kernel::Handover;
 use super::rx::{Posts, Rules};
 use crate::count::PairCounts;
 use crate::limit::{Gate, Limiter};
@@ -42,6 +44,10 @@ const RX_LIMITS: u64 = 3;
 const TX_LIMITS: u64 = 4;
 const CONTROL_KICK: u64 = 5;
 const CONTROL_LIMITS: u64 = 6;
+/// The kernel has found a ring that makes no sense.
+const KERNEL_ERROR: u64 = 7;
+/// The limits are others now.
+const CHANGED: u64 = 8;
 /// Packets in one direction before the other has its turn.
 const BATCH: usize = 64;
 
@@ -67,6 +73,8 @@ pub(super) struct NetWorker {
     outgoing_waits: bool,
     link_readable: bool,
     link_writable: bool,
+    /// The tap has said that something is wrong with it.
+    link_lost: bool,
     rx_gate: Gate,
     tx_gate: Gate,
     cable: Arc<Cable>,
@@ -74,6 +82,8 @@ pub(super) struct NetWorker {
     control: Option<Control>,
     /// There may be commands.
     commanded: bool,
+    /// Where the kernel could do it.
+    handover: Option<Handover>,
 }
 
 /// What the threads of a card share.
@@ -87,6 +97,8 @@ pub(super) struct Shared {
     /// Pairs whose rings the driver has made.
     pub(super) usable: u16,
     pub(super) rules: Rules,
+    /// What driver and device agreed on.
+    pub(super) features: u64,
     pub(super) failure: DeviceFailure,
 }
 
@@ -145,6 +157,11 @@ impl NetWorker {
                 Ok(Control::new(ring, gate, shared.pairs.clone(), shared.usable))
             })
             .transpose()?;
+        let handover = link.shortcut().map(|shortcut| {
+            let limiters = [&*shared.rx_limiter, &*shared.tx_limiter];
+            Handover::new(shortcut, shared.features, limiters, (&poller, KERNEL_ERROR, CHANGED))
+        });
+        let handover = handover.transpose()?.flatten();
         let worker = NetWorker {
             rx_gate: Gate::new(shared.rx_limiter.clone(), &poller, RX_LIMITS)?,
             tx_gate: Gate::new(shared.tx_limiter.clone(), &poller, TX_LIMITS)?,
@@ -159,8 +176,10 @@ impl NetWorker {
             outgoing_waits: false,
             link_readable: true,
             link_writable: true,
+            link_lost: false,
             control,
             commanded: true,
+            handover,
         };
         let failure = shared.failure.clone();
         let name = format!("net-pair{index}");
@@ -168,21 +187,28 @@ impl NetWorker {
     }
 
     fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Vec<ActiveQueue> {
-        let mut stop = false;
+        let (mut stop, mut broken) = (false, false);
         while !stop {
-            if !failure.is_marked() && self.work().is_err() {
+            if broken {
                 failure.mark();
             }
+            if self.settle(poller, failure).is_err() || (!failure.is_marked() && self.work().is_err()) {
+                failure.mark();
+            }
+            let due = &mut self.handover.as_mut().map(|handover| &mut handover.due);
             let (readable, writable) = (&mut self.link_readable, &mut self.link_writable);
-            let commanded = &mut self.commanded;
+            let (commanded, lost) = (&mut self.commanded, &mut self.link_lost);
             let waited = poller.wait(|token, ready| match token {
                 STOP => stop = true,
                 LINK => {
+                    *lost |= ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
                     // An error is found out by the next read.
                     *readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
                     *writable |= ready.contains(EventSet::OUT);
                 }
                 CONTROL_KICK | CONTROL_LIMITS => *commanded = true,
+                KERNEL_ERROR => broken = true,
+                CHANGED => due.iter_mut().for_each(|due| **due = true),
                 _ => {}
             });
             if waited.is_err() {
@@ -190,16 +216,71 @@ impl NetWorker {
                 break;
             }
         }
+        if self.take_back(poller).is_err() {
+            failure.mark();
+        }
         // For the next one: buffers that hold no packet, and the packet that the tap did not take.
         self.rx.queue.put_back(self.posts.give_up());
         self.tx.queue.put_back(u16::from(self.outgoing_waits));
         [self.rx, self.tx].into_iter().chain(self.control.map(Control::into_ring)).collect()
     }
 
+    /// Lets the kernel have the rings while nothing needs the packets to pass here.
+    fn settle(&mut self, poller: &Poller, failure: &DeviceFailure) -> io::Result<()> {
+        let Some(handover) = &self.handover else { return Ok(()) };
+        let ours = failure.is_marked()
+            || self.link_lost
+            || self.rx_gate.is_limit()
+            || self.tx_gate.is_limit()
+            || is_logged(&self.memory);
+        match handover.is_taken() {
+            true if ours => self.take_back(poller),
+            false if !ours && handover.due => self.hand_over(poller),
+            _ => Ok(()),
+        }
+    }
+
+    fn hand_over(&mut self, poller: &Poller) -> io::Result<()> {
+        let Some(handover) = &mut self.handover else { return Ok(()) };
+        self.rx.queue.put_back(self.posts.give_up());
+        self.tx.queue.put_back(u16::from(std::mem::take(&mut self.outgoing_waits)));
+        if let Err(error) = handover.give(&*self.link, [&self.rx, &self.tx]) {
+            self.cable.notices.tell(format_args!(
+                "the kernel's vhost-net does not take its packets ({error}): they pass through the VM's own threads"
+            ));
+        }
+        let taken = handover.is_taken();
+        self.counts.set_in_kernel(taken);
+        if taken { self.listen(poller, false) } else { Ok(()) }
+    }
+
+    /// Goes on where the kernel stops, if it has the rings.
+    fn take_back(&mut self, poller: &Poller) -> io::Result<()> {
+        let Some(handover) = self.handover.as_mut().filter(|handover| handover.is_taken()) else {
+            return Ok(());
+        };
+        self.counts.set_in_kernel(false);
+        handover.take(&*self.link, [&mut self.rx, &mut self.tx])?;
+        (self.link_readable, self.link_writable) = (true, true);
+        self.listen(poller, true)
+    }
+
+    /// Whether the driver's kicks and the tap's packets wake this thread. The end of the tap always does.
+    fn listen(&self, poller: &Poller, on: bool) -> io::Result<()> {
+        let edges =
+            |set: EventSet| if on { set | EventSet::EDGE_TRIGGERED } else { EventSet::EDGE_TRIGGERED };
+        poller.change(self.rx.kick.as_raw_fd(), edges(EventSet::IN), RX_KICK)?;
+        poller.change(self.tx.kick.as_raw_fd(), edges(EventSet::IN), TX_KICK)?;
+        poller.change(self.link.as_fd().as_raw_fd(), edges(EventSet::IN | EventSet::OUT), LINK)
+    }
+
     /// Both directions in turns, until neither can go on.
     fn work(&mut self) -> Result<(), Broken> {
         if let Some(control) = self.control.as_mut().filter(|_| std::mem::take(&mut self.commanded)) {
             control.serve()?;
+        }
+        if self.handover.as_ref().is_some_and(Handover::is_taken) {
+            return Ok(());
         }
         loop {
             let received = self.receive()?;

@@ -4,7 +4,9 @@
 //! a call: to the group of the thing that needs it, with the reason; a new group when it is for one kind only.
 
 use super::Allowed;
-use super::ioctls::{DEVICES, HOST, MACHINE, NONBLOCK, REGISTERS, RUN, SAVED, STATE, STEER, TAP, TTY};
+use super::ioctls::{
+    DEVICES, HOST, MACHINE, NONBLOCK, REGISTERS, RUN, SAVED, STATE, STEER, TAP, TTY, VHOST, VHOST_LAUNCH,
+};
 use crate::Kind;
 
 /// `allow!(SYS_read, "why")`
@@ -283,6 +285,9 @@ const NET: &[Allowed] = &[
     allow!(SYS_ioctl, "the guest uses more or fewer queue pairs")
         .one_of(1, STEER)
         .rare("a card of several queue pairs"),
+    allow!(SYS_ioctl, "the kernel moves the packets, or does no longer")
+        .one_of(1, VHOST)
+        .rare("a host with vhost-net"),
 ];
 
 const PORTS: &[Allowed] = &[
@@ -436,5 +441,9 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Allowed]] {
 }
 
 /// A tap that was passed is looked at.
-const TAP_LAUNCH: &[Allowed] =
-    &[allow!(SYS_ioctl, "what a tap is, and its header").one_of(1, TAP).rare("a VM with a network card")];
+const TAP_LAUNCH: &[Allowed] = &[
+    allow!(SYS_ioctl, "what a tap is, and its header").one_of(1, TAP).rare("a VM with a network card"),
+    allow!(SYS_ioctl, "what the kernel's network device knows")
+        .one_of(1, VHOST_LAUNCH)
+        .rare("a host with vhost-net"),
+];

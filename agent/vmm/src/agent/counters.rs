@@ -47,5 +47,7 @@ fn nic(nic: &Nic) -> NicCounters {
         mac: nic.name(),
         received: Some(packets(totals.received)),
         sent: Some(packets(totals.sent)),
+        tap: nic.tap().to_owned(),
+        pairs_in_kernel: totals.in_kernel.into(),
     }
 }

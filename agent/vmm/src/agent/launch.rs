@@ -16,7 +16,7 @@ use serio_control::message::{
     Code, EndKind, EndRecord, Failed, Launch, NIC_PAIRS_MAX, OnReset, OnWatchdog, RestoreFrom, VdcKey,
 };
 use serio_devices::vsock::{Outgoing, VsockHost};
-use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap};
+use serio_hv::{Baseline, GuestMemory, Kvm, OpenError, PageKind, Tap, VhostNet};
 use serio_sandbox::{Kind, threads};
 use serio_volume::{Access, LayerFiles, VdcSecret, Volume, VolumeFiles};
 
@@ -309,6 +309,15 @@ pub(super) fn open_nic(nic: &serio_control::message::Nic, passed: &mut Passed) -
         let tap = Tap::from_fd(passed.take("nics", *index)?)
             .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
         taps.push(tap);
+    }
+    if !nic.vhost_fds.is_empty() && nic.vhost_fds.len() != taps.len() {
+        let what = format!("{} of vhost-net for {} queue pairs", nic.vhost_fds.len(), taps.len());
+        return Err(LaunchError::invalid("nics", what));
+    }
+    for (tap, index) in taps.iter_mut().zip(&nic.vhost_fds) {
+        let vhost = VhostNet::from_fd(passed.take("nics", *index)?)
+            .map_err(|error| LaunchError::invalid("nics", format!("no vhost-net was passed: {error}")))?;
+        tap.set_vhost(vhost);
     }
     Ok(Nic::new(taps, mac, (mtu != 0).then_some(mtu), limits(nic.limits)))
 }

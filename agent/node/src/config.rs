@@ -82,6 +82,8 @@ pub struct Config {
     pub nbd: Nbd,
     /// Background work on volumes.
     pub volumes: Volumes,
+    /// Network cards of VMs.
+    pub network: Network,
     /// The keys of encrypted vdcs.
     pub keys: Keys,
     /// The scheduler.
@@ -158,6 +160,14 @@ pub struct Volumes {
     pub scrub_pace: ByteSize,
     /// Which disks go past the page cache.
     pub direct_io: DirectIo,
+}
+
+/// Network cards of VMs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// Whether the kernel may move their packets by itself, where it can.
+    pub vhost_net: bool,
 }
 
 /// The keys of encrypted vdcs.
@@ -242,6 +252,7 @@ impl Default for Config {
             grpc: Grpc::default(),
             nbd: Nbd::default(),
             volumes: Volumes::default(),
+            network: Network::default(),
             keys: Keys::default(),
             scheduler: Scheduler::default(),
             capacity: Capacity::default(),
@@ -261,6 +272,12 @@ impl Default for Volumes {
             scrub_pace: ByteSize::from_mib(20),
             direct_io: DirectIo::Auto,
         }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { vhost_net: true }
     }
 }
 

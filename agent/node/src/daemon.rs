@@ -167,6 +167,7 @@ fn start_core(config: &Config) -> anyhow::Result<Core> {
         volumed_path: config.volumed_path.clone(),
         merge_bytes_per_s: config.volumes.merge_pace.bytes(),
         direct_io: config.volumes.direct_io,
+        vhost_net: config.network.vhost_net,
         cgroup_root: None,
     })?
     .with_keys(keys.clone());
@@ -414,6 +415,7 @@ async fn run_async(config: Config) -> anyhow::Result<()> {
         started: Instant::now(),
         state_dir: config.state_dir.clone(),
         direct_io: config.volumes.direct_io,
+        vhost_net: config.network.vhost_net,
         nbd,
     });
     let Core { client, handles, supervisor, keys, audit, .. } = core;

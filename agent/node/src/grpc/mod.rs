@@ -115,6 +115,8 @@ pub struct NodeInfo {
     pub state_dir: PathBuf,
     /// Which disks go past the page cache.
     pub direct_io: DirectIo,
+    /// Whether the kernel may move the packets of cards by itself.
+    pub vhost_net: bool,
     /// What is written into NBD URIs; none without an NBD listener.
     pub nbd: Option<String>,
 }

@@ -18,6 +18,7 @@ use super::{
     follow::{Follower, follow},
     unexpected, usage,
 };
+use crate::net::VHOST_NET;
 use crate::{
     error::Error,
     state::command::{Answer, Command, Order, Ordered, Query, Request as OrderId, VmState},
@@ -33,6 +34,15 @@ pub(super) struct NodeApi(pub(super) Context);
 
 fn trimmed(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// "used", "off", or why the kernel cannot move packets by itself.
+fn vhost_net(wanted: bool) -> String {
+    if !wanted {
+        return "off".to_owned();
+    }
+    let opened = fs::OpenOptions::new().read(true).write(true).open(VHOST_NET);
+    opened.map_or_else(|error| format!("{}: {error}", VHOST_NET), |_| "used".to_owned())
 }
 
 /// What KVM is here, by what the kernel shows; nothing is opened for long.
@@ -151,6 +161,7 @@ impl NodeService for NodeApi {
             energy: Some(usage::energy(&self.0.meter.energy())),
             direct_io: node.direct_io.as_str().to_owned(),
             direct_io_refused: node.direct_io.refused(&node.state_dir),
+            vhost_net: vhost_net(node.vhost_net),
         }))
     }
 

@@ -8,7 +8,7 @@
 //! which are never persistent: the VMM holds the only descriptors, so a tap ends with its VM whatever happens to
 //! seriod. Never: addresses, routes, filters; any other link of the host.
 
-use std::{io, os::fd::OwnedFd};
+use std::{fs::OpenOptions, io, os::fd::OwnedFd};
 
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, packet_route::link::LinkAttribute};
 use tokio::sync::Mutex;
@@ -20,6 +20,8 @@ use crate::sys;
 #[cfg(test)]
 mod net_test;
 
+/// The kernel's own network device, where the host has it: `linux/vhost.h`.
+pub const VHOST_NET: &str = "/dev/vhost-net";
 const BRIDGE_PREFIX: &str = "srv-";
 
 /// Why a bridge or tap could not be made.
@@ -65,6 +67,30 @@ pub fn free_tap_name(vm: Uuid) -> String {
     let names = (0..).map(|index| tap_name(vm, index));
     // Longer names than a link can have are not looked for: making it fails then, and says why.
     names.take(100).find(|name| index(name).is_none()).unwrap_or_else(|| tap_name(vm, 0))
+}
+
+/// Whether a tap of that name can be a card's of this VM.
+#[must_use]
+pub fn is_tap_of(vm: Uuid, name: &str) -> bool {
+    let number = name.strip_prefix(&format!("srt{}-", short(vm)));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// One of the kernel's own network devices for each of `count` queue pairs. None where the host has not got it, which is no fault:
+/// packets pass through the VMM then.
+#[must_use]
+pub fn vhosts(count: usize) -> Vec<OwnedFd> {
+    let open = |_| OpenOptions::new().read(true).write(true).open(VHOST_NET).map(OwnedFd::from);
+    match (0..count).map(open).collect::<io::Result<Vec<_>>>() {
+        Ok(vhosts) => vhosts,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) => {
+            Vec::new()
+        }
+        Err(error) => {
+            tracing::warn!(%error, "{VHOST_NET} cannot be opened: packets pass through the VMs' own threads");
+            Vec::new()
+        }
+    }
 }
 
 /// 8 hex digits of a uid that differ between uids made in the same moment (version 7 puts the time first).

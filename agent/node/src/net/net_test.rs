@@ -93,3 +93,23 @@ fn names_fit_the_kernel() {
     assert!(bridge_name(Uuid::max()).len() < 16);
     assert!(tap_name(Uuid::max(), 99).len() < 16);
 }
+
+#[test]
+fn a_vmm_names_no_tap_but_its_own() {
+    let (vm, other) = (Uuid::now_v7(), Uuid::now_v7());
+    assert!(is_tap_of(vm, &tap_name(vm, 0)) && is_tap_of(vm, &tap_name(vm, 12)));
+    let own = tap_name(vm, 0);
+    let (ours, _) = own.split_once('-').unwrap();
+    for name in [
+        &tap_name(other, 0),
+        "",
+        "lo",
+        "../x",
+        ours,
+        &format!("{ours}-"),
+        &format!("{own}/../lo"),
+        &format!("{ours}-a"),
+    ] {
+        assert!(!is_tap_of(vm, name), "{name}");
+    }
+}

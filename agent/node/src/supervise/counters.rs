@@ -1,20 +1,21 @@
 //! What VMs have counted, and as text for Prometheus.
 //!
-//! The VMM is asked once a scrape and answers from memory. What only the host knows, how long the vcpus' threads have run and
-//! how long they waited for a processor, is read from `/proc` here. [`render`] is a pure function; whoever serves `/metrics`
+//! The VMM is asked once a scrape and answers from memory. What only the host knows is read here: from `/proc` how long the vcpus'
+//! threads have run and how long they waited for a processor, and what passed through the cards' taps. [`render`] is a pure function; whoever serves `/metrics`
 //! calls it with the names that the state has.
 
 use std::{fmt::Write as _, path::Path};
 
 use serio_control::{
     ChannelError,
-    message::{Body, Empty, OpCounters, PacketCounters, VmCounters},
+    message::{Body, Empty, NicCounters, OpCounters, PacketCounters, VmCounters},
 };
 
 use super::{
     TalkError, link,
     vm::{ANSWER_WAIT, VmHandle, peer},
 };
+use crate::net;
 
 /// The upper bound of the first bucket of request times; each next one is twice the one before.
 const FIRST_BOUND_US: u64 = 16;
@@ -58,9 +59,32 @@ impl VmHandle {
     pub async fn counters(&self) -> Result<VmCounts, TalkError> {
         let body = Body::CountersQuery(Empty {});
         match link::ask(&self.control(), peer(self.pid()), body, ANSWER_WAIT).await? {
-            Body::VmCounters(counters) => Ok(VmCounts { counters, times: vcpu_times(self.pid()) }),
+            Body::VmCounters(mut counters) => {
+                for nic in counters.nics.iter_mut().filter(|nic| net::is_tap_of(self.uid(), &nic.tap)) {
+                    count_at_tap(Path::new("/sys/class/net"), nic);
+                }
+                Ok(VmCounts { counters, times: vcpu_times(self.pid()) })
+            }
             _ => Err(ChannelError::Unexpected.into()),
         }
+    }
+}
+
+/// A card's packets as its tap's interface has counted them: also those that the kernel moved by itself, and those that were lost before
+/// they got to the card. Left as they are where the interface is gone.
+fn count_at_tap(interfaces: &Path, nic: &mut NicCounters) {
+    let statistics = interfaces.join(&nic.tap).join("statistics");
+    let number = |name: &str| std::fs::read_to_string(statistics.join(name)).ok()?.trim().parse().ok();
+    let direction = |letter: &str| {
+        Some(PacketCounters {
+            packets: number(&format!("{letter}x_packets"))?,
+            bytes: number(&format!("{letter}x_bytes"))?,
+            drops: number(&format!("{letter}x_dropped"))?,
+        })
+    };
+    // A tap sends what its guest receives.
+    if let (Some(received), Some(sent)) = (direction("t"), direction("r")) {
+        (nic.received, nic.sent) = (Some(received), Some(sent));
     }
 }
 
@@ -98,6 +122,7 @@ pub fn render(vms: &[NamedCounts]) -> String {
         text.vcpus();
         text.disks();
         text.nics();
+        text.pairs_in_kernel();
         text.failed();
     }
     text.out
@@ -173,7 +198,7 @@ impl Text<'_> {
         let families: [(&str, &str, Number); 3] = [
             ("serio_vm_nic_packets_total", "Packets that got through the card.", |counts| counts.packets),
             ("serio_vm_nic_bytes_total", "Their bytes.", |counts| counts.bytes),
-            ("serio_vm_nic_drops_total", "Packets that were lost in the card.", |counts| counts.drops),
+            ("serio_vm_nic_drops_total", "Packets that were lost at the card.", |counts| counts.drops),
         ];
         for (name, help, number) in families {
             self.family(name, "counter", help, |counts, lines| {
@@ -185,6 +210,15 @@ impl Text<'_> {
                 }
             });
         }
+    }
+
+    fn pairs_in_kernel(&mut self) {
+        let help = "Queue pairs whose packets the host's kernel moves by itself (vhost-net).";
+        self.family("serio_vm_nic_pairs_in_kernel", "gauge", help, |counts, lines| {
+            for nic in &counts.counters.nics {
+                lines.add("", &format!("device=\"{}\"", escape(&nic.mac)), nic.pairs_in_kernel);
+            }
+        });
     }
 
     fn failed(&mut self) {

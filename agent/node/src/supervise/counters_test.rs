@@ -22,6 +22,8 @@ fn counts() -> VmCounts {
         mac: "52:54:00:12:34:56".to_owned(),
         received: Some(packets),
         sent: Some(PacketCounters::default()),
+        pairs_in_kernel: 2,
+        ..NicCounters::default()
     };
     let counters = VmCounters {
         vcpus: vec![VcpuCounters { port_writes: 9, ..VcpuCounters::default() }],
@@ -45,6 +47,7 @@ fn each_number_has_its_line_with_whose_it_is() {
         r#"serio_vm_disk_request_seconds_bucket{vdc="ardesio",vm="web",device="a \"b\"",op="read",le="+Inf"} 6"#,
         r#"serio_vm_disk_request_seconds_count{vdc="ardesio",vm="web",device="a \"b\"",op="write"} 6"#,
         r#"serio_vm_nic_drops_total{vdc="ardesio",vm="web",device="52:54:00:12:34:56",direction="receive"} 2"#,
+        r#"serio_vm_nic_pairs_in_kernel{vdc="ardesio",vm="web",device="52:54:00:12:34:56"} 2"#,
         r#"serio_vm_devices_failed{vdc="ardesio",vm="db"} 1"#,
     ] {
         assert!(text.lines().any(|one| one == line), "no {line} in\n{text}");
@@ -52,6 +55,26 @@ fn each_number_has_its_line_with_whose_it_is() {
     assert_eq!(text.matches("# TYPE serio_vm_disk_request_seconds histogram").count(), 1);
     assert!(render(&[]).is_empty());
     check_by_promtool(&text);
+}
+
+#[test]
+fn packets_are_counted_at_the_tap_while_it_is_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let statistics = dir.path().join("srt12345678-0/statistics");
+    std::fs::create_dir_all(&statistics).expect("made");
+    let numbers =
+        [("tx_packets", 11), ("tx_bytes", 12), ("tx_dropped", 13), ("rx_packets", 21), ("rx_bytes", 22)];
+    for (name, number) in numbers {
+        std::fs::write(statistics.join(name), format!("{number}\n")).expect("written");
+    }
+    let packets = |packets, bytes, drops| Some(PacketCounters { packets, bytes, drops });
+    let mut nic =
+        NicCounters { tap: "srt12345678-0".to_owned(), sent: packets(7, 700, 2), ..NicCounters::default() };
+    count_at_tap(dir.path(), &mut nic);
+    assert_eq!((nic.received, nic.sent), (None, packets(7, 700, 2)), "one number is missing");
+    std::fs::write(statistics.join("rx_dropped"), "23\n").expect("written");
+    count_at_tap(dir.path(), &mut nic);
+    assert_eq!((nic.received, nic.sent), (packets(11, 12, 13), packets(21, 22, 23)));
 }
 
 fn check_by_promtool(text: &str) {

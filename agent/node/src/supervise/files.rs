@@ -14,8 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serio_control::message::{LayerFds, Nic};
+use serio_control::{
+    frame::DESCRIPTORS_MAX,
+    message::{LayerFds, Nic},
+};
 use uuid::Uuid;
+
+use crate::net;
 
 use super::{
     DevicePlan, NicPlan,
@@ -51,6 +56,15 @@ impl Descriptors {
             more_tap_fds: taps.collect(),
             mtu: plan.mtu,
             limits: limits.nic(plan.mac).and_then(machine::limits),
+            vhost_fds: Vec::new(),
+        }
+    }
+
+    /// Lets the kernel move the packets of a card that was pushed, if the host can and the frame has room.
+    pub(super) fn push_vhosts(&mut self, nic: &mut Nic) {
+        let pairs = nic.more_tap_fds.len() + 1;
+        if self.list.len() + pairs <= DESCRIPTORS_MAX {
+            nic.vhost_fds = net::vhosts(pairs).into_iter().map(|vhost| self.push(vhost)).collect();
         }
     }
 

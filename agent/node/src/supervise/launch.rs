@@ -69,6 +69,10 @@ pub(super) async fn launch(inner: &Arc<Inner>, plan: LaunchPlan) -> Result<VmHan
         let taps = inner.net.attach(&nic.bridge, &nic.tap, nic.mtu, nic.pairs).await?;
         launch.nics.push(descriptors.push_nic(nic, taps, &plan.limits));
     }
+    // Last: what the VM cannot do without has its place by now.
+    for nic in launch.nics.iter_mut().filter(|_| inner.settings.vhost_net) {
+        descriptors.push_vhosts(nic);
+    }
     let watched =
         spawn::spawn(&inner.settings.vmm_path, inner.settings.first_uid, control, &run.stderr()).await?;
     let pid = watched.process().pid();

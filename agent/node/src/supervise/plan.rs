@@ -24,6 +24,8 @@ pub struct SupervisorSettings {
     pub merge_bytes_per_s: u64,
     /// Which disks go past the page cache.
     pub direct_io: DirectIo,
+    /// Whether the kernel may move the packets of cards by itself.
+    pub vhost_net: bool,
     /// Where cgroup v2 is mounted; looked up at `/sys/fs/cgroup` when `None`.
     pub cgroup_root: Option<PathBuf>,
 }

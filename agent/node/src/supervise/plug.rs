@@ -55,7 +55,10 @@ impl VmHandle {
         self.remember_bridge(&plan.bridge)?;
         let taps = inner.net.attach(&plan.bridge, &plan.tap, plan.mtu, plan.pairs).await?;
         let mut descriptors = Descriptors::default();
-        let nic = descriptors.push_nic(plan, taps, limits);
+        let mut nic = descriptors.push_nic(plan, taps, limits);
+        if inner.settings.vhost_net {
+            descriptors.push_vhosts(&mut nic);
+        }
         let body = Body::Plug(Plug { disk: None, nic: Some(nic), position });
         let answer = self.ask(body, descriptors.as_slice(), PLUG_WAIT).await;
         // Without them nobody has the tap who does not want it.

@@ -41,6 +41,7 @@ fn bench() -> Option<Bench> {
         volumed_path: fake,
         merge_bytes_per_s: 0,
         direct_io: DirectIo::Auto,
+        vhost_net: true,
         // None here: the tests of `cgroup` use a real one.
         cgroup_root: Some(dir.path().to_owned()),
     };

@@ -88,6 +88,11 @@ impl VmHandle {
         self
     }
 
+    /// The VM's.
+    pub(super) fn uid(&self) -> Uuid {
+        self.shared.uid
+    }
+
     /// What it booted; `None` if not from its disk, or if an earlier seriod started it.
     #[must_use]
     pub fn kernel(&self) -> Option<&BootedKernel> {

@@ -87,6 +87,8 @@ listen = "0.0.0.0:10809"
 advertise = "127.0.0.1:{host['nbd']}"
 [keys]
 source = "file:/etc/serio/kek"
+[metrics]
+listen = "127.0.0.1:7441"
 """
         if host["scheduler"]:
             text += f'[scheduler]\nurl = "{host["scheduler"]}"\ntls_dir = "/etc/serio/tls"\n'

@@ -13,6 +13,8 @@ mod export;
 mod formats;
 #[path = "e2e/life.rs"]
 mod life;
+#[path = "e2e/network.rs"]
+mod network;
 #[path = "e2e/own_kernel.rs"]
 mod own_kernel;
 #[path = "e2e/plug.rs"]

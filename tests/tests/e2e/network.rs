@@ -1,0 +1,91 @@
+//! Two VMs that talk over the network of their vdc, while the host's kernel moves the packets, and while it may not.
+
+use serio_tests::{
+    bed::{Host, eventually, on_host},
+    guest::Console,
+};
+
+/// A number of a VM's card, as Prometheus gets it.
+fn metric(host: &Host, vm: &str, family: &str, label: &str) -> u64 {
+    let (_, name) = vm.split_once('/').expect("VDC/NAME");
+    let text = host.shell("wget -qO- http://127.0.0.1:7441/metrics").ok();
+    let vm = format!("vm=\"{name}\"");
+    let line =
+        text.lines().find(|line| line.starts_with(family) && line.contains(&vm) && line.contains(label));
+    let number = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no {family} of {vm} in\n{text}"))
+}
+
+/// How many queue pairs of a VM's card the kernel has.
+fn in_kernel(host: &Host, vm: &str) -> u64 {
+    metric(host, vm, "serio_vm_nic_pairs_in_kernel", "")
+}
+
+/// Sends 2 MB from one guest to the other, at 192.168.7.3, and compares.
+fn talk(from: &mut Console, to: &mut Console, round: u32) {
+    let port = 5000 + round;
+    to.line(&format!("nc -l -p {port} > /tmp/got &"));
+    let listens =
+        format!("until grep -q ':{port:04X} ' /proc/net/tcp*; do :; done; echo listens{round}-$((0+0))");
+    to.ask(&listens, &format!("\nlistens{round}-"));
+    let send = format!("head -c 2000000 /dev/urandom > /tmp/out; nc 192.168.7.3 {port} < /tmp/out; ");
+    let sent = from.ask(&format!("{send} echo sent{round}-$(md5sum < /tmp/out)"), &format!("\nsent{round}-"));
+    let got = to.ask(&format!("wait; echo got{round}-$(md5sum < /tmp/got)"), &format!("\ngot{round}-"));
+    assert_eq!(got, sent, "round {round}");
+}
+
+#[test]
+fn the_kernel_moves_packets_until_something_speaks_against_it() {
+    on_host("e2e", &[], |host| {
+        let node = host.json(&["node", "show"]);
+        if node["vhostNet"] != "used" {
+            println!("skipped: the host has no vhost-net ({})", node["vhostNet"]);
+            return;
+        }
+        let vdc = host.vdc("net");
+        let run = |name: &str, address: &str| {
+            let nic = format!("address={address}/24");
+            let vm = vdc.run_tiny(name, &["--vcpus", "2", "--nic", &nic, "--restart", "always"]);
+            vdc.wait_ready(&vm);
+            (Console::open(host, &vm), vm)
+        };
+        let (mut one, first) = run("one", "192.168.7.2");
+        let (mut two, second) = run("two", "192.168.7.3");
+        assert_eq!((in_kernel(host, &first), in_kernel(host, &second)), (2, 2));
+        let sent = || metric(host, &first, "serio_vm_nic_bytes_total", "direction=\"send\"");
+        let before = sent();
+        talk(&mut one, &mut two, 1);
+        assert!(sent() - before >= 2_000_000, "what the kernel moves is counted at the tap");
+
+        // Limits hold, and those without them are as fast as before.
+        host.serio(&["vm", "update", &second, "--nic-bandwidth", "100MiB"]).ok();
+        eventually(10, "the limited card is served by its own threads", || in_kernel(host, &second) == 0);
+        assert_eq!(in_kernel(host, &first), 2);
+        talk(&mut one, &mut two, 2);
+        host.serio(&["vm", "update", &second, "--nic-bandwidth", "0B"]).ok();
+        eventually(10, "the kernel has it again", || in_kernel(host, &second) == 2);
+        talk(&mut one, &mut two, 3);
+
+        for round in 4..6 {
+            host.serio(&["vm", "pause", &second]).ok();
+            host.serio(&["vm", "resume", &second]).ok();
+            assert_eq!(in_kernel(host, &second), 2);
+            talk(&mut one, &mut two, round);
+        }
+
+        // From its first snapshot on the next one holds what has changed since, and the kernel keeps no account of that.
+        host.serio(&["vm", "snapshot", &second, "--name", "live"]).ok();
+        assert_eq!(in_kernel(host, &second), 0);
+        talk(&mut one, &mut two, 6);
+
+        host.serio(&["vm", "reboot", &second]).ok();
+        eventually(180, "the guest is up again, in the kernel's hands", || in_kernel(host, &second) == 2);
+        vdc.wait_ready(&second);
+        talk(&mut one, &mut two, 7);
+        host.serio(&["vm", "stop", &second, "--force"]).ok();
+        host.serio(&["vm", "restore", &second, "live"]).ok();
+        assert_eq!(in_kernel(host, &second), 0);
+        let mut two = Console::open(host, &second);
+        talk(&mut one, &mut two, 8);
+    });
+}

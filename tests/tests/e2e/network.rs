@@ -1,7 +1,7 @@
 //! Two VMs that talk over the network of their vdc, while the host's kernel moves the packets, and while it may not.
 
 use serio_tests::{
-    bed::{Host, eventually, on_host},
+    bed::{Host, eventually, image, long, on_host, testbed},
     guest::Console,
 };
 
@@ -16,9 +16,18 @@ fn metric(host: &Host, vm: &str, family: &str, label: &str) -> u64 {
     number.unwrap_or_else(|| panic!("no {family} of {vm} in\n{text}"))
 }
 
-/// How many queue pairs of a VM's card the kernel has.
+/// How many queue pairs of a VM's first card the kernel has.
 fn in_kernel(host: &Host, vm: &str) -> u64 {
     metric(host, vm, "serio_vm_nic_pairs_in_kernel", "")
+}
+
+/// Whether the kernel can do it there; says so if not.
+fn has_vhost_net(host: &Host) -> bool {
+    let node = host.json(&["node", "show"]);
+    if node["vhostNet"] != "used" {
+        println!("skipped: the host has no vhost-net ({})", node["vhostNet"]);
+    }
+    node["vhostNet"] == "used"
 }
 
 /// Sends 2 MB from one guest to the other, at 192.168.7.3, and compares.
@@ -37,9 +46,7 @@ fn talk(from: &mut Console, to: &mut Console, round: u32) {
 #[test]
 fn the_kernel_moves_packets_until_something_speaks_against_it() {
     on_host("e2e", &[], |host| {
-        let node = host.json(&["node", "show"]);
-        if node["vhostNet"] != "used" {
-            println!("skipped: the host has no vhost-net ({})", node["vhostNet"]);
+        if !has_vhost_net(host) {
             return;
         }
         let vdc = host.vdc("net");
@@ -87,5 +94,42 @@ fn the_kernel_moves_packets_until_something_speaks_against_it() {
         assert_eq!(in_kernel(host, &second), 0);
         let mut two = Console::open(host, &second);
         talk(&mut one, &mut two, 8);
+
+        // A card that comes is the kernel's at once, and one that goes takes nothing with it.
+        let mac = "52:54:00:00:77:01";
+        host.serio(&["vm", "nic", "add", &first, &format!("mac={mac}")]).ok();
+        let added = format!("device=\"{mac}\"");
+        let pairs = || metric(host, &first, "serio_vm_nic_pairs_in_kernel", &added);
+        one.line("until [ -e /sys/class/net/eth1 ]; do :; done; ip link set eth1 up");
+        eventually(60, "the kernel has the new card", || pairs() == 2);
+        host.serio(&["vm", "nic", "remove", &first, mac]).ok();
+        talk(&mut one, &mut two, 9);
+        host.serio(&["vm", "stop", &first]).ok();
+        let shown = host.json(&["vm", "show", &first]);
+        assert_eq!(shown["status"]["lastEnd"]["kind"], "power-off", "{shown}");
+    });
+}
+
+/// The table of misuses, with the kernel behind the rings of the card: what it finds broken breaks the card, and nothing else.
+#[test]
+fn a_hostile_guest_and_the_kernel() {
+    on_host("e2e", &[], |host| {
+        if !has_vhost_net(host) {
+            return;
+        }
+        testbed(&["push", "e2e", &image("mini/mini.elf")]).ok();
+        // All of it takes minutes here.
+        let part = if long() { "0/1" } else { "1/16" };
+        let run = format!(
+            "(until ip link set hostile0 up 2>/dev/null; do sleep 0.1; done) & \
+             serio-vmm run --kernel /usr/local/bin/mini.elf --cmdline 'mini.test=hostile mini.part={part}' --memory 64MiB \
+             --cpus 2 --on-reset exit --net hostile0; echo ended=$?"
+        );
+        let said = host.shell(&run).ok();
+        let cases =
+            said.lines().filter(|line| line.starts_with("ok hostile.") && line.contains(".net")).count();
+        println!("{cases} cases on the card");
+        assert!(cases >= if long() { 300 } else { 10 }, "{said}");
+        assert!(said.contains(" 0 failed") && said.lines().any(|line| line == "ended=0"), "{said}");
     });
 }

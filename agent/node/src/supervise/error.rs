@@ -215,7 +215,7 @@ pub enum JobError {
     #[error(transparent)]
     Net(#[from] NetError),
     /// It refused, or did not answer.
-    #[error("the volume's process failed")]
+    #[error("the process that has it failed")]
     Talk(#[from] TalkError),
     /// It died.
     #[error("serio-volumed ended before the work was done: {reason}")]

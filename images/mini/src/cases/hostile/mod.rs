@@ -28,6 +28,7 @@ use crate::virtio::status::NEEDS_RESET;
 use crate::{clock, mem, println};
 use alloc::format;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 
 /// What must hold right after a misuse.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,6 +94,7 @@ pub fn run(machine: &mut Machine, choice: &str) -> bool {
         }
     };
     let (part, parts) = part(machine);
+    stage::VECTORS.store(machine.boot.option("mini.vectors").is_some(), Ordering::Relaxed);
     for row in rows().skip(part).step_by(parts) {
         for subject in subjects.iter().filter(|subject| fits(row, subject)) {
             let name = format!("hostile.{}.{}", row.name, subject.label);

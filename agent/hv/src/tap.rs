@@ -14,6 +14,8 @@ use crate::vhost::VhostNet;
 /// Bytes of the header in front of each packet.
 pub const VNET_HEADER_BYTES: usize = 12;
 
+/// `linux/if_tun.h`; libc does not have it.
+const TUNSETSNDBUF: libc::c_ulong = 0x4004_54d4;
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// Why a tap cannot be used.
@@ -134,8 +136,15 @@ impl Tap {
     }
 
     /// Lets the kernel move its packets by itself, when somebody asks it to.
-    pub fn set_vhost(&mut self, vhost: VhostNet) {
+    pub fn set_vhost(&mut self, vhost: VhostNet) -> Result<(), TapError> {
+        // As much as without a limit. But while there is one, the kernel looks at each packet for itself, and answers one that is too
+        // short; else it would offer that to the tap again and again, for as long as the guest likes.
+        let bytes = libc::c_int::MAX - 1;
+        // SAFETY: TUNSETSNDBUF reads one int, which lives during the call.
+        let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETSNDBUF, &raw const bytes) };
+        check("bound what waits in the tap", done)?;
         self.vhost = Some(vhost);
+        Ok(())
     }
 
     /// What can move its packets without us.

@@ -263,11 +263,13 @@ impl VirtQueue {
         self.queue.next_avail()
     }
 
-    /// Goes on behind somebody else, who has taken all entries before `next_avail` and has given each of them back.
-    pub fn skip_to(&mut self, next_avail: u16) {
-        let taken = next_avail.wrapping_sub(self.queue.next_avail());
-        self.queue.set_next_avail(next_avail);
-        self.queue.set_next_used(self.queue.next_used().wrapping_add(taken));
+    /// Goes on behind somebody else, who has given back chains in the order in which they were offered: as far as the used ring says.
+    pub fn catch_up(&mut self) -> Result<(), QueueError> {
+        let used = self.queue.used_idx(&*self.memory, Ordering::Acquire).map_err(QueueError::Ring)?.0;
+        let more = used.wrapping_sub(self.queue.next_used());
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_add(more));
+        self.queue.set_next_used(used);
+        Ok(())
     }
 
     /// How far the device has come: the next index in the available ring, and in the used ring.

@@ -375,7 +375,9 @@ fn open_nic(net: &NetArg, vcpus: u32) -> Result<Nic, DeviceError> {
     if net.vhost {
         // Without it packets pass here.
         let vhosts = std::iter::repeat_with(VhostNet::open).map_while(Result::ok);
-        taps.iter_mut().zip(vhosts).for_each(|(tap, vhost)| tap.set_vhost(vhost));
+        for (tap, vhost) in taps.iter_mut().zip(vhosts) {
+            tap.set_vhost(vhost).map_err(|source| DeviceError::Tap { name: net.tap.clone(), source })?;
+        }
     }
     Ok(Nic::new(taps, net.mac, None, net.limits))
 }

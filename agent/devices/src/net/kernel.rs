@@ -4,11 +4,12 @@
 //!            nothing needs the packets to pass here, and the interrupts can be lent
 //!   ours ───────────────────────────────────────────────────────────────────────────► the kernel's
 //!    ▲                                                                                     │
-//!    └── limits are set, the tap is gone, a suspension, a reset, a ring that makes no sense ┘
+//!    └── limits are set, the tap is gone, a suspension, a reset, a chain that makes no sense ┘
 //! ```
 //!
 //! What keeps them here: limits, which the kernel does not know; a log of the guest's memory, which it does not keep; a driver
-//! that polls or has its interrupts masked when the card starts. The control queue is ours in any case. The pair's thread sleeps
+//! that polls or has its interrupts masked when the card starts. A chain that makes no sense to the kernel is looked at here too: what is
+//! answered and what breaks the device is the same for both. The control queue is ours in any case. The pair's thread sleeps
 //! meanwhile, woken by none of the pair's events but those that end it.
 
 use std::io;
@@ -16,7 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use serio_hv::{GuestMemory, VhostNet, VhostRing};
-use serio_virtio::{ActivateError, ActiveQueue, LentLine};
+use serio_virtio::{ActivateError, ActiveQueue, LentLine, QueueError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Link;
@@ -40,9 +41,8 @@ pub trait Shortcut: Send + Sync {
         rings: &[VhostRing<'_>; 2],
     ) -> io::Result<()>;
 
-    /// Ends, and returns when the rings are no longer touched: the next entries of the available rings, all before which were given
-    /// back.
-    fn stop(&self) -> io::Result<[u16; 2]>;
+    /// Ends, and returns when the rings are no longer touched. What was taken has been given back, in its order.
+    fn stop(&self);
 }
 
 impl Shortcut for VhostNet {
@@ -60,15 +60,15 @@ impl Shortcut for VhostNet {
         VhostNet::start(self, memory, features, link, rings)
     }
 
-    fn stop(&self) -> io::Result<[u16; 2]> {
-        VhostNet::stop(self)
+    fn stop(&self) {
+        VhostNet::stop(self);
     }
 }
 
 /// One pair's way into the kernel and back.
 pub(super) struct Handover {
     features: u64,
-    /// Signalled by the kernel: a ring makes no sense.
+    /// Signalled by the kernel: a chain makes no sense.
     error: EventFd,
     /// Rung when limits change, as long as somebody holds it.
     _changed: Arc<EventFd>,
@@ -122,13 +122,10 @@ impl Handover {
     }
 
     /// Takes them back.
-    pub(super) fn take(&mut self, link: &dyn Link, rings: [&mut ActiveQueue; 2]) -> io::Result<()> {
-        let Some(_lines) = self.lines.take() else { return Ok(()) };
-        let next = link.shortcut().map_or_else(|| Err(io::ErrorKind::NotFound.into()), Shortcut::stop)?;
-        for (ring, next) in rings.into_iter().zip(next) {
-            ring.queue.skip_to(next);
-        }
-        Ok(())
+    pub(super) fn take(&mut self, link: &dyn Link, rings: [&mut ActiveQueue; 2]) -> Result<(), QueueError> {
+        let (Some(_lines), Some(shortcut)) = (self.lines.take(), link.shortcut()) else { return Ok(()) };
+        shortcut.stop();
+        rings.into_iter().try_for_each(|ring| ring.queue.catch_up())
     }
 }
 

@@ -44,7 +44,7 @@ const RX_LIMITS: u64 = 3;
 const TX_LIMITS: u64 = 4;
 const CONTROL_KICK: u64 = 5;
 const CONTROL_LIMITS: u64 = 6;
-/// The kernel has found a ring that makes no sense.
+/// The kernel has found a chain that makes no sense to it.
 const KERNEL_ERROR: u64 = 7;
 /// The limits are others now.
 const CHANGED: u64 = 8;
@@ -60,6 +60,8 @@ pub(super) enum Broken {
     Buffer,
     #[error("a control command has no room for its answer, or none in guest memory")]
     Control,
+    #[error("its events cannot be watched")]
+    Poller(#[from] io::Error),
 }
 
 pub(super) struct NetWorker {
@@ -73,8 +75,8 @@ pub(super) struct NetWorker {
     outgoing_waits: bool,
     link_readable: bool,
     link_writable: bool,
-    /// The tap has said that something is wrong with it.
-    link_lost: bool,
+    /// Something is wrong with the tap or a ring: nothing for the kernel.
+    unfit: bool,
     rx_gate: Gate,
     tx_gate: Gate,
     cable: Arc<Cable>,
@@ -176,7 +178,7 @@ impl NetWorker {
             outgoing_waits: false,
             link_readable: true,
             link_writable: true,
-            link_lost: false,
+            unfit: false,
             control,
             commanded: true,
             handover,
@@ -187,27 +189,24 @@ impl NetWorker {
     }
 
     fn run(mut self, poller: &Poller, failure: &DeviceFailure) -> Vec<ActiveQueue> {
-        let (mut stop, mut broken) = (false, false);
+        let mut stop = false;
         while !stop {
-            if broken {
-                failure.mark();
-            }
             if self.settle(poller, failure).is_err() || (!failure.is_marked() && self.work().is_err()) {
                 failure.mark();
             }
             let due = &mut self.handover.as_mut().map(|handover| &mut handover.due);
             let (readable, writable) = (&mut self.link_readable, &mut self.link_writable);
-            let (commanded, lost) = (&mut self.commanded, &mut self.link_lost);
+            let (commanded, unfit) = (&mut self.commanded, &mut self.unfit);
             let waited = poller.wait(|token, ready| match token {
                 STOP => stop = true,
                 LINK => {
-                    *lost |= ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
+                    *unfit |= ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
                     // An error is found out by the next read.
                     *readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
                     *writable |= ready.contains(EventSet::OUT);
                 }
                 CONTROL_KICK | CONTROL_LIMITS => *commanded = true,
-                KERNEL_ERROR => broken = true,
+                KERNEL_ERROR => *unfit = true,
                 CHANGED => due.iter_mut().for_each(|due| **due = true),
                 _ => {}
             });
@@ -226,16 +225,16 @@ impl NetWorker {
     }
 
     /// Lets the kernel have the rings while nothing needs the packets to pass here.
-    fn settle(&mut self, poller: &Poller, failure: &DeviceFailure) -> io::Result<()> {
+    fn settle(&mut self, poller: &Poller, failure: &DeviceFailure) -> Result<(), Broken> {
         let Some(handover) = &self.handover else { return Ok(()) };
         let ours = failure.is_marked()
-            || self.link_lost
+            || self.unfit
             || self.rx_gate.is_limit()
             || self.tx_gate.is_limit()
             || is_logged(&self.memory);
         match handover.is_taken() {
             true if ours => self.take_back(poller),
-            false if !ours && handover.due => self.hand_over(poller),
+            false if !ours && handover.due => Ok(self.hand_over(poller)?),
             _ => Ok(()),
         }
     }
@@ -255,14 +254,14 @@ impl NetWorker {
     }
 
     /// Goes on where the kernel stops, if it has the rings.
-    fn take_back(&mut self, poller: &Poller) -> io::Result<()> {
+    fn take_back(&mut self, poller: &Poller) -> Result<(), Broken> {
         let Some(handover) = self.handover.as_mut().filter(|handover| handover.is_taken()) else {
             return Ok(());
         };
         self.counts.set_in_kernel(false);
         handover.take(&*self.link, [&mut self.rx, &mut self.tx])?;
         (self.link_readable, self.link_writable) = (true, true);
-        self.listen(poller, true)
+        Ok(self.listen(poller, true)?)
     }
 
     /// Whether the driver's kicks and the tap's packets wake this thread. The end of the tap always does.

@@ -55,7 +55,8 @@ pub(super) const REGISTERS: &[(&str, u64)] = &[("KVM_GET_MSR_INDEX_LIST", 0xc004
 pub(super) const STEER: &[(&str, u64)] = &[("TUNSETQUEUE", 0x4004_54d9)];
 
 /// The kernel's own network device is looked at (`linux/vhost.h`).
-pub(super) const VHOST_LAUNCH: &[(&str, u64)] = &[("VHOST_GET_FEATURES", 0x8008_af00)];
+pub(super) const VHOST_LAUNCH: &[(&str, u64)] =
+    &[("VHOST_GET_FEATURES", 0x8008_af00), ("TUNSETSNDBUF", 0x4004_54d4)];
 
 /// The kernel takes over the rings of a card, and gives them back.
 pub(super) const VHOST: &[(&str, u64)] = &[
@@ -65,7 +66,6 @@ pub(super) const VHOST: &[(&str, u64)] = &[
     ("VHOST_SET_VRING_NUM", 0x4008_af10),
     ("VHOST_SET_VRING_ADDR", 0x4028_af11),
     ("VHOST_SET_VRING_BASE", 0x4008_af12),
-    ("VHOST_GET_VRING_BASE", 0xc008_af12),
     ("VHOST_SET_VRING_KICK", 0x4008_af20),
     ("VHOST_SET_VRING_CALL", 0x4008_af21),
     ("VHOST_SET_VRING_ERR", 0x4008_af22),

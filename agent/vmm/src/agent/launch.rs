@@ -317,7 +317,8 @@ pub(super) fn open_nic(nic: &serio_control::message::Nic, passed: &mut Passed) -
     for (tap, index) in taps.iter_mut().zip(&nic.vhost_fds) {
         let vhost = VhostNet::from_fd(passed.take("nics", *index)?)
             .map_err(|error| LaunchError::invalid("nics", format!("no vhost-net was passed: {error}")))?;
-        tap.set_vhost(vhost);
+        tap.set_vhost(vhost)
+            .map_err(|source| DeviceError::Tap { name: "passed by descriptor".to_owned(), source })?;
     }
     Ok(Nic::new(taps, mac, (mtu != 0).then_some(mtu), limits(nic.limits)))
 }

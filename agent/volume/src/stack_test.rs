@@ -18,6 +18,8 @@ const SIZE: u64 = 40 * BLOCK_BYTES + 1234;
 enum Step {
     /// Operations with disjoint ranges, under way together.
     Batch(Vec<(u64, u64, u8)>),
+    /// The same, each beginning where the one before ends, from an offset on: lengths and kinds.
+    Row(u64, Vec<(u64, u8)>),
     Snapshot,
     /// Held for a moment, then let go.
     Hold,
@@ -30,8 +32,11 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let op = (0..SIZE, 1..6 * BLOCK_BYTES, 0..8u8);
+    let len = prop_oneof![1..2 * BLOCK_BYTES, Just(512), Just(BLOCK_BYTES)];
+    let row = proptest::collection::vec((len, 0..8u8), 2..16);
     let step = prop_oneof![
         6 => proptest::collection::vec(op, 1..10).prop_map(Step::Batch),
+        4 => (0..SIZE, row).prop_map(|(offset, row)| Step::Row(offset, row)),
         2 => Just(Step::Snapshot),
         1 => Just(Step::Hold),
         1 => prop_oneof![0..3 * BLOCK_BYTES, Just(BLOCK_BYTES)].prop_map(Step::Grow),
@@ -39,6 +44,15 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0..8usize).prop_map(Step::Delete),
     ];
     proptest::collection::vec(step, 1..14)
+}
+
+/// A row's operations, as far as they begin inside the smallest volume.
+fn laid(mut at: u64, row: &[(u64, u8)]) -> Vec<(u64, u64, u8)> {
+    let lay = |&(len, what): &(u64, u8)| {
+        at += len;
+        (at - len, len, what)
+    };
+    row.iter().map(lay).take_while(|(offset, ..)| *offset < SIZE).collect()
 }
 
 /// Drops what overlaps an earlier one, so that the outcome does not depend on the order.
@@ -78,7 +92,8 @@ fn batch(volume: &Volume, model: &mut [u8], ops: &[(u64, u64, u8)], fill: u8) {
         };
         let mut op = Some(op);
         while let Some(again) = op.take() {
-            let queue = &mut queues[i % 2];
+            // Neighbours meet in one queue, and ends of a row in two.
+            let queue = &mut queues[i / 4 % 2];
             if let Err(full) = queue.submit(i as u64, again) {
                 op = Some(full.0);
                 queue.kick();
@@ -141,6 +156,7 @@ proptest! {
         for (i, step) in steps.into_iter().enumerate() {
             match step {
                 Step::Batch(ops) => batch(&volume, &mut model, &ops, (i * 16) as u8),
+                Step::Row(at, row) => batch(&volume, &mut model, &laid(at, &row), (i * 16) as u8),
                 Step::Snapshot => {
                     let name = format!("s{i}");
                     dir.snapshot(&volume, &name).expect("snapshot");

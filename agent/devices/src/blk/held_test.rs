@@ -16,11 +16,29 @@ const BYTES: [u8; 512] = [0x6b; 512];
 struct Mount(tempfile::TempDir);
 
 impl Mount {
+    /// In memory, without io_uring.
     fn new() -> Option<Mount> {
+        Mount::of(&["-t", "tmpfs", "-o", "size=64k", "serio-test"])
+    }
+
+    /// One that is reached by io_uring, and takes no write at once.
+    fn ext4() -> Option<Mount> {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let mut make = Command::new("mke2fs");
+        make.args(["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0"]).arg(image.path());
+        match make.output() {
+            Ok(done) if done.status.success() => Mount::of(&["-o", "loop", image.path().to_str().unwrap()]),
+            other => {
+                println!("skipped: no file system can be made here: {other:?}");
+                None
+            }
+        }
+    }
+
+    fn of(arguments: &[&str]) -> Option<Mount> {
         let dir = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=64k", "serio-test"]).arg(dir.path());
-        match mount.output() {
+        match Command::new("mount").args(arguments).arg(dir.path()).output() {
             Ok(done) if done.status.success() => Some(Mount(dir)),
             other => {
                 println!("skipped: no file system can be mounted here: {other:?}");
@@ -53,17 +71,23 @@ struct Full {
     _mount: Mount,
 }
 
-/// An empty disk on a full one, with a write that waits.
-fn full() -> Option<(Full, u16)> {
-    let mount = Mount::new()?;
+/// An empty disk on one with room for so many bytes more.
+fn nearly_full(mount: Mount, room: u64) -> Full {
     let file = tempfile::NamedTempFile::new_in(mount.0.path()).unwrap();
     file.as_file().set_len(DISK_BYTES as u64).unwrap();
     let (sender, bell) = channel();
     let trouble = Trouble::new(move || sender.send(()).unwrap_or_default());
     let given = trouble.clone();
     let fill = mount.fill();
+    let filled = std::fs::File::options().write(true).open(&fill).unwrap();
+    filled.set_len(filled.metadata().unwrap().len() - room).unwrap();
     let disk = Disk::of(file, Access::ReadWrite, FLUSH, |blk| blk.with_trouble(given));
-    let mut full = Full { disk, trouble, bell, fill, _mount: mount };
+    Full { disk, trouble, bell, fill, _mount: mount }
+}
+
+/// An empty disk on a full one, with a write that waits.
+fn full() -> Option<(Full, u16)> {
+    let mut full = nearly_full(Mount::new()?, 0);
     let head = full.write(0, HEADER + 0x1000);
     full.wait_trouble(true);
     Some((full, head))
@@ -113,6 +137,57 @@ fn a_write_without_room_waits_and_others_do_not() {
     let now = full.disk.contents();
     assert_eq!((&now[..512], &now[40 * 512..41 * 512]), (&BYTES[..], &BYTES[..]));
     assert!(!full.disk.rig.needs_reset());
+}
+
+/// Eight neighbouring writes at once that fill the disk, of which the host has room for less than half.
+fn neighbours_without_room(mount: Mount) -> usize {
+    let mut full = nearly_full(mount, 3 << 12);
+    let header = |i: u64| HEADER + i * 0x100;
+    let mut heads = std::collections::BTreeSet::new();
+    for i in 0..8u64 {
+        let (disk, data) = (&mut full.disk, DATA + (i << 12));
+        disk.header(header(i), 1, i * 8);
+        disk.memory.write_obj(0xeeu8, GuestAddress(header(i) + 64)).unwrap();
+        disk.memory.write_slice(&[i as u8 + 1; 4096], GuestAddress(data)).unwrap();
+        let (request, status) = (Buffer::readable(header(i), 16), Buffer::writable(header(i) + 64, 1));
+        let table = 0x30_0000 + i * 0x100;
+        heads.insert(
+            disk.driver.offer_indirect(table, &[request, Buffer::readable(data, 4096), status]).unwrap(),
+        );
+    }
+    full.disk.kick();
+    full.wait_trouble(true);
+    // What got through is answered by now, and told before this.
+    full.disk.header(HEADER + 0x1000, 4, 0);
+    let (request, status) = (Buffer::readable(HEADER + 0x1000, 16), Buffer::writable(HEADER + 0x1040, 1));
+    let flush = full.disk.driver.offer(&[request, status]).unwrap();
+    full.disk.kick();
+    heads.insert(flush);
+    while heads.contains(&flush) {
+        full.disk.wait_first(&mut heads);
+    }
+    let done: Vec<_> = (0..8).map(|i| full.disk.status(header(i))).collect();
+    assert!(done.iter().all(|status| [0, 0xee].contains(status)), "{done:?}");
+    full.make_room();
+    while !heads.is_empty() {
+        full.disk.wait_first(&mut heads);
+    }
+    full.wait_trouble(false);
+    assert!((0..8).all(|i| full.disk.status(header(i)) == 0));
+    let want: Vec<u8> = (0..8).flat_map(|i| [i + 1; 4096]).collect();
+    assert!(full.disk.contents() == want);
+    assert!(full.disk.driver.used().is_none() && !full.disk.rig.needs_reset());
+    done.iter().filter(|status| **status == 0).count()
+}
+
+#[test]
+fn of_neighbours_each_waits_for_its_own_room() {
+    if let Some(mount) = Mount::new() {
+        assert_eq!(neighbours_without_room(mount), 3);
+    }
+    if let Some(mount) = Mount::ext4() {
+        assert!((1..8).contains(&neighbours_without_room(mount)));
+    }
 }
 
 #[test]

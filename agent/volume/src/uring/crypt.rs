@@ -333,7 +333,7 @@ impl Driver {
                 (first, self.arena.len() - first)
             }
         };
-        self.push(slot, token, &io, first, count);
+        self.push((slot, token), &io, first, count);
     }
 
     /// Looks at an answer; `None` when it is not the last word. Answers of plain files pass through.

@@ -10,9 +10,11 @@
 //!
 //! Two engines: io_uring with one ring a queue, registered files and a registered eventfd; and inline system
 //! calls where io_uring is forbidden, and on the simulated disk of the crash tests.
+//! Neighbouring writes of one submission go to either in one piece: see `join.rs`.
 
 mod crypt;
 mod inline;
+mod join;
 mod memory;
 mod pool;
 mod ring;
@@ -36,6 +38,7 @@ use crate::{
     media::Media,
 };
 use crypt::Crypt;
+use join::{Joins, OF_A_RUN};
 use ring::Ring;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -154,6 +157,8 @@ struct Cargo {
     buffers: Buffers,
     bounce: Option<Bounce>,
     in_flight: u32,
+    /// Its writes are not joined with others any more: one was, and did not get all.
+    alone: bool,
 }
 
 enum Engine {
@@ -169,6 +174,7 @@ pub(crate) struct Driver {
     /// iovecs between two submissions; never grows, so the kernel's pointers into it hold.
     arena: Vec<iovec>,
     zeros: Buffers,
+    joins: Joins,
     crypt: Crypt,
     /// Answers that were not looked at yet.
     answered: VecDeque<Answer>,
@@ -190,13 +196,15 @@ impl Driver {
             Some(Ok(ring)) => Engine::Ring(Box::new(ring)),
             _ => Engine::Inline(Vec::with_capacity(usize::from(slots))),
         };
-        let cargo = (0..slots).map(|_| Cargo { buffers: Buffers::empty(), bounce: None, in_flight: 0 });
+        let cargo =
+            (0..slots).map(|_| Cargo { buffers: Buffers::empty(), bounce: None, in_flight: 0, alone: false });
         let mut driver = Driver {
             engine,
             cargo: cargo.collect(),
             files: Vec::new(),
             arena: Vec::with_capacity(4 * SEGMENTS_MAX),
             zeros: Buffers::owned(ZEROS_BYTES),
+            joins: Joins::default(),
             crypt: Crypt::default(),
             answered: VecDeque::new(),
             event,
@@ -227,6 +235,7 @@ impl Driver {
         let cargo = &mut self.cargo[slot as usize];
         assert_eq!(cargo.in_flight, 0, "a slot is loaded while it is idle");
         cargo.buffers = buffers;
+        cargo.alone = false;
     }
 
     /// Takes an operation's memory out of its slot.
@@ -264,7 +273,7 @@ impl Driver {
             Io::Read { span, .. } | Io::Write { span, .. } => self.gather(slot, span),
             Io::SyncData { .. } | Io::Allocate { .. } => (0, 0),
         };
-        self.push(slot, token, io, first, count);
+        self.push((slot, token), io, first, count);
     }
 
     /// Whether the primitive goes past the page cache, and its place or its memory is not made for that.
@@ -282,27 +291,33 @@ impl Driver {
             || !parts.all(|part| is_whole(part.iov_base as usize) && is_whole(part.iov_len))
     }
 
-    /// Gives a primitive to the engine, with its `count` iovecs from `first` on in the arena.
-    fn push(&mut self, slot: u32, token: u32, io: &Io, first: usize, count: usize) {
+    /// Gives a primitive to the engine.
+    fn start(&mut self, (slot, token): (u32, u32), io: &Io, first: usize, count: usize) {
         let iovecs = &self.arena[first..first + count];
         match &mut self.engine {
-            // SAFETY: the iovecs stay in the arena until they were submitted, and what they point to is kept alive by
-            // the cargo of this slot, which does not leave while `in_flight` counts this primitive, or by its transit.
-            Engine::Ring(ring) => unsafe { ring.push(slot, token, io, iovecs, &self.files) },
+            Engine::Ring(ring) => {
+                if ring.is_full() {
+                    ring.submit_all();
+                }
+                // SAFETY: the iovecs stay in the arena until they were submitted, and what they point to is kept alive by
+                // the cargo of their slots, which does not leave while `in_flight` counts this primitive, or by their transits.
+                unsafe { ring.push(slot, token, io, iovecs, &self.files) }
+            }
             Engine::Inline(done) => {
-                // SAFETY: the iovecs point into the cargo of this slot or its transit, not touched during the call.
+                // SAFETY: the iovecs point into the cargo of their slots or their transits, not touched during the call.
                 let result = unsafe { inline::run(io, iovecs, &self.files) };
                 done.push(Answer { slot, token, result });
-                self.arena.clear();
             }
         }
     }
 
-    /// Room for one more primitive in the ring and for its segments in the arena.
+    /// Room for the segments of one more primitive in the arena.
     fn make_room(&mut self) {
-        let Engine::Ring(ring) = &mut self.engine else { return };
-        if ring.is_full() || self.arena.capacity() - self.arena.len() < SEGMENTS_MAX {
-            ring.submit_all();
+        if self.arena.capacity() - self.arena.len() < SEGMENTS_MAX {
+            self.end_run();
+            if let Engine::Ring(ring) = &mut self.engine {
+                ring.submit_all();
+            }
             self.arena.clear();
         }
     }
@@ -321,17 +336,18 @@ impl Driver {
     /// Starts what was issued: one system call.
     pub(crate) fn submit(&mut self) {
         self.crypt.unsent = 0;
-        match &mut self.engine {
-            Engine::Ring(ring) => {
-                if ring.submit() {
-                    self.arena.clear();
-                }
-            }
+        self.end_run();
+        let sent = match &mut self.engine {
+            Engine::Ring(ring) => ring.submit(),
             Engine::Inline(done) => {
                 if !done.is_empty() {
                     signal(&self.event);
                 }
+                true
             }
+        };
+        if sent {
+            self.arena.clear();
         }
     }
 
@@ -346,6 +362,10 @@ impl Driver {
             while !self.crypt.has_had_its_turn()
                 && let Some(answer) = self.answered.pop_front()
             {
+                if answer.slot == OF_A_RUN {
+                    self.deal(answer);
+                    continue;
+                }
                 let Some(answer) = self.settle(answer) else { continue };
                 self.cargo[answer.slot as usize].in_flight -= 1;
                 self.in_flight -= 1;
@@ -376,6 +396,7 @@ impl Driver {
     /// Waits until nothing is in flight; what was answered meanwhile is forgotten. Only before the end.
     pub(crate) fn wait_idle(&mut self) {
         let mut answers = Vec::new();
+        self.submit();
         while self.in_flight > 0 {
             self.poll(&mut answers);
             if self.in_flight == 0 {

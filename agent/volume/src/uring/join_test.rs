@@ -169,7 +169,8 @@ fn who_got_less_asks_again_and_alone() {
 #[test]
 fn each_gets_its_own_error() {
     let full = File::options().write(true).open("/dev/full").expect("/dev/full");
-    let Some(mut rig) = rig([full]) else { return };
+    // With files in memory alone, as /dev is, there would be no ring.
+    let Some(mut rig) = rig([full, tempfile::tempfile().expect("file")]) else { return };
     let offer = |rig: &mut Rig| {
         (0..3).for_each(|slot| {
             rig.driver.issue(

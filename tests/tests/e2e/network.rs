@@ -58,7 +58,9 @@ fn the_kernel_moves_packets_until_something_speaks_against_it() {
         };
         let (mut one, first) = run("one", "192.168.7.2");
         let (mut two, second) = run("two", "192.168.7.3");
-        assert_eq!((in_kernel(host, &first), in_kernel(host, &second)), (2, 2));
+        eventually(10, "the kernel has both", || {
+            (in_kernel(host, &first), in_kernel(host, &second)) == (2, 2)
+        });
         let sent = || metric(host, &first, "serio_vm_nic_bytes_total", "direction=\"send\"");
         let before = sent();
         talk(&mut one, &mut two, 1);
@@ -76,7 +78,7 @@ fn the_kernel_moves_packets_until_something_speaks_against_it() {
         for round in 4..6 {
             host.serio(&["vm", "pause", &second]).ok();
             host.serio(&["vm", "resume", &second]).ok();
-            assert_eq!(in_kernel(host, &second), 2);
+            eventually(10, "the kernel goes on with it", || in_kernel(host, &second) == 2);
             talk(&mut one, &mut two, round);
         }
 

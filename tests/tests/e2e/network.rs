@@ -43,6 +43,26 @@ fn talk(from: &mut Console, to: &mut Console, round: u32) {
     assert_eq!(got, sent, "round {round}");
 }
 
+/// The guest moves its card's interrupts about, for a while. It masks a vector for each move: what the kernel signals meanwhile must not be
+/// lost.
+fn move_interrupts(guest: &mut Console) {
+    let lines = "$(awk -F: '/virtio.*put/ { print $1 }' /proc/interrupts)";
+    guest.line(&format!(
+        "for i in $(seq 300); do for n in {lines}; do echo $((i % 2 + 1)) > /proc/irq/$n/smp_affinity; done; done &"
+    ));
+}
+
+/// A card that comes is the kernel's at once, and one that goes takes nothing with it.
+fn a_card_comes_and_goes(host: &Host, vm: &str, guest: &mut Console) {
+    let mac = "52:54:00:00:77:01";
+    host.serio(&["vm", "nic", "add", vm, &format!("mac={mac}")]).ok();
+    let added = format!("device=\"{mac}\"");
+    let pairs = || metric(host, vm, "serio_vm_nic_pairs_in_kernel", &added);
+    guest.line("until [ -e /sys/class/net/eth1 ]; do :; done; ip link set eth1 up");
+    eventually(60, "the kernel has the new card", || pairs() == 2);
+    host.serio(&["vm", "nic", "remove", vm, mac]).ok();
+}
+
 #[test]
 fn the_kernel_moves_packets_until_something_speaks_against_it() {
     on_host("e2e", &[], |host| {
@@ -66,13 +86,8 @@ fn the_kernel_moves_packets_until_something_speaks_against_it() {
         talk(&mut one, &mut two, 1);
         assert!(sent() - before >= 2_000_000, "what the kernel moves is counted at the tap");
 
-        // The guest masks a vector for each move: what the kernel signals meanwhile is not lost.
-        let lines = "$(awk -F: '/virtio.*put/ { print $1 }' /proc/interrupts)";
-        let moves = format!(
-            "for i in $(seq 300); do for n in {lines}; do echo $((i % 2 + 1)) > /proc/irq/$n/smp_affinity; done; done &"
-        );
-        two.line(&moves);
-        one.line(&moves);
+        move_interrupts(&mut two);
+        move_interrupts(&mut one);
         talk(&mut one, &mut two, 20);
         assert_eq!((in_kernel(host, &first), in_kernel(host, &second)), (2, 2));
 
@@ -107,14 +122,7 @@ fn the_kernel_moves_packets_until_something_speaks_against_it() {
         let mut two = Console::open(host, &second);
         talk(&mut one, &mut two, 8);
 
-        // A card that comes is the kernel's at once, and one that goes takes nothing with it.
-        let mac = "52:54:00:00:77:01";
-        host.serio(&["vm", "nic", "add", &first, &format!("mac={mac}")]).ok();
-        let added = format!("device=\"{mac}\"");
-        let pairs = || metric(host, &first, "serio_vm_nic_pairs_in_kernel", &added);
-        one.line("until [ -e /sys/class/net/eth1 ]; do :; done; ip link set eth1 up");
-        eventually(60, "the kernel has the new card", || pairs() == 2);
-        host.serio(&["vm", "nic", "remove", &first, mac]).ok();
+        a_card_comes_and_goes(host, &first, &mut one);
         talk(&mut one, &mut two, 9);
         host.serio(&["vm", "stop", &first]).ok();
         let shown = host.json(&["vm", "show", &first]);

@@ -152,6 +152,24 @@ fn a_card_that_was_saved_with_one_pair_keeps_one() {
 }
 
 #[test]
+fn what_is_no_vhost_net_is_refused_and_so_are_too_few() {
+    let cases = [(1, "1 of vhost-net for 2 queue pairs"), (2, "no vhost-net was passed")];
+    for (vhosts, words) in cases {
+        let Some(bench) = Bench::mini() else { return };
+        let Some((_, mut files)) = tap(2) else { return };
+        files.extend((0..vhosts).map(|_| File::open("/dev/null").expect("there")));
+        let set = |launch: &mut Launch| {
+            with_card(launch, 2);
+            launch.nics[0].vhost_fds = (7..7 + vhosts).collect();
+        };
+        let said = bench.launch_with(&[&super::bench::guest::spin()], set, &files);
+        let said = said.err().unwrap_or_default();
+        assert!(said.starts_with("nics: ") && said.contains(words), "{said}");
+        bench.agent_ended();
+    }
+}
+
+#[test]
 fn a_card_comes_with_its_pairs_and_has_not_too_many() {
     let Some(bench) = Bench::mini() else { return };
     let Some((_, files)) = tap(5) else { return };
